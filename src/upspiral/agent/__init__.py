@@ -1,0 +1,1 @@
+"""Running agents: worker processes and command lines."""

@@ -1,0 +1,1 @@
+"""Credit and loss, one file each."""

@@ -1,0 +1,1 @@
+"""The run file: pydantic models and the TOML loader."""

@@ -1,0 +1,48 @@
+"""Values that are each valid and cannot work, or do nothing, together (DESIGN law 10)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from upspiral.config.models import RunConfig
+
+
+def switched_off(config: RunConfig) -> dict[str, str]:
+    """Keys that this run never reads, each with the reason."""
+    off: dict[str, str] = {}
+    if config.warm_start.demonstrations == 0:
+        for name in ("epochs", "batch_size", "lr"):
+            off[f"warm_start.{name}"] = (
+                "warm_start.demonstrations = 0 switches the warm start off; set it or drop this key"
+            )
+    if config.eval.tasks == 0:
+        for name in ("every", "temperature"):
+            off[f"eval.{name}"] = "eval.tasks = 0 switches evaluation off; set it or drop this key"
+    if config.agent.command is not None:
+        off["agent.workers"] = "only agent.file has worker processes; drop this key"
+    return off
+
+
+def contradictions(config: RunConfig) -> Iterator[tuple[str, str]]:
+    """Pairs of a key and why its value cannot work with the others."""
+    algorithm, trainer, steps = config.algorithm, config.trainer, config.steps
+    if config.engine.kind == "scripted":
+        yield "engine.kind", 'a scripted engine has no weights, so there is nothing to learn; use "embedded" here'
+    if trainer.minibatches > algorithm.groups_per_step:
+        limit = algorithm.groups_per_step
+        yield (
+            "trainer.minibatches",
+            f"more than algorithm.groups_per_step = {limit}; groups are not split, so set at most {limit}",
+        )
+    if trainer.lr_warmup_steps > steps:
+        yield (
+            "trainer.lr_warmup_steps",
+            f"more than steps = {steps}, so the run never reaches trainer.lr; set at most {steps}",
+        )
+    if config.eval.every > steps:
+        yield "eval.every", f"more than steps = {steps}, so it never happens; set at most {steps}, or 0"
+    if config.agent.max_completion_tokens >= config.engine.context_length:
+        yield (
+            "agent.max_completion_tokens",
+            f"leaves no room for a prompt in engine.context_length = {config.engine.context_length}",
+        )

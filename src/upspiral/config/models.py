@@ -1,0 +1,202 @@
+"""The run file as types. Frozen; unknown keys are errors; every key has a meaning and says it.
+
+One TOML file is one run. `upspiral run FILE --trainer.lr 2e-5` overrides a key.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+PositiveInt = Annotated[int, Field(gt=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class ModelConfig(_Section):
+    """Which model learns."""
+
+    path: str = "smollm2-135m"
+    """A name from `upspiral model list`, a local Hugging Face folder, or a hub id."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Precision of the weights in the forward and backward pass. The optimizer keeps float32 master weights."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the model computes."""
+    threads: Annotated[int, Field(ge=0)] = 0
+    """CPU threads for the model; 0 means one per core."""
+
+
+class EngineConfig(_Section):
+    """Where tokens are sampled."""
+
+    kind: Literal["embedded", "scripted"] = "embedded"
+    """"embedded" samples from the trainer's own weights; "scripted" plays a file, for tests and debugging."""
+    max_running: PositiveInt = 64
+    """How many requests decode at the same time."""
+    cache_slots: PositiveInt = 128
+    """How many sequences the prefix cache holds, running ones included."""
+    context_length: PositiveInt = 1024
+    """The most tokens a prompt plus its completion may have."""
+    prefill_tokens: PositiveInt = 512
+    """How many prompt tokens one engine step computes at most."""
+
+    @model_validator(mode="after")
+    def _slots_hold_the_running(self) -> EngineConfig:
+        if self.cache_slots < self.max_running:
+            raise ValueError(
+                f"engine.cache_slots = {self.cache_slots} is less than engine.max_running = {self.max_running}; "
+                "every running request needs a slot"
+            )
+        return self
+
+
+class EnvConfig(_Section):
+    """What is to be learned."""
+
+    kind: Literal["shell"] = "shell"
+    """"shell": generated questions about files, answered with shell commands."""
+    seed: int = 0
+    """Tasks are generated from it."""
+    levels: tuple[PositiveInt, ...] = (1, 2, 3)
+    """Which rungs of the difficulty ladder appear: the number of tool calls that the oracle needs."""
+    command_timeout_s: PositiveFloat = 10.0
+    """Deadline of one command in the sandbox."""
+
+
+class AgentConfig(_Section):
+    """The program that acts. Exactly one of `file` and `command`."""
+
+    file: str | None = None
+    """A Python file with `async def agent(task)`; a path relative to the run file."""
+    command: str | None = None
+    """A command line started inside the sandbox instead."""
+    workers: PositiveInt = 1
+    """Warm worker processes for `file`."""
+    concurrency: PositiveInt = 64
+    """Rollouts in flight at once, over all workers."""
+    timeout_s: PositiveFloat = 120.0
+    """Deadline of one rollout."""
+    max_completion_tokens: PositiveInt = 128
+    """The most tokens of one answer of the model; a smaller limit that the agent sends wins."""
+    max_calls: PositiveInt = 12
+    """Model calls after which a rollout is truncated."""
+
+    @model_validator(mode="after")
+    def _one_agent(self) -> AgentConfig:
+        if (self.file is None) == (self.command is None):
+            given = "both" if self.file is not None else "neither"
+            raise ValueError(f"set exactly one of agent.file and agent.command; {given} is set")
+        return self
+
+
+class WarmStartConfig(_Section):
+    """Supervised fine-tuning on oracle demonstrations before RL. `demonstrations = 0` switches it off."""
+
+    demonstrations: Annotated[int, Field(ge=0)] = 0
+    """How many oracle demonstrations are shown."""
+    epochs: PositiveInt = 1
+    """How often each is shown."""
+    batch_size: PositiveInt = 8
+    """Demonstrations per optimizer step."""
+    lr: PositiveFloat = 1e-4
+    """Learning rate, constant."""
+
+
+class AlgorithmConfig(_Section):
+    """How rewards become a loss."""
+
+    kind: Literal["grpo"] = "grpo"
+    """"grpo": advantage = reward minus the mean of the group, clipped policy-gradient loss."""
+    group_size: Annotated[int, Field(ge=2)] = 8
+    """Rollouts per task."""
+    groups_per_step: PositiveInt = 8
+    """Groups with signal that a step wants."""
+    max_groups_per_step: PositiveInt = 16
+    """Active sampling: groups without signal are replaced until `groups_per_step` have some or this many were sampled."""
+    normalize_std: bool = False
+    """Divide the advantage by the standard deviation of the group."""
+    clip_low: Fraction = 0.2
+    """The policy ratio is clipped below at 1 - clip_low."""
+    clip_high: PositiveFloat = 0.28
+    """The policy ratio is clipped above at 1 + clip_high."""
+    mismatch_cap: PositiveFloat = 2.0
+    """The engine-mismatch ratio p_old/q is truncated here (truncated importance sampling)."""
+
+    @model_validator(mode="after")
+    def _cap_holds_the_wanted(self) -> AlgorithmConfig:
+        if self.max_groups_per_step < self.groups_per_step:
+            raise ValueError(
+                f"algorithm.max_groups_per_step = {self.max_groups_per_step} is less than "
+                f"algorithm.groups_per_step = {self.groups_per_step}"
+            )
+        return self
+
+
+class TrainerConfig(_Section):
+    """How the loss becomes new weights."""
+
+    kind: Literal["local"] = "local"
+    """"local": one process, one device."""
+    lr: PositiveFloat = 2e-5
+    """Learning rate of RL."""
+    lr_warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps over which the learning rate rises linearly from 0."""
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    """AdamW's decay rates."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """AdamW's weight decay."""
+    max_grad_norm: PositiveFloat = 1.0
+    """Gradients are clipped to this global norm."""
+    tokens_per_microbatch: PositiveInt = 4096
+    """Unique tokens of one forward and backward pass."""
+    minibatches: PositiveInt = 1
+    """Optimizer steps per batch of rollouts. Above 1 the batch is split by groups and PPO clipping comes to bear."""
+
+
+class EvalConfig(_Section):
+    """Measuring on held-out tasks."""
+
+    tasks: Annotated[int, Field(ge=0)] = 200
+    """How many held-out tasks; 0 switches evaluation off."""
+    every: Annotated[int, Field(ge=0)] = 0
+    """Evaluate after each so many steps as well as before and after training; 0: only before and after."""
+    temperature: Annotated[float, Field(ge=0)] = 0.0
+    """Sampling temperature of evaluation; 0 is greedy."""
+
+
+class CheckpointConfig(_Section):
+    """What a crash can cost."""
+
+    every: PositiveInt = 5
+    """Steps between checkpoints. Steps since the last one are trained again from the stored rollouts on resume."""
+    keep: PositiveInt = 1
+    """How many of the newest checkpoints stay on disk."""
+
+
+class RunConfig(_Section):
+    """A whole run."""
+
+    name: str = "run"
+    """Shown in reports; the default run folder is runs/NAME."""
+    seed: int = 0
+    """Seeds sampling, task order and demonstrations."""
+    steps: PositiveInt = 20
+    """RL steps."""
+    temperature: PositiveFloat = 1.0
+    """Sampling temperature of training rollouts; the loss uses the same."""
+    budget_minutes: PositiveFloat | None = None
+    """Stop RL in time to finish evaluation within this many minutes; unset: no limit."""
+    model: ModelConfig = ModelConfig()
+    engine: EngineConfig = EngineConfig()
+    env: EnvConfig = EnvConfig()
+    agent: AgentConfig
+    warm_start: WarmStartConfig = WarmStartConfig()
+    algorithm: AlgorithmConfig = AlgorithmConfig()
+    trainer: TrainerConfig = TrainerConfig()
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()

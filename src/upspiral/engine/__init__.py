@@ -1,0 +1,1 @@
+"""Sources of sampled tokens: token ids in; ids, logprobs and versions out."""

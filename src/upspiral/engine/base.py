@@ -1,0 +1,68 @@
+"""The engine protocol: token ids in; token ids, log-probabilities and policy versions out.
+
+An engine knows no messages and no text. Rendering and parsing belong to the gateway.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from upspiral.types import FinishReason, SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationChunk:
+    """What one or more decoding steps produced. The three lists have equal length.
+
+    Only the last chunk of a generation has a `finish_reason`; it may carry no tokens. With reason "stop" the stop
+    token is the last sampled token: it was sampled, so it is recorded and trained.
+    """
+
+    token_ids: Sequence[int] = ()
+    logprobs: Sequence[float] = ()
+    """Natural log, under the distribution that was sampled from (after temperature and filters; at temperature 0 under
+    the model's plain softmax)."""
+    versions: Sequence[int] = ()
+    finish_reason: FinishReason | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """A snapshot for metrics; counters only grow."""
+
+    running: int = 0
+    waiting: int = 0
+    sampled_tokens: int = 0
+    prefilled_tokens: int = 0
+    """Prompt tokens that were computed."""
+    reused_tokens: int = 0
+    """Prompt tokens whose keys and values came from the prefix cache."""
+    extra: Mapping[str, float] = field(default_factory=dict)
+
+
+class Engine(Protocol):
+    """Any source of sampled tokens. All methods are called from one asyncio event loop."""
+
+    @property
+    def context_length(self) -> int:
+        """The most tokens that prompt plus completion may have."""
+        ...
+
+    @property
+    def version(self) -> int:
+        """The policy version that the next sampled token will carry."""
+        ...
+
+    def generate(self, prompt_ids: Sequence[int], params: SamplingParams) -> AsyncIterator[GenerationChunk]:
+        """Samples a completion. Closing the iterator (`aclose`, or cancelling the task that reads it) cancels the
+        generation. Raises ContextLengthError when the prompt leaves no room for one token, EngineError when
+        inference fails."""
+        ...
+
+    def stats(self) -> EngineStats: ...
+
+    async def start(self) -> None: ...
+
+    async def stop(self) -> None: ...

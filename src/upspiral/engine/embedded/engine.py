@@ -1,0 +1,280 @@
+"""The embedded engine: one thread that turns the trainer's weights into tokens for an asyncio event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import AsyncIterator, Iterator
+from collections.abc import Sequence as SequenceOf
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from upspiral.config.models import EngineConfig
+from upspiral.engine.base import EngineStats, GenerationChunk
+from upspiral.engine.embedded.cache import SlotCache
+from upspiral.engine.embedded.llama import LlamaForward
+from upspiral.engine.embedded.sampler import sample
+from upspiral.engine.embedded.scheduler import Scheduler
+from upspiral.engine.embedded.sequence import Batch, Delivery, Sequence
+from upspiral.errors import ConfigError, ContextLengthError, DeadlineError, EngineError, RequestError
+from upspiral.types import SamplingParams
+from upspiral.weights.load import LoadedModel
+
+_log = logging.getLogger(__name__)
+
+_TOKEN_DEADLINE_S = 900.0
+"""How long a request waits for its next token; a trainer step or a full queue may stand before it."""
+_STEP_DEADLINE_S = 120.0
+"""How long a pause or a stop waits for the step under way."""
+
+
+class EmbeddedEngine:
+    """Continuous batching over a shared prefix cache; see engine/base.py for what callers may rely on.
+
+    Weights are those of `model`, updated in place by the trainer between steps: hold `paused()` around the update, then
+    call `publish`. Sampling is a function of `seed`, the request's seed (or its number in the order of arrival) and the
+    logits, not of the batch. Does not set torch's number of threads.
+    """
+
+    def __init__(self, model: LoadedModel, config: EngineConfig, *, seed: int):
+        limit = model.config.max_position_embeddings
+        if config.context_length > limit:
+            raise ConfigError(
+                f"engine.context_length = {config.context_length}, but the model was made for {limit} positions "
+                f"(max_position_embeddings); set engine.context_length to at most {limit}"
+            )
+        self._model, self._config, self._seed = model, config, seed
+        self._cache = SlotCache(model, config.cache_slots, config.context_length)
+        self._scheduler = Scheduler(self._cache, config)
+        self._forward = LlamaForward(model, self._cache)
+        self._changed = threading.Condition()
+        # Guarded by _changed:
+        self._arrived: list[Sequence] = []
+        self._pauses = 0
+        self._stepping = False
+        self._stopping = False
+        # Written by one thread only:
+        self._requests = 0
+        self._sampled_tokens = self._prefilled_tokens = self._steps = self._failed_steps = 0
+        self._thread: threading.Thread | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    @property
+    def context_length(self) -> int:
+        return self._config.context_length
+
+    @property
+    def version(self) -> int:
+        return self._cache.version
+
+    # ---- the event loop's side
+
+    async def start(self) -> None:
+        """Starts the engine thread. Starting a running engine does nothing."""
+        if self._thread is None:
+            self._loop, self._stopping = asyncio.get_running_loop(), False
+            self._thread = threading.Thread(target=self._serve, name="embedded-engine", daemon=True)
+            self._thread.start()
+
+    async def stop(self) -> None:
+        """Ends the thread after the step under way; requests still open get EngineError."""
+        thread, self._thread = self._thread, None
+        if thread is None:
+            return
+        with self._changed:
+            self._stopping = True
+            self._changed.notify_all()
+        await asyncio.to_thread(thread.join, _STEP_DEADLINE_S)
+        if thread.is_alive():
+            raise DeadlineError(f"the embedded engine's last step did not end within {_STEP_DEADLINE_S:.0f} s")
+
+    async def generate(self, prompt_ids: SequenceOf[int], params: SamplingParams) -> AsyncIterator[GenerationChunk]:
+        """See Engine.generate. Raises RequestError for token ids outside the vocabulary, DeadlineError when no token
+        comes for fifteen minutes."""
+        sequence = self._submit(prompt_ids, params)
+        try:
+            while True:
+                item = await self._next(sequence)
+                if isinstance(item, Exception):
+                    raise item
+                yield item
+                if item.finish_reason is not None:
+                    return
+        finally:
+            sequence.cancelled = True
+
+    async def _next(self, sequence: Sequence) -> Delivery:
+        if not sequence.deliveries.empty():
+            return sequence.deliveries.get_nowait()
+        try:
+            return await asyncio.wait_for(sequence.deliveries.get(), _TOKEN_DEADLINE_S)
+        except TimeoutError:
+            stats = self.stats()
+            raise DeadlineError(
+                f"no token from the embedded engine within {_TOKEN_DEADLINE_S:.0f} s ({stats.running} requests running, "
+                f"{stats.waiting} waiting, paused: {self._pauses > 0})"
+            ) from None
+
+    def _submit(self, prompt_ids: SequenceOf[int], params: SamplingParams) -> Sequence:
+        if self._thread is None:
+            raise EngineError("the embedded engine is not running; call start() first")
+        prompt = self._check_prompt(prompt_ids, params)
+        sequence = Sequence(
+            prompt_ids=prompt,
+            params=params,
+            max_tokens=min(params.max_tokens, self.context_length - len(prompt)),
+            random=self._random(params),
+            deliveries=asyncio.Queue(),
+        )
+        with self._changed:
+            self._arrived.append(sequence)
+            self._changed.notify_all()
+        return sequence
+
+    def _check_prompt(self, prompt_ids: SequenceOf[int], params: SamplingParams) -> NDArray[np.int32]:
+        if len(prompt_ids) >= self.context_length:
+            raise ContextLengthError(
+                f"the prompt has {len(prompt_ids)} tokens, but prompt and completion together may have "
+                f"{self.context_length}; shorten the prompt or raise engine.context_length"
+            )
+        if len(prompt_ids) == 0 or params.max_tokens < 1:
+            raise RequestError(
+                f"a prompt of {len(prompt_ids)} tokens with max_tokens = {params.max_tokens}: both must be at least 1"
+            )
+        prompt = np.asarray(prompt_ids, np.int32)
+        vocabulary = self._model.config.vocab_size
+        if prompt.min() < 0 or prompt.max() >= vocabulary:
+            raise RequestError(
+                f"the prompt has token ids from {prompt.min()} to {prompt.max()}, but the model's vocabulary is "
+                f"0 to {vocabulary - 1}; was it rendered for another model?"
+            )
+        return prompt
+
+    def _random(self, params: SamplingParams) -> np.random.Generator:
+        number, self._requests = self._requests, self._requests + 1
+        by_request = (1, number) if params.seed is None else (2, params.seed)
+        # Seeds may be negative, a seed sequence takes words of 64 bits.
+        return np.random.default_rng([part % 2**64 for part in (self._seed, *by_request)])
+
+    def stats(self) -> EngineStats:
+        scheduler = self._scheduler
+        return EngineStats(
+            running=len(scheduler.prefilling) + len(scheduler.decoding),
+            waiting=len(scheduler.waiting) + len(self._arrived),
+            sampled_tokens=self._sampled_tokens,
+            prefilled_tokens=self._prefilled_tokens,
+            reused_tokens=scheduler.reused_tokens,
+            extra={
+                "steps": self._steps,
+                "failed_steps": self._failed_steps,
+                "evictions": self._cache.evictions,
+                "cached_tokens": int(self._cache.lengths.sum()),
+            },
+        )
+
+    # ---- the trainer's side, from any thread
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """No step runs inside. Requests wait and go on afterwards. Blocks for at most the step under way."""
+        deadline = time.monotonic() + _STEP_DEADLINE_S
+        with self._changed:
+            self._pauses += 1
+            ended = self._changed.wait_for(lambda: not self._stepping, deadline - time.monotonic())
+        try:
+            if not ended:
+                raise DeadlineError(f"the embedded engine's step did not end within {_STEP_DEADLINE_S:.0f} s of a pause")
+            yield
+        finally:
+            with self._changed:
+                self._pauses -= 1
+                self._changed.notify_all()
+
+    def publish(self, version: int) -> None:
+        """The weights have changed in place: tokens carry `version` from now on and no prefix is reused across it.
+
+        Generations under way go on, on the keys and values they have. Raises ModelError when a weight was replaced
+        instead of updated in place.
+        """
+        with self.paused():
+            self._model.check_fused()
+            self._cache.forget(version)
+
+    # ---- the engine thread
+
+    def _serve(self) -> None:
+        with torch.inference_mode():
+            while self._await_work():
+                try:
+                    self._step()
+                except Exception as error:
+                    self._failed_steps += 1
+                    _log.exception("step %d of the embedded engine failed", self._steps)
+                    self._abandon(EngineError(f"the embedded engine failed: {error}"), error)
+        self._abandon(EngineError("the embedded engine was stopped"))
+
+    def _await_work(self) -> bool:
+        """Blocks while there is nothing to do: idling waits for nobody in particular and so has no deadline."""
+        with self._changed:
+            self._stepping = False
+            self._changed.notify_all()
+            self._changed.wait_for(
+                lambda: self._stopping or (not self._pauses and (self._arrived or self._scheduler.has_work))
+            )
+            self._stepping = not self._stopping
+            return self._stepping
+
+    def _step(self) -> None:
+        batch = self._scheduler.schedule(self._take_arrived())
+        if batch:
+            token_ids, logprobs = self._run(batch)
+            self._postprocess(batch, token_ids, logprobs)
+
+    def _take_arrived(self) -> list[Sequence]:
+        with self._changed:
+            arrived, self._arrived = self._arrived, []
+        return arrived
+
+    def _run(self, batch: Batch) -> tuple[list[int], list[float]]:
+        logits = self._forward.logits(batch)
+        if not batch.sampling:
+            return [], []
+        uniforms = [sequence.random.random() for sequence in batch.sampling]
+        token_ids, logprobs = sample(logits, [sequence.params for sequence in batch.sampling], uniforms)
+        if not np.isfinite(logprobs).all():
+            raise EngineError("the model's logits are not finite; the weights may have diverged")
+        return token_ids, logprobs
+
+    def _postprocess(self, batch: Batch, token_ids: list[int], logprobs: list[float]) -> None:
+        self._scheduler.advance(batch)
+        version, deliveries = self.version, []
+        for sequence, token_id, logprob in zip(batch.sampling, token_ids, logprobs, strict=True):
+            self._cache.append(sequence.slot, token_id)
+            reason = sequence.accept(token_id)
+            if reason is not None:
+                self._scheduler.finish(sequence)
+            deliveries.append((sequence, GenerationChunk((token_id,), (logprob,), (version,), reason)))
+        self._steps += 1
+        self._sampled_tokens += len(token_ids)
+        self._prefilled_tokens += sum(chunk.count for chunk in batch.chunks)
+        self._send(deliveries)
+
+    def _abandon(self, error: EngineError, cause: Exception | None = None) -> None:
+        error.__cause__ = cause
+        self._send([(sequence, error) for sequence in self._scheduler.abandon() + self._take_arrived()])
+
+    def _send(self, deliveries: list[tuple[Sequence, Delivery]]) -> None:
+        assert self._loop is not None
+        # One call for all of a step: waking the loop costs more than what it does there.
+        if deliveries and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(_deliver, deliveries)
+
+
+def _deliver(deliveries: list[tuple[Sequence, Delivery]]) -> None:
+    for sequence, item in deliveries:
+        sequence.deliveries.put_nowait(item)

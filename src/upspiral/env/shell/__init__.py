@@ -1,0 +1,1 @@
+"""Generated questions about files, answered with shell commands."""

@@ -1,0 +1,93 @@
+"""Every error that upspiral raises on purpose.
+
+    UpspiralError
+    ├── ConfigError            a key, value or combination in the run file cannot work
+    ├── ModelError             a model folder, checkpoint or chat template cannot be used
+    │   └── TemplateError      the chat template is not append-only or cannot render what is asked
+    ├── RequestError           what an agent sent to the gateway cannot be served (HTTP 4xx)
+    │   ├── ContextLengthError the prompt does not fit the model's context
+    │   ├── UnknownKeyError    no rollout has this key (HTTP 401)
+    │   └── SealedRolloutError the rollout has ended; nothing more is recorded (HTTP 409)
+    ├── EngineError            inference failed (infrastructure: the rollout is masked)
+    ├── SandboxError           a sandbox could not be made or broke (infrastructure)
+    │   └── CapabilityError    the backend cannot do what the spec asks, said at acquire
+    ├── AgentError             the agent crashed, hung or broke the protocol
+    ├── DeadlineError          a wait ran past its deadline; the message names what it waited for
+    ├── StoreError             the trajectory store or a checkpoint could not be written or read
+    └── LedgerError            sampled tokens are unaccounted for; training stops
+
+Messages for users name what was given and what to do. Infrastructure errors never become a reward (DESIGN law 6).
+"""
+
+from __future__ import annotations
+
+
+class UpspiralError(Exception):
+    """Base of all of them."""
+
+
+class ConfigError(UpspiralError, ValueError):
+    """A key, value or combination in the run file cannot work."""
+
+
+class ModelError(UpspiralError, ValueError):
+    """A model folder, checkpoint or chat template cannot be used."""
+
+
+class TemplateError(ModelError):
+    """The chat template is not append-only or cannot render what is asked."""
+
+
+class RequestError(UpspiralError, ValueError):
+    """What an agent sent to the gateway cannot be served. `status` is the HTTP status, `code` a stable short name."""
+
+    status = 400
+    code = "invalid_request"
+
+
+class ContextLengthError(RequestError):
+    """The prompt does not fit the model's context."""
+
+    code = "context_length_exceeded"
+
+
+class UnknownKeyError(RequestError):
+    """No rollout has this key."""
+
+    status = 401
+    code = "invalid_api_key"
+
+
+class SealedRolloutError(RequestError):
+    """The rollout has ended; nothing more is recorded."""
+
+    status = 409
+    code = "rollout_sealed"
+
+
+class EngineError(UpspiralError, RuntimeError):
+    """Inference failed. Infrastructure: the rollout is masked, never rewarded."""
+
+
+class SandboxError(UpspiralError, RuntimeError):
+    """A sandbox could not be made or broke. Infrastructure: the rollout is masked, never rewarded."""
+
+
+class CapabilityError(SandboxError):
+    """The sandbox backend cannot do what the spec asks."""
+
+
+class AgentError(UpspiralError, RuntimeError):
+    """The agent crashed, hung or broke the protocol."""
+
+
+class DeadlineError(UpspiralError, TimeoutError):
+    """A wait ran past its deadline. The message names what it waited for."""
+
+
+class StoreError(UpspiralError, OSError):
+    """The trajectory store or a checkpoint could not be written or read."""
+
+
+class LedgerError(UpspiralError, RuntimeError):
+    """Sampled tokens are unaccounted for."""

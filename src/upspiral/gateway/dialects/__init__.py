@@ -1,0 +1,1 @@
+"""Translations between wire APIs and Message."""

@@ -1,0 +1,1 @@
+"""The run: which rollouts to start, when a batch ships, how it resumes."""

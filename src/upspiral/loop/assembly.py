@@ -1,0 +1,108 @@
+"""Builds the parts of a run from its config, in the order in which bad input is cheapest to find, and stops them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from starlette.applications import Starlette
+from starlette.routing import Mount
+
+from upspiral.agent.base import AgentRunner
+from upspiral.agent.command import GATEWAY_PORT, CommandAgent
+from upspiral.agent.pool import WorkerPool
+from upspiral.config.models import RunConfig
+from upspiral.engine.embedded import EmbeddedEngine
+from upspiral.env.base import Environment
+from upspiral.env.registry import make_environment
+from upspiral.env.tool_server import ToolServer
+from upspiral.errors import ConfigError
+from upspiral.gateway.http import serve_app
+from upspiral.gateway.server import Gateway
+from upspiral.loop.folder import RunFolder
+from upspiral.loop.rollouts import Addresses, Limits, RolloutRunner, Stage
+from upspiral.monitor.progress import Progress
+from upspiral.rendering.renderer import Renderer
+from upspiral.sandbox.namespace import NamespaceBackend
+from upspiral.trainer.local import LocalTrainer
+from upspiral.trajectory.store import TrajectoryStore
+from upspiral.weights.load import LoadedModel, load_model
+from upspiral.weights.models import resolve_model
+
+TOOLS_PATH = "/tools"
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """The standing parts of a run."""
+
+    model: LoadedModel
+    renderer: Renderer
+    engine: EmbeddedEngine
+    trainer: LocalTrainer
+    environment: Environment
+    store: TrajectoryStore
+    gateway: Gateway
+    runner: RolloutRunner
+
+
+@asynccontextmanager
+async def assemble(config: RunConfig, folder: RunFolder, progress: Progress) -> AsyncIterator[Parts]:
+    """All parts, started. They are stopped, newest first, when the context ends."""
+    async with AsyncExitStack() as stack:
+        progress.phase("loading the model")
+        model_folder = resolve_model(config.model.path)
+        renderer = Renderer.from_folder(model_folder)
+        renderer.check_append_only()
+        agents = _agents(config)
+        environment = make_environment(config.env)
+        sandboxes = NamespaceBackend()
+        stack.push_async_callback(sandboxes.stop)
+        await agents.start()
+        stack.push_async_callback(agents.stop)
+        store = TrajectoryStore(folder.store)
+        stack.callback(store.close)
+        model = _load(config, model_folder)
+        trainer = LocalTrainer(model.module, config.trainer, config.algorithm, temperature=config.temperature)
+        engine = EmbeddedEngine(model, config.engine, seed=config.seed)
+        await engine.start()
+        stack.push_async_callback(engine.stop)
+        gateway = Gateway(renderer, engine, store, model_name=config.model.path)
+        stage = Stage(gateway, ToolServer(environment.tools), sandboxes, agents, environment, store)
+        addresses = await _serve(config, folder, stage, stack)
+        limits = Limits(config.agent.concurrency, config.agent.timeout_s, config.env.command_timeout_s)
+        runner = RolloutRunner(stage, addresses, limits)
+        yield Parts(model, renderer, engine, trainer, environment, store, gateway, runner)
+
+
+def _agents(config: RunConfig) -> AgentRunner:
+    if config.agent.command is not None:
+        return CommandAgent(config.agent.command)
+    assert config.agent.file is not None, "the config has exactly one of agent.file and agent.command"
+    return WorkerPool(Path(config.agent.file), workers=config.agent.workers)
+
+
+def _load(config: RunConfig, model_folder: Path) -> LoadedModel:
+    torch.manual_seed(config.seed)
+    torch.set_num_threads(config.model.threads or os.cpu_count() or 1)
+    device = config.model.device
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError('model.device = "cuda" but torch sees no CUDA device; use "auto" or "cpu"')
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return load_model(model_folder, dtype=config.model.dtype, device=device)
+
+
+async def _serve(config: RunConfig, folder: RunFolder, stage: Stage, stack: AsyncExitStack) -> Addresses:
+    """Gateway and tools on one loopback port, and on a unix socket for agents that run inside the sandbox."""
+    app = Starlette(routes=[Mount(TOOLS_PATH, app=stage.tools.app), Mount("/", app=stage.gateway.app)])
+    url = await stack.enter_async_context(serve_app(app, host="127.0.0.1", port=0))
+    sockets: tuple[tuple[int, str], ...] = ()
+    if config.agent.command is not None:
+        await stack.enter_async_context(serve_app(app, unix_socket=folder.gateway_socket))
+        sockets = ((GATEWAY_PORT, str(folder.gateway_socket)),)
+    return Addresses(f"{url}/v1", url + TOOLS_PATH, config.model.path, sockets)

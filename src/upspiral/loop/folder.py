@@ -1,0 +1,85 @@
+"""A run is a folder: everything about it can be read by a person or a script (DESIGN section 4)."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from upspiral.config.loader import dump_toml, load_run_config
+from upspiral.config.models import RunConfig
+from upspiral.errors import ConfigError
+
+# Keys that change nothing about what was learned so far; all others must be as they were when a run is resumed.
+MAY_CHANGE_ON_RESUME = ("steps", "budget_minutes", "checkpoint", "agent.workers", "agent.concurrency", "model.threads")
+
+
+@dataclass(frozen=True, slots=True)
+class RunFolder:
+    """The paths of a run. The lock makes sure that one process at a time runs it."""
+
+    path: Path
+    resumed: bool
+    lock: int
+
+    @classmethod
+    def open(cls, path: Path, config: RunConfig, *, resume: bool) -> RunFolder:
+        """Creates or reopens the folder. Raises ConfigError when it holds another run, is in use, or resume has
+        nothing to resume."""
+        resolved = path / "config.resolved.toml"
+        if resume and not resolved.exists():
+            raise ConfigError(f"--resume: {path} holds no run (no config.resolved.toml); leave --resume out to start one")
+        if not resume and resolved.exists():
+            raise ConfigError(f"{path} already holds a run; continue it with --resume or choose another folder with --run")
+        path.mkdir(parents=True, exist_ok=True)
+        lock = _lock(path)
+        if resume:
+            _check_same_run(load_run_config(resolved, ()), config, resolved)
+        resolved.write_text(dump_toml(config), encoding="utf-8")
+        return cls(path, resume, lock)
+
+    @property
+    def store(self) -> Path:
+        return self.path / "trajectories.db"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def gateway_socket(self) -> Path:
+        return self.path / "gateway.sock"
+
+    def close(self) -> None:
+        os.close(self.lock)
+
+
+def _lock(path: Path) -> int:
+    handle = os.open(path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(handle)
+        raise ConfigError(f"{path} is in use by another upspiral process; stop it first") from error
+    return handle
+
+
+def _check_same_run(before: RunConfig, now: RunConfig, resolved: Path) -> None:
+    changed = sorted(
+        key for key in {*_flat(before), *_flat(now)}
+        if _flat(before).get(key) != _flat(now).get(key) and not key.startswith(MAY_CHANGE_ON_RESUME)
+    )
+    if changed:
+        listed = ", ".join(f"{key} was {_flat(before).get(key)!r}, is {_flat(now).get(key)!r}" for key in changed)
+        raise ConfigError(f"--resume: this is not the run of {resolved}: {listed}; set them back or start a new run")
+
+
+def _flat(config: RunConfig) -> dict[str, object]:
+    flat: dict[str, object] = {}
+    for key, value in config.model_dump().items():
+        if isinstance(value, dict):
+            flat.update({f"{key}.{inner}": content for inner, content in value.items()})
+        else:
+            flat[key] = value
+    return flat

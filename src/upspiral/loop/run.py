@@ -1,0 +1,178 @@
+"""A run: collect -> credit -> pack -> step -> publish, with evaluation, checkpoints and resume.
+
+The whole of a run lies in its folder (DESIGN section 4). What it does not do: run collection and training at the same time.
+On one machine both want the same cores; the engine is paused while the trainer computes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from upspiral.algorithm.grpo import grpo_credit
+from upspiral.config.models import RunConfig
+from upspiral.eval.heldout import evaluation_line
+from upspiral.loop.assembly import Parts, assemble
+from upspiral.loop.clock import Clock
+from upspiral.loop.collect import Collector, OnProgress
+from upspiral.loop.folder import RunFolder
+from upspiral.loop.step_line import step_line
+from upspiral.loop.warm_start import successful, warm_start_steps
+from upspiral.monitor.lines import ledger_line
+from upspiral.monitor.metrics import MetricsLog
+from upspiral.monitor.progress import Progress
+from upspiral.loop.budget import Budget
+from upspiral.trainer.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from upspiral.trainer.forest import ForestBatch, pack
+from upspiral.trajectory.ledger import check_closed
+
+
+@dataclass(frozen=True, slots=True)
+class RunResult:
+    """How a run ended."""
+
+    folder: Path
+    steps: int
+    evaluations: Sequence[dict[str, Any]]
+    """The metric lines of the evaluations, first to last."""
+    stopped: str = ""
+    """Why it stopped before its last step; empty when it did not."""
+
+
+def run_training(config: RunConfig, run_folder: Path, *, resume: bool, progress: Progress) -> RunResult:
+    """Runs, or resumes, a training run. Raises UpspiralError for anything the user can mend."""
+    folder = RunFolder.open(run_folder, config, resume=resume)
+    return asyncio.run(_run(config, folder, progress))
+
+
+async def _run(config: RunConfig, folder: RunFolder, progress: Progress) -> RunResult:
+    with progress:
+        async with assemble(config, folder, progress) as parts:
+            return await Run(config, folder, parts, progress).train()
+
+
+class Run:
+    """The state of a run in progress. Step s of 1 ... `config.steps` turns policy version s - 1 into version s."""
+
+    def __init__(self, config: RunConfig, folder: RunFolder, parts: Parts, progress: Progress) -> None:
+        self._config = config
+        self._folder = folder
+        self._parts = parts
+        self._progress = progress
+        self._collector = Collector(config, parts)
+        self._metrics = MetricsLog(folder.path)
+        self._evaluations: list[dict[str, Any]] = []
+        self._budget = Budget(config.budget_minutes)
+
+    async def train(self) -> RunResult:
+        done = await self._restore_or_warm_start()
+        await self._evaluate(done)
+        while done < self._config.steps and self._budget.allows_a_step():
+            done += 1
+            await self._train_step(done)
+            last = done == self._config.steps
+            if done % self._config.checkpoint.every == 0 or last:
+                await self._checkpoint(done)
+            if self._config.eval.every and done % self._config.eval.every == 0 and not last:
+                await self._evaluate(done)
+        if done < self._config.steps:
+            await self._checkpoint(done)
+        await self._evaluate(done)
+        stopped = "" if done == self._config.steps else self._budget.reason
+        self._metrics.note(done, stopped or "finished", finished=True)
+        return RunResult(self._folder.path, done, self._evaluations, stopped)
+
+    async def _train_step(self, step: int) -> None:
+        clock = Clock()
+        groups = await self._collector.train_groups(step, self._on_rollouts("collecting rollouts"))
+        clock.lap("collect")
+        credits = grpo_credit(groups, self._config.algorithm)
+        batches = pack(self._collector.credited(groups, credits), self._config.trainer.tokens_per_microbatch)
+        trained = await self._optimize(batches, kind="policy", lr=self._lr(step))
+        clock.lap("train")
+        self._parts.engine.publish(step)
+        self._parts.store.record_step(step, credits)
+        ledger = self._parts.store.ledger(step=step, split="train")
+        check_closed(ledger, f"step {step}")
+        clock.lap("publish")
+        line = step_line(groups, credits, trained, clock.seconds) | {
+            "version": step,
+            "ledger": ledger_line(ledger),
+        }
+        self._budget.step_took(clock.seconds["total"])
+        self._progress.step(self._metrics.append("step", step, line))
+
+    async def _optimize(self, batches: Sequence[ForestBatch], *, kind: str, lr: float) -> dict[str, Any]:
+        """Gradient and optimizer steps over the batches. The engine sleeps meanwhile: its weights are being written."""
+        self._progress.phase("training", 0, len(batches))
+        async with self._parts.engine.paused():
+            return await asyncio.to_thread(self._parts.trainer.step, batches, kind=kind, lr=lr)
+
+    async def _evaluate(self, step: int) -> None:
+        if not self._config.eval.tasks:
+            return
+        clock = Clock()
+        judged = await self._collector.evaluate(step, self._on_rollouts("evaluating on held-out tasks"))
+        clock.lap("evaluate")
+        line = evaluation_line(judged) | {
+            "version": self._parts.engine.version,
+            "temperature": self._config.eval.temperature,
+            "seconds": clock.seconds["total"],
+            "ledger": ledger_line(self._parts.store.ledger(step=step, split="eval")),
+        }
+        self._budget.evaluation_took(clock.seconds["total"])
+        self._evaluations.append(self._metrics.append("eval", step, line))
+        self._progress.evaluation(self._evaluations[-1])
+
+    async def _restore_or_warm_start(self) -> int:
+        """Steps that are already done."""
+        self._collector.abandon_interrupted()
+        checkpoint = latest_checkpoint(self._folder.checkpoints)
+        if checkpoint is None:
+            await self._warm_start()
+            await self._checkpoint(0)
+            return 0
+        async with self._parts.engine.paused():
+            state = await asyncio.to_thread(load_checkpoint, checkpoint)
+            self._parts.trainer.load_state_dict(state)
+        done = int(state["step"])
+        self._parts.engine.publish(done)
+        self._metrics.resumed(done + 1)
+        self._progress.note(f"resumed after step {done}")
+        return done
+
+    async def _warm_start(self) -> None:
+        settings = self._config.warm_start
+        if not settings.demonstrations:
+            return
+        clock = Clock()
+        shown = successful(await self._collector.demonstrations(self._on_rollouts("collecting demonstrations")))
+        clock.lap("collect")
+        losses = []
+        for batches in warm_start_steps(shown, self._config):
+            trained = await self._optimize(batches, kind="sft", lr=settings.lr)
+            losses.append(trained["loss"])
+        clock.lap("train")
+        self._parts.trainer.reset_optimizer()
+        self._parts.engine.publish(0)
+        line = {"demonstrations": len(shown), "steps": len(losses), "losses": losses, "seconds": clock.seconds}
+        self._metrics.append("warm_start", 0, line)
+        self._progress.note(f"warm start: {len(shown)} demonstrations, loss {losses[0]:.3f} -> {losses[-1]:.3f}")
+
+    async def _checkpoint(self, step: int) -> None:
+        self._progress.phase("writing a checkpoint")
+        state = {**self._parts.trainer.state_dict(), "step": step}
+        await asyncio.to_thread(
+            save_checkpoint, self._folder.checkpoints, state, step=step, keep=self._config.checkpoint.keep
+        )
+
+    def _lr(self, step: int) -> float:
+        warmup = self._config.trainer.lr_warmup_steps
+        return self._config.trainer.lr * (min(step / warmup, 1.0) if warmup else 1.0)
+
+    def _on_rollouts(self, phase: str) -> OnProgress:
+        return lambda done, started: self._progress.phase(phase, done, started)

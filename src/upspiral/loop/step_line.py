@@ -1,0 +1,39 @@
+"""The metric line of one training step."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from statistics import fmean, pstdev
+from typing import Any
+
+from upspiral.algorithm.grpo import ScoredRollout, has_signal
+from upspiral.types import RolloutCredit, RolloutStatus
+
+Groups = Mapping[str, Sequence[ScoredRollout]]
+
+
+def step_line(groups: Groups, credits: Sequence[RolloutCredit], trained: Mapping[str, Any], seconds: Mapping[str, float]) -> dict[str, Any]:
+    """Rewards, signal, tokens and speed of a step. `trained` is what the trainer measured."""
+    scored = [one for group in groups.values() for one in group]
+    rewards = [one.rollout.reward for one in scored if one.rollout.reward is not None]
+    masked = {credit.rollout_id for credit in credits if credit.masked is not None}
+    sampled = sum(one.graph.num_sampled for one in scored)
+    trained_tokens = sum(one.graph.num_sampled for one in scored if one.rollout.id not in masked)
+    return {
+        "reward_mean": fmean(rewards) if rewards else None,
+        "reward_std": pstdev(rewards) if rewards else None,
+        "groups_sampled": len(groups),
+        "groups_with_signal": sum(has_signal(group) for group in groups.values()),
+        "rollouts": len(scored),
+        "rollouts_failed": sum(one.rollout.status is RolloutStatus.FAILED for one in scored),
+        "failures": dict(Counter(one.rollout.reason for one in scored if one.rollout.reason)),
+        "effective_batch": len(scored) - len(masked),
+        "sampled_tokens": sampled,
+        "trained_tokens": trained_tokens,
+        "masked": dict(Counter(credit.masked for credit in credits if credit.masked is not None)),
+        "seconds": dict(seconds),
+        "sampled_tokens_per_s": sampled / max(seconds["collect"], 1e-9),
+        "trained_tokens_per_s": trained_tokens / max(seconds["train"], 1e-9),
+        **trained,
+    }

@@ -1,0 +1,1 @@
+"""Metrics, live progress and the report."""

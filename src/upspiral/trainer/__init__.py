@@ -1,0 +1,1 @@
+"""From a forest batch to an optimizer step."""

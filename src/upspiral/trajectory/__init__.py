@@ -1,0 +1,1 @@
+"""The trajectory graph of a rollout, its store, ledger and export."""

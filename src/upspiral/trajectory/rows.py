@@ -1,0 +1,104 @@
+"""The tables of the trajectory store, and nouns to rows and back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from upspiral.types import Message, Node, Rollout, RolloutStatus
+
+SCHEMA_VERSION = 1
+"""Kept in SQLite's user_version. Raise it when a table changes."""
+
+SCHEMA = f"""
+BEGIN IMMEDIATE;
+CREATE TABLE IF NOT EXISTS rollouts (
+    id TEXT PRIMARY KEY, task_id TEXT NOT NULL, group_id TEXT NOT NULL, split TEXT NOT NULL, step INTEGER NOT NULL,
+    status TEXT NOT NULL, reason TEXT NOT NULL, reward REAL, answer TEXT NOT NULL, instruction TEXT NOT NULL
+);
+CREATE INDEX IF NOT EXISTS rollouts_by_step ON rollouts (split, step);
+CREATE TABLE IF NOT EXISTS nodes (
+    rollout_id TEXT NOT NULL REFERENCES rollouts (id), id INTEGER NOT NULL, parent INTEGER, role TEXT NOT NULL,
+    reason TEXT NOT NULL,
+    token_ids BLOB NOT NULL,    -- int32, little-endian
+    sampled BLOB NOT NULL,      -- uint8, 0 or 1
+    logprobs BLOB NOT NULL,     -- float32, NaN where not sampled
+    versions BLOB NOT NULL,     -- int32
+    message TEXT,               -- JSON
+    finish_reason TEXT, delivered INTEGER NOT NULL, num_sampled INTEGER NOT NULL,
+    PRIMARY KEY (rollout_id, id)
+);
+CREATE TABLE IF NOT EXISTS credits (
+    rollout_id TEXT PRIMARY KEY REFERENCES rollouts (id), step INTEGER NOT NULL, group_id TEXT NOT NULL,
+    token_weight REAL NOT NULL, masked TEXT
+);
+CREATE INDEX IF NOT EXISTS credits_by_step ON credits (step);
+CREATE TABLE IF NOT EXISTS node_credits (
+    rollout_id TEXT NOT NULL, node_id INTEGER NOT NULL, step INTEGER NOT NULL, positive REAL NOT NULL,
+    negative REAL NOT NULL,
+    PRIMARY KEY (rollout_id, node_id), FOREIGN KEY (rollout_id, node_id) REFERENCES nodes (rollout_id, id)
+);
+CREATE INDEX IF NOT EXISTS node_credits_by_step ON node_credits (step);
+PRAGMA user_version = {SCHEMA_VERSION};
+COMMIT;
+"""
+
+ROLLOUT_COLUMNS = "id, task_id, group_id, split, step, status, reason, reward, answer, instruction"
+INSERT_ROLLOUT = f"INSERT INTO rollouts ({ROLLOUT_COLUMNS}) VALUES ({', '.join('?' * 10)})"
+
+NODE_COLUMNS = "id, parent, role, reason, token_ids, sampled, logprobs, versions, message, finish_reason, delivered"
+INSERT_NODE = f"INSERT INTO nodes (rollout_id, {NODE_COLUMNS}, num_sampled) VALUES ({', '.join('?' * 13)})"
+
+LEDGER_QUERY = f"""
+SELECT {ROLLOUT_COLUMNS}, (SELECT COUNT(*) FROM credits WHERE rollout_id = rollouts.id),
+    (SELECT masked FROM credits WHERE rollout_id = rollouts.id),
+    (SELECT COALESCE(SUM(num_sampled), 0) FROM nodes WHERE rollout_id = rollouts.id),
+    (SELECT COALESCE(SUM(num_sampled), 0) FROM nodes JOIN node_credits
+        ON nodes.rollout_id = node_credits.rollout_id AND nodes.id = node_credits.node_id
+        WHERE nodes.rollout_id = rollouts.id)
+FROM rollouts{{where}}
+"""
+
+
+def rollout_row(rollout: Rollout) -> tuple[Any, ...]:
+    return (
+        rollout.id, rollout.task_id, rollout.group_id, rollout.split, rollout.step, rollout.status.value,
+        rollout.reason, rollout.reward, rollout.answer, rollout.instruction,
+    )  # fmt: skip
+
+
+def rollout_of(row: tuple[Any, ...]) -> Rollout:
+    rollout_id, task_id, group_id, split, step, status, reason, reward, answer, instruction = row
+    return Rollout(
+        rollout_id, task_id, group_id, split, step, RolloutStatus(status), reason, reward, answer, instruction
+    )
+
+
+def node_row(rollout_id: str, node: Node) -> tuple[Any, ...]:
+    return (
+        rollout_id, node.id, node.parent, node.role, node.reason,
+        node.token_ids.astype("<i4").tobytes(), node.sampled.astype("u1").tobytes(),
+        node.logprobs.astype("<f4").tobytes(), node.versions.astype("<i4").tobytes(),
+        None if node.message is None else msgspec.json.encode(node.message).decode(),
+        node.finish_reason, node.delivered, node.num_sampled,
+    )  # fmt: skip
+
+
+def node_of(row: tuple[Any, ...]) -> Node:
+    """Raises ValueError for a row that cannot have been written by `node_row`."""
+    node_id, parent, role, reason, token_ids, sampled, logprobs, versions, message, finish_reason, delivered = row
+    return Node(
+        id=node_id,
+        parent=parent,
+        role=role,
+        reason=reason,
+        token_ids=np.frombuffer(token_ids, "<i4"),
+        sampled=np.frombuffer(sampled, "u1").astype(np.bool_),
+        logprobs=np.frombuffer(logprobs, "<f4"),
+        versions=np.frombuffer(versions, "<i4"),
+        message=None if message is None else msgspec.json.decode(message, type=Message),
+        finish_reason=finish_reason,
+        delivered=bool(delivered),
+    )

@@ -1,0 +1,1 @@
+"""Loading, versions, publication and export of weights."""

@@ -1,0 +1,131 @@
+"""The loader: values come through, and every kind of mistake is named with its key, what was given and a fix."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from upspiral.config.keys import all_keys, nearest_keys
+from upspiral.config.loader import dump_toml, load_run_config, toml_value
+from upspiral.config.models import RunConfig
+from upspiral.errors import ConfigError
+
+SURFACE = Path(__file__).parent / "surface.txt"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "agent.py").write_text("async def agent(task): ...\n")
+    return tmp_path
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "demo.toml"
+    path.write_text(text if "[agent]" in text else f'{text}\n[agent]\nfile = "agent.py"\n')
+    return path
+
+
+def problem(folder: Path, text: str, overrides: dict[str, str] | None = None) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_run_config(write(folder, text), overrides or {})
+    return str(caught.value)
+
+
+def test_values_come_through_and_flags_win(folder: Path) -> None:
+    path = write(folder, 'name = "mine"\nsteps = 3\n[trainer]\nlr = 1e-5\n')
+    config = load_run_config(path, {"steps": "7", "env.levels": "[2, 3]", "model.device": "cpu", "name": "5"})
+    assert (config.name, config.steps, config.trainer.lr) == ("5", 7, 1e-5)
+    assert (config.env.levels, config.model.device) == ((2, 3), "cpu")
+
+
+def test_the_agent_file_is_found_beside_the_run_file(folder: Path) -> None:
+    assert load_run_config(write(folder, "")).agent.file == str((folder / "agent.py").resolve())
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "message"),
+    [
+        ("[trainer]\nlrr = 1e-5", {}, "trainer.lrr = 1e-05 in demo.toml: no such key; did you mean trainer.lr?"),
+        ("[trainr]\nlr = 1", {}, "trainr.lr = 1 in demo.toml: no such key; did you mean trainer.lr?"),
+        ("group_size = 4", {}, "group_size = 4 in demo.toml: no such key; did you mean algorithm.group_size?"),
+        ("", {"zzz": "1"}, "zzz = 1 on the command line: no such key; valid are name, seed, steps"),
+        ("", {"name.x": "1"}, "name.x = 1 on the command line: no such key; name is not a section"),
+        ("", {"trainer.lr": "fast"}, 'trainer.lr = "fast" on the command line: input should be a valid number'),
+        ("steps = 0", {}, "steps = 0 in demo.toml: input should be greater than 0"),
+        ("trainer = 3", {}, "trainer = 3 in demo.toml: it is a section"),
+        ("[agent]\ntimeout_s = 9", {}, "set exactly one of agent.file and agent.command; neither is set"),
+        ("[agent]\nfile = 'gone.py'", {}, "agent.file"),
+        ("steps = ", {}, "demo.toml is not valid TOML"),
+        ("", {"engine.kind": "scripted"}, 'engine.kind = "scripted" on the command line: a scripted engine has no'),
+        ("", {"trainer.minibatches": "9"}, "more than algorithm.groups_per_step = 8"),
+        ("[warm_start]\nlr = 1e-3", {}, "warm_start.lr = 0.001 in demo.toml does nothing"),
+        ("", {"eval.tasks": "0", "eval.every": "2"}, "eval.every = 2 on the command line does nothing"),
+        ("[agent]\ncommand = 'x'\nworkers = 2", {}, "agent.workers = 2 in demo.toml does nothing"),
+        ("steps = 2", {"trainer.lr_warmup_steps": "3"}, "more than steps = 2"),
+        ("steps = 2", {"eval.every": "3"}, "more than steps = 2, so it never happens"),
+        ("", {"engine.context_length": "128"}, "agent.max_completion_tokens = 128 (the default): leaves no room"),
+        ("", {"engine.cache_slots": "3"}, "engine.cache_slots = 3 is less than engine.max_running = 64"),
+    ],
+)
+def test_a_mistake_is_named(folder: Path, text: str, overrides: dict[str, str], message: str) -> None:
+    assert message in problem(folder, text, overrides)
+
+
+def test_all_mistakes_are_told_at_once(folder: Path) -> None:
+    text = problem(folder, "stepps = 3\n[trainer]\nlr = -1.0\nlrr = 2", {"model.dtype": "int8"})
+    assert text.startswith("4 problems")
+    assert all(key in text for key in ("stepps", "trainer.lr =", "trainer.lrr", "model.dtype"))
+
+
+def test_a_missing_run_file_and_a_missing_agent_section_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no run file at"):
+        load_run_config(tmp_path / "nothing.toml")
+    (tmp_path / "bare.toml").write_text("steps = 1\n")
+    with pytest.raises(ConfigError, match=r"set agent\.file or agent\.command"):
+        load_run_config(tmp_path / "bare.toml")
+
+
+def test_a_dumped_config_loads_to_itself(folder: Path) -> None:
+    config = load_run_config(write(folder, ""), {"budget_minutes": "3.5", "trainer.betas": "[0.8, 0.99]"})
+    copy = folder / "elsewhere" / "config.resolved.toml"
+    copy.parent.mkdir()
+    copy.write_text(dump_toml(config))
+    assert load_run_config(copy) == config
+
+
+@given(text=st.text(st.characters(exclude_categories=("Cs",))), number=st.floats(allow_nan=False), whole=st.integers())
+def test_any_value_survives_toml(text: str, number: float, whole: int) -> None:
+    import tomllib
+
+    values: dict[str, Any] = {"text": text, "number": number, "list": [whole, whole], "yes": True}
+    written = "\n".join(f"{key} = {toml_value(value)}" for key, value in values.items())
+    assert tomllib.loads(written) == values
+
+
+def test_every_key_says_what_it_means() -> None:
+    assert [key.name for key in all_keys().values() if not key.doc] == []
+
+
+@given(key=st.sampled_from(sorted(all_keys())), position=st.integers(0, 60))
+def test_one_lost_letter_still_finds_the_key(key: str, position: int) -> None:
+    leaf_start = key.rfind(".") + 1
+    lost = leaf_start + position % (len(key) - leaf_start)
+    wrong = key[:lost] + key[lost + 1 :]
+    if len(key) - leaf_start > 3 and wrong not in all_keys():
+        assert key in nearest_keys(wrong)
+
+
+def test_the_surface_is_frozen() -> None:
+    """A new key, or a new default, shows in review as a change of surface.txt."""
+    surface = "".join(f"{key.name} = {toml_value(key.default)}\n" for key in all_keys().values())
+    assert surface == SURFACE.read_text(), f"the run file's keys changed; write this to {SURFACE}:\n{surface}"
+
+
+def test_the_models_build_without_a_file() -> None:
+    config = RunConfig.model_validate({"agent": {"command": "true"}})
+    assert "workers" not in dump_toml(config)
