@@ -1,7 +1,7 @@
 """An ordinary tool-calling agent: the OpenAI SDK, one bash tool, nothing of upspiral.
 
-upspiral calls `agent(task)` in a warm worker process. `task` carries plain data: `instruction`, `model`, `base_url`, `api_key`,
-`tools_url` and `tools_key`. The returned string is the agent's answer.
+upspiral calls `agent(task)` in a warm worker process. `task` carries plain data: `instruction`, `model`, `base_url`,
+`api_key`, `tools_url` and `tools_key`. The returned string is the agent's answer.
 """
 
 import json
@@ -25,7 +25,7 @@ TOOLS = [
 ]
 MAX_TURNS = 8
 
-# One connection pool for all rollouts of this process: a client per rollout would spend more time on set-up than on work.
+# One connection pool for all rollouts of this process: one per rollout would spend more time on set-up than on work.
 http = DefaultAsyncHttpxClient(timeout=300)
 
 

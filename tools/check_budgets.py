@@ -70,7 +70,9 @@ def _over(what: str, sized: Sequence[Sized], p90_budget: int, max_budget: int) -
     ordered = sorted(sized, key=lambda each: each.lines)
     p90 = ordered[math.ceil(0.9 * len(ordered)) - 1].lines
     print(f"{what}: {len(ordered)}, p90 {p90} lines (budget {p90_budget}), largest {ordered[-1].lines} ({max_budget})")
-    problems = [f"{each.where}: {each.lines} lines (budget {max_budget})" for each in ordered if each.lines > max_budget]
+    problems = [
+        f"{each.where}: {each.lines} lines (budget {max_budget})" for each in ordered if each.lines > max_budget
+    ]
     if p90 > p90_budget:
         largest = "".join(f"\n    {each.lines:4d}  {each.where}" for each in ordered[-10:])
         problems.append(f"{what}: p90 is {p90} lines (budget {p90_budget}); the largest are{largest}")

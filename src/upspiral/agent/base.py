@@ -13,8 +13,8 @@ class AgentTask:
     """Plain data for one rollout. An agent reads the attributes; it needs nothing of upspiral.
 
     The agent talks to the model at `base_url` with `api_key` (any OpenAI client does) and acts through the tools at
-    `tools_url` with `tools_key`: `GET tools_url` lists them as function schemas, `POST tools_url/NAME` with the arguments
-    as a JSON object calls one.
+    `tools_url` with `tools_key`: `GET tools_url` lists them as function schemas, `POST tools_url/NAME` with the
+    arguments as a JSON object calls one.
     """
 
     id: str

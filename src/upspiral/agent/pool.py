@@ -56,7 +56,7 @@ class _WorkerProcess:
         except TimeoutError as error:
             await self.stop()
             raise DeadlineError(
-                f"{self._agent_file} did not finish importing within {START_TIMEOUT_S:.0f} s; does it do work at import?"
+                f"{self._agent_file} was not imported within {START_TIMEOUT_S:.0f} s; does it do work at import?"
             ) from error
         if first is None or "fatal" in first:
             await self.stop()

@@ -1,7 +1,8 @@
 """A warm worker process: imports the user's file once, then runs `async def agent(task)` for each line it is sent.
 
-Run as `python -m upspiral.agent.worker FILE`. Speaks JSON lines: on stdin `{"id", "task"}` to start a rollout and
-`{"id", "cancel": true}` to stop one, `{"id", "ping": true}` to ask whether the loop turns; on the protocol stream `{"ready": true}`, then `{"id", "answer"}` or `{"id", "error"}`.
+Run as `python -m upspiral.agent.worker FILE`. Speaks JSON lines. On stdin: `{"id", "task"}` starts a rollout,
+`{"id", "cancel": true}` stops one, `{"id", "ping": true}` asks whether the loop turns. On the protocol stream:
+`{"ready": true}`, then `{"id", "answer"}` or `{"id", "error"}` for each rollout.
 What the agent prints goes to stderr, so that it cannot garble the protocol.
 
 Imports only the standard library and the user's file: an agent must not be able to tell who trains it.

@@ -18,6 +18,9 @@ def switched_off(config: RunConfig) -> dict[str, str]:
     if config.eval.tasks == 0:
         for name in ("every", "temperature"):
             off[f"eval.{name}"] = "eval.tasks = 0 switches evaluation off; set it or drop this key"
+    if config.env.kind != "shell":
+        for name in ("levels", "kinds", "shapes"):
+            off[f"env.{name}"] = 'only env.kind = "shell" has a ladder; drop this key'
     if config.agent.command is not None:
         off["agent.workers"] = "only agent.file has worker processes; drop this key"
     return off

@@ -30,7 +30,7 @@ def load_run_config(path: Path, overrides: Overrides = ()) -> RunConfig:
         config = RunConfig.model_validate(given.nested())
     except ValidationError as error:
         raise _config_error([line for detail in error.errors() for line in _describe(detail, given)]) from None
-    config = _with_agent_path(config, path.parent)
+    config = _with_resolved_files(config, path.parent)
     problems = list(_misfits(config, given))
     if problems:
         raise _config_error(problems)
@@ -122,9 +122,7 @@ def _flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for name, value in table.items():
         if isinstance(value, dict) and value:
             flat |= _flatten(value, f"{prefix}{name}.")
-        elif not isinstance(value, dict):
-            flat[prefix + name] = value
-        elif prefix + name not in sections():
+        elif not isinstance(value, dict) or prefix + name not in sections():
             flat[prefix + name] = value
     return flat
 
@@ -178,11 +176,13 @@ def _suggestion(key: str) -> str:
     return f"the sections are {', '.join(sections())}"
 
 
-def _with_agent_path(config: RunConfig, folder: Path) -> RunConfig:
-    if config.agent.file is None:
-        return config
-    file = str((folder / config.agent.file).resolve())
-    return config.model_copy(update={"agent": config.agent.model_copy(update={"file": file})})
+def _with_resolved_files(config: RunConfig, folder: Path) -> RunConfig:
+    update = {}
+    for name in ("agent", "env"):
+        section = getattr(config, name)
+        if section.file is not None:
+            update[name] = section.model_copy(update={"file": str((folder / section.file).resolve())})
+    return config.model_copy(update=update)
 
 
 def _misfits(config: RunConfig, given: _Given) -> Iterator[str]:
@@ -192,9 +192,9 @@ def _misfits(config: RunConfig, given: _Given) -> Iterator[str]:
             yield f"{given.show(key)} does nothing: {why}"
     for key, why in contradictions(config):
         yield f"{given.show(key)}: {why}"
-    file = config.agent.file
-    if file is not None and not Path(file).is_file():
-        yield f"{given.show('agent.file')}: no file at {file}; the path is relative to the run file"
+    for key, file in (("agent.file", config.agent.file), ("env.file", config.env.file)):
+        if file is not None and not Path(file).is_file():
+            yield f"{given.show(key)}: no file at {file}; the path is relative to the run file"
 
 
 def _value_of(config: RunConfig, key: str) -> Any:

@@ -58,14 +58,26 @@ class EngineConfig(_Section):
 class EnvConfig(_Section):
     """What is to be learned."""
 
-    kind: Literal["shell"] = "shell"
-    """"shell": generated questions about files, answered with shell commands."""
+    kind: Literal["shell", "python"] = "shell"
+    """"shell": generated questions about files, answered with shell commands; "python": your own, from `file`."""
+    file: str | None = None
+    """For "python": a file with `make_environment(seed)`; a path relative to the run file."""
     seed: int = 0
     """Tasks are generated from it."""
     levels: tuple[PositiveInt, ...] = (1, 2, 3)
-    """Which rungs of the difficulty ladder appear: the number of tool calls that the oracle needs."""
+    """For "shell": which rungs of the difficulty ladder appear, by the number of tool calls that the oracle needs."""
+    kinds: tuple[str, ...] = ()
+    """For "shell": which questions and edits appear, by name; none named: all."""
+    shapes: tuple[str, ...] = ()
+    """For "shell": how questions and edits are composed into tasks, by name; none named: all."""
     command_timeout_s: PositiveFloat = 10.0
     """Deadline of one command in the sandbox."""
+
+    @model_validator(mode="after")
+    def _file_fits_the_kind(self) -> EnvConfig:
+        if (self.kind == "python") != (self.file is not None):
+            raise ValueError('env.file belongs to env.kind = "python": set both or neither')
+        return self
 
 
 class AgentConfig(_Section):

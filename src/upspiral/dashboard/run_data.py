@@ -53,12 +53,12 @@ class RunData:
 
     @cached_property
     def steps(self) -> list[dict[str, Any]]:
-        """"step" lines by step."""
+        """ "step" lines by step."""
         return sorted(self._of_kind("step"), key=lambda line: line["step"])
 
     @cached_property
     def evaluations(self) -> list[dict[str, Any]]:
-        """"eval" lines by step, all at the temperature of the newest one, so that they can be compared."""
+        """ "eval" lines by step, all at the temperature of the newest one, so that they can be compared."""
         lines = sorted(self._of_kind("eval"), key=lambda line: line["step"])
         return [line for line in lines if line.get("temperature") == lines[-1].get("temperature")]
 
@@ -76,9 +76,10 @@ class RunData:
 
     @property
     def finished(self) -> bool:
-        """Whether the run came to its end: it said so, or made all its steps and the evaluation after them."""
-        if any(note.get("finished") for note in self.notes):
-            return True
+        """Whether the run came to its end: it said so last, or made all its steps and measured them."""
+        endings = [note for note in self.notes if note.get("finished") or "supersedes_from" in note]
+        if endings:
+            return bool(endings[-1].get("finished"))
         if self.planned_steps is None or len(self.steps) < self.planned_steps:
             return False
         evaluated = bool(self.evaluations) and self.evaluations[-1]["step"] >= self.steps[-1]["step"]

@@ -41,9 +41,6 @@ class Environment(Protocol):
     """A source of tasks with the verifier that judges them."""
 
     @property
-    def system_prompt(self) -> str: ...
-
-    @property
     def tools(self) -> Sequence[ToolSpec]: ...
 
     def task(self, split: str, index: int) -> Task:

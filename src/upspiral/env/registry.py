@@ -6,9 +6,13 @@ from collections.abc import Callable
 
 from upspiral.config.models import EnvConfig
 from upspiral.env.base import Environment
+from upspiral.env.python_file import load_environment
 from upspiral.env.shell.environment import ShellEnvironment
 
-ENVIRONMENTS: dict[str, Callable[[EnvConfig], Environment]] = {"shell": ShellEnvironment}
+ENVIRONMENTS: dict[str, Callable[[EnvConfig], Environment]] = {
+    "shell": ShellEnvironment,
+    "python": load_environment,
+}
 
 
 def make_environment(config: EnvConfig) -> Environment:

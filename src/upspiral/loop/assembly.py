@@ -16,7 +16,7 @@ from upspiral.agent.base import AgentRunner
 from upspiral.agent.command import GATEWAY_PORT, CommandAgent
 from upspiral.agent.pool import WorkerPool
 from upspiral.config.models import RunConfig
-from upspiral.engine.embedded import EmbeddedEngine
+from upspiral.engine.embedded.engine import EmbeddedEngine
 from upspiral.env.base import Environment
 from upspiral.env.registry import make_environment
 from upspiral.env.tool_server import ToolServer
@@ -32,8 +32,6 @@ from upspiral.trainer.local import LocalTrainer
 from upspiral.trajectory.store import TrajectoryStore
 from upspiral.weights.load import LoadedModel, load_model
 from upspiral.weights.models import resolve_model
-
-TOOLS_PATH = "/tools"
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,10 +97,10 @@ def _load(config: RunConfig, model_folder: Path) -> LoadedModel:
 
 async def _serve(config: RunConfig, folder: RunFolder, stage: Stage, stack: AsyncExitStack) -> Addresses:
     """Gateway and tools on one loopback port, and on a unix socket for agents that run inside the sandbox."""
-    app = Starlette(routes=[Mount(TOOLS_PATH, app=stage.tools.app), Mount("/", app=stage.gateway.app)])
+    app = Starlette(routes=[Mount("/agent", app=stage.tools.app), Mount("/", app=stage.gateway.app)])
     url = await stack.enter_async_context(serve_app(app, host="127.0.0.1", port=0))
     sockets: tuple[tuple[int, str], ...] = ()
     if config.agent.command is not None:
         await stack.enter_async_context(serve_app(app, unix_socket=folder.gateway_socket))
         sockets = ((GATEWAY_PORT, str(folder.gateway_socket)),)
-    return Addresses(f"{url}/v1", url + TOOLS_PATH, config.model.path, sockets)
+    return Addresses(f"{url}/v1", f"{url}/agent/tools", config.model.path, sockets)

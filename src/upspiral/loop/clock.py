@@ -20,4 +20,7 @@ class Clock:
     @property
     def seconds(self) -> dict[str, float]:
         """Each lap, and "total"."""
-        return {**{name: round(lap, 3) for name, lap in self._laps.items()}, "total": round(self._last - self._started, 3)}
+        return {
+            **{name: round(lap, 3) for name, lap in self._laps.items()},
+            "total": round(self._last - self._started, 3),
+        }

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
-from upspiral.algorithm.grpo import ScoredRollout, has_signal
+from upspiral.algorithm.base import ScoredRollout
+from upspiral.algorithm.grpo import has_signal
 from upspiral.config.models import RunConfig
 from upspiral.engine.scripted import ScriptedEngine, ScriptLine
 from upspiral.env.base import Task
@@ -22,7 +22,7 @@ from upspiral.gateway.session import SessionPolicy
 from upspiral.loop.assembly import Parts
 from upspiral.loop.rollouts import Attempt
 from upspiral.trajectory.graph import TrajectoryGraph
-from upspiral.types import Rollout, RolloutCredit, RolloutStatus
+from upspiral.types import Rollout, RolloutStatus
 
 EVALUATION, TRAINING, DEMONSTRATION = "eval", "train", "demonstration"
 FIRST_DEMONSTRATION = 10_000_000
@@ -65,13 +65,6 @@ class Collector:
                     started += 1
             on_progress(len(groups) * algorithm.group_size, started * algorithm.group_size)
         return dict(sorted(groups.items()))
-
-    def credited(
-        self, groups: Mapping[str, Sequence[ScoredRollout]], credits: Sequence[RolloutCredit]
-    ) -> list[tuple[TrajectoryGraph, RolloutCredit]]:
-        """What goes into the loss: the graphs of the rollouts that are not masked, with their credit."""
-        graphs = {one.rollout.id: one.graph for group in groups.values() for one in group}
-        return [(graphs[credit.rollout_id], credit) for credit in credits if credit.masked is None]
 
     async def evaluate(self, step: int, on_progress: OnProgress) -> list[Judged]:
         """One rollout of each held-out task under the current policy."""

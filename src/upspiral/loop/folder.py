@@ -29,9 +29,9 @@ class RunFolder:
         nothing to resume."""
         resolved = path / "config.resolved.toml"
         if resume and not resolved.exists():
-            raise ConfigError(f"--resume: {path} holds no run (no config.resolved.toml); leave --resume out to start one")
+            raise ConfigError(f"--resume: {path} holds no run (config.resolved.toml); start one without --resume")
         if not resume and resolved.exists():
-            raise ConfigError(f"{path} already holds a run; continue it with --resume or choose another folder with --run")
+            raise ConfigError(f"{path} holds a run; go on with it by --resume, or choose another folder by --run")
         path.mkdir(parents=True, exist_ok=True)
         lock = _lock(path)
         if resume:
@@ -67,7 +67,8 @@ def _lock(path: Path) -> int:
 
 def _check_same_run(before: RunConfig, now: RunConfig, resolved: Path) -> None:
     changed = sorted(
-        key for key in {*_flat(before), *_flat(now)}
+        key
+        for key in {*_flat(before), *_flat(now)}
         if _flat(before).get(key) != _flat(now).get(key) and not key.startswith(MAY_CHANGE_ON_RESUME)
     )
     if changed:

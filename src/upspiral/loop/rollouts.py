@@ -113,14 +113,15 @@ class RolloutRunner:
         except (AgentError, DeadlineError) as error:
             trouble = f"agent: {error}"
         finally:
-            infrastructure = tools.failure(tools_key)
+            broken_tools = tools.failure(tools_key)
             tools.close(tools_key)
-            await gateway.seal_rollout(rollout.id)
-        infrastructure = infrastructure or gateway.failure(rollout.id)
-        if infrastructure:
-            return _failed(rollout, infrastructure)
-        if truncated := gateway.truncation(rollout.id):
-            return replace(rollout, status=RolloutStatus.TRUNCATED, reason=truncated, answer=answer)
+            sealed = await gateway.seal_rollout(rollout.id)
+        if broken_tools:
+            return _failed(rollout, f"sandbox: {broken_tools}")
+        if sealed.failed:
+            return _failed(rollout, f"engine: {sealed.failed}")
+        if sealed.truncated:
+            return replace(rollout, status=RolloutStatus.TRUNCATED, reason=sealed.truncated, answer=answer)
         if trouble:
             return _failed(rollout, trouble)
         return replace(rollout, status=RolloutStatus.FINISHED, answer=answer)

@@ -1,34 +1,34 @@
 """A run: collect -> credit -> pack -> step -> publish, with evaluation, checkpoints and resume.
 
-The whole of a run lies in its folder (DESIGN section 4). What it does not do: run collection and training at the same time.
-On one machine both want the same cores; the engine is paused while the trainer computes.
+The whole of a run lies in its folder (DESIGN section 4). What it does not do: run collection and training at the same
+time. On one machine both want the same cores; the engine is paused while the trainer computes.
 """
 
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from upspiral.algorithm.grpo import grpo_credit
 from upspiral.config.models import RunConfig
 from upspiral.eval.heldout import evaluation_line
 from upspiral.loop.assembly import Parts, assemble
+from upspiral.loop.budget import Budget
 from upspiral.loop.clock import Clock
 from upspiral.loop.collect import Collector, OnProgress
 from upspiral.loop.folder import RunFolder
-from upspiral.loop.step_line import step_line
+from upspiral.loop.step_line import Groups, step_line
 from upspiral.loop.warm_start import successful, warm_start_steps
 from upspiral.monitor.lines import ledger_line
 from upspiral.monitor.metrics import MetricsLog
 from upspiral.monitor.progress import Progress
-from upspiral.loop.budget import Budget
 from upspiral.trainer.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from upspiral.trainer.forest import ForestBatch, pack
 from upspiral.trajectory.ledger import check_closed
+from upspiral.types import RolloutCredit
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,8 +91,8 @@ class Run:
         groups = await self._collector.train_groups(step, self._on_rollouts("collecting rollouts"))
         clock.lap("collect")
         credits = grpo_credit(groups, self._config.algorithm)
-        batches = pack(self._collector.credited(groups, credits), self._config.trainer.tokens_per_microbatch)
-        trained = await self._optimize(batches, kind="policy", lr=self._lr(step))
+        batches = self._pack(groups, credits)
+        trained = await self._optimize(batches, kind="policy")
         clock.lap("train")
         self._parts.engine.publish(step)
         self._parts.store.record_step(step, credits)
@@ -106,11 +106,23 @@ class Run:
         self._budget.step_took(clock.seconds["total"])
         self._progress.step(self._metrics.append("step", step, line))
 
-    async def _optimize(self, batches: Sequence[ForestBatch], *, kind: str, lr: float) -> dict[str, Any]:
+    def _pack(self, groups: Groups, credits: Sequence[RolloutCredit]) -> list[ForestBatch]:
+        graphs = {one.rollout.id: one.graph for group in groups.values() for one in group}
+        trainer = self._config.trainer
+        return pack(
+            [(graphs[credit.rollout_id], credit) for credit in credits],
+            tokens_per_microbatch=trainer.tokens_per_microbatch,
+            minibatches=trainer.minibatches,
+        )
+
+    async def _optimize(
+        self, batches: Sequence[ForestBatch], *, kind: Literal["policy", "sft"], lr: float | None = None
+    ) -> dict[str, Any]:
         """Gradient and optimizer steps over the batches. The engine sleeps meanwhile: its weights are being written."""
         self._progress.phase("training", 0, len(batches))
-        async with self._parts.engine.paused():
-            return await asyncio.to_thread(self._parts.trainer.step, batches, kind=kind, lr=lr)
+        with self._parts.engine.paused():
+            metrics = await asyncio.to_thread(self._parts.trainer.step, batches, kind=kind, lr=lr)
+        return metrics.flat()
 
     async def _evaluate(self, step: int) -> None:
         if not self._config.eval.tasks:
@@ -136,7 +148,7 @@ class Run:
             await self._warm_start()
             await self._checkpoint(0)
             return 0
-        async with self._parts.engine.paused():
+        with self._parts.engine.paused():
             state = await asyncio.to_thread(load_checkpoint, checkpoint)
             self._parts.trainer.load_state_dict(state)
         done = int(state["step"])
@@ -157,7 +169,7 @@ class Run:
             trained = await self._optimize(batches, kind="sft", lr=settings.lr)
             losses.append(trained["loss"])
         clock.lap("train")
-        self._parts.trainer.reset_optimizer()
+        self._parts.trainer.forget_moments()
         self._parts.engine.publish(0)
         line = {"demonstrations": len(shown), "steps": len(losses), "losses": losses, "seconds": clock.seconds}
         self._metrics.append("warm_start", 0, line)
@@ -166,13 +178,8 @@ class Run:
     async def _checkpoint(self, step: int) -> None:
         self._progress.phase("writing a checkpoint")
         state = {**self._parts.trainer.state_dict(), "step": step}
-        await asyncio.to_thread(
-            save_checkpoint, self._folder.checkpoints, state, step=step, keep=self._config.checkpoint.keep
-        )
-
-    def _lr(self, step: int) -> float:
-        warmup = self._config.trainer.lr_warmup_steps
-        return self._config.trainer.lr * (min(step / warmup, 1.0) if warmup else 1.0)
+        keep = self._config.checkpoint.keep
+        await asyncio.to_thread(save_checkpoint, self._folder.checkpoints, step, state, keep=keep)
 
     def _on_rollouts(self, phase: str) -> OnProgress:
         return lambda done, started: self._progress.phase(phase, done, started)

@@ -7,13 +7,16 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean, pstdev
 from typing import Any
 
-from upspiral.algorithm.grpo import ScoredRollout, has_signal
+from upspiral.algorithm.base import ScoredRollout
+from upspiral.algorithm.grpo import has_signal
 from upspiral.types import RolloutCredit, RolloutStatus
 
 Groups = Mapping[str, Sequence[ScoredRollout]]
 
 
-def step_line(groups: Groups, credits: Sequence[RolloutCredit], trained: Mapping[str, Any], seconds: Mapping[str, float]) -> dict[str, Any]:
+def step_line(
+    groups: Groups, credits: Sequence[RolloutCredit], trained: Mapping[str, Any], seconds: Mapping[str, float]
+) -> dict[str, Any]:
     """Rewards, signal, tokens and speed of a step. `trained` is what the trainer measured."""
     scored = [one for group in groups.values() for one in group]
     rewards = [one.rollout.reward for one in scored if one.rollout.reward is not None]
@@ -21,6 +24,7 @@ def step_line(groups: Groups, credits: Sequence[RolloutCredit], trained: Mapping
     sampled = sum(one.graph.num_sampled for one in scored)
     trained_tokens = sum(one.graph.num_sampled for one in scored if one.rollout.id not in masked)
     return {
+        **trained,
         "reward_mean": fmean(rewards) if rewards else None,
         "reward_std": pstdev(rewards) if rewards else None,
         "groups_sampled": len(groups),
@@ -35,5 +39,4 @@ def step_line(groups: Groups, credits: Sequence[RolloutCredit], trained: Mapping
         "seconds": dict(seconds),
         "sampled_tokens_per_s": sampled / max(seconds["collect"], 1e-9),
         "trained_tokens_per_s": trained_tokens / max(seconds["train"], 1e-9),
-        **trained,
     }

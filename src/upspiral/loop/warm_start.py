@@ -23,8 +23,8 @@ def successful(shown: Sequence[Shown]) -> list[Shown]:
         bad = next(rollout for rollout, _ in shown if rollout.reward != 1.0)
         why = bad.reason or f"the verifier gave {bad.reward} for the answer {bad.answer!r}"
         raise ConfigError(
-            f"warm_start: {len(shown) - len(good)} of {len(shown)} demonstrations did not succeed, for example {bad.id} "
-            f"({bad.instruction!r}): {why}. The agent must offer the environment's tools and end with the answer"
+            f"warm_start: {len(shown) - len(good)} of {len(shown)} demonstrations did not succeed, for example "
+            f"{bad.id} ({bad.instruction!r}): {why}. The agent must use the environment's tools and end with the answer"
         )
     return good
 
@@ -37,4 +37,7 @@ def warm_start_steps(shown: Sequence[Shown], config: RunConfig) -> Iterator[list
         random.Random(f"{config.seed}/{epoch}").shuffle(order)
         for start in range(0, len(order), settings.batch_size):
             graphs = [graph for _, graph in order[start : start + settings.batch_size]]
-            yield pack(list(zip(graphs, sft_credit(graphs), strict=True)), config.trainer.tokens_per_microbatch)
+            yield pack(
+                list(zip(graphs, sft_credit(graphs), strict=True)),
+                tokens_per_microbatch=config.trainer.tokens_per_microbatch,
+            )

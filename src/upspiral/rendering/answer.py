@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from upspiral.rendering.text_decoder import TextDecoder
 from upspiral.types import Message, ToolCall
@@ -50,6 +51,8 @@ class ReadingRules:
 
     tool_calls: bool = True
     """Off: `<tool_call>` is plain text, because no tools were offered."""
+    parallel_tool_calls: bool = True
+    """Off: the answer ends after its first tool call."""
     stop_strings: tuple[str, ...] = ()
     """The answer ends before the first of them."""
     thinking_is_open: bool = False
@@ -67,8 +70,8 @@ class AnswerReader:
 
     @property
     def stopped(self) -> bool:
-        """A stop string was met: what the engine samples from here on is not part of the answer."""
-        return self._stop_strings.met
+        """The answer is complete: what the engine samples from here on is not part of it."""
+        return self._stop_strings.met or self._parser.ended
 
     def push(self, token_ids: Sequence[int]) -> list[Piece]:
         return self._record(self._parser.push(self._stop_strings.push(self._decoder.push(token_ids))))
@@ -101,6 +104,7 @@ class AnswerParser:
 
     def __init__(self, rules: ReadingRules) -> None:
         self.errors: list[str] = []
+        self.ended = False
         self._rules = rules
         self._buffer = ""
         self._mode = self._in_thinking if rules.thinking_is_open else self._at_start
@@ -108,9 +112,11 @@ class AnswerParser:
         self._after_call = False
 
     def push(self, text: str) -> list[Piece]:
+        if self.ended:
+            return []
         self._buffer += text
         pieces: list[Piece] = []
-        while (step := self._mode()) is not None:
+        while not self.ended and (step := self._mode()) is not None:
             pieces.extend(step)
         return [piece for piece in pieces if isinstance(piece, CallPiece) or piece.text]
 
@@ -177,6 +183,8 @@ class AnswerParser:
             self._after_call = False
             return [TextPiece(raw + closed)]
         self._after_call = True
+        if not self._rules.parallel_tool_calls:
+            self.ended, self._buffer = True, ""
         return [CallPiece(call)]
 
     def _give_out(self, length: int, kind: type[TextPiece] | type[ThinkingPiece]) -> list[Piece] | None:
@@ -223,8 +231,10 @@ def _held_back(text: str, tags: Sequence[str]) -> int:
 def _parse_call(text: str) -> ToolCall | str:
     """The call, or what is wrong with it."""
     try:
-        value = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+        value = json.loads(text, parse_constant=_refuse_constant)
+        # Escapes can smuggle in half a surrogate pair, which no HTTP answer could carry.
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except (ValueError, RecursionError) as error:
         return f"is not valid JSON: {error}: {text.strip()[:200]!r}"
     if not isinstance(value, dict):
         return f"is not a JSON object but {type(value).__name__}"
@@ -234,3 +244,13 @@ def _parse_call(text: str) -> ToolCall | str:
     if not isinstance(arguments, dict):
         return f'({name}): "arguments" is not a JSON object but {type(arguments).__name__}'
     return ToolCall(f"call_{secrets.token_hex(8)}", name, json.dumps(arguments, ensure_ascii=False))
+
+
+def format_tool_call(call: Mapping[str, Any]) -> str:
+    """The text of `{"name": ..., "arguments": {...}}` in Hermes format."""
+    body = json.dumps({"name": call["name"], "arguments": call["arguments"]}, ensure_ascii=False)
+    return f"{CALL_OPEN}\n{body}\n{CALL_CLOSE}"
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")

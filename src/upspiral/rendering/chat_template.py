@@ -19,6 +19,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from upspiral.errors import TemplateError
+from upspiral.rendering.answer import AnswerParser, CallPiece, ReadingRules
 from upspiral.types import Message, ToolCall, ToolSpec
 
 
@@ -27,6 +28,7 @@ class ChatTemplate:
 
     def __init__(self, source: str, *, name: str, special_tokens: Mapping[str, str] | None = None) -> None:
         self.name = name
+        self.source = source
         self._special_tokens = dict(special_tokens or {})
         try:
             self._template = _environment().from_string(source)
@@ -48,10 +50,10 @@ class ChatTemplate:
         # A template is a program from a model's author: besides Jinja's own errors it can raise any of these.
         except (JinjaError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
             roles = ", ".join(message.role for message in messages)
-            raise TemplateError(f"chat template {self.name} cannot render messages of roles [{roles}]: {error}") from error
+            raise TemplateError(f"chat template {self.name} cannot render roles [{roles}]: {error}") from error
 
     def knows_tools(self) -> bool:
-        """Whether offered tools change the text and calls with their results can be rendered."""
+        """Whether it lists offered tools, writes calls in the format that we read, and renders their results."""
         tool = ToolSpec("probe_tool", "probe", {"type": "object", "properties": {}})
         question = Message("user", "question")
         try:
@@ -60,7 +62,9 @@ class ChatTemplate:
             text = self.text([question, *_probe_exchange()], [tool])
         except TemplateError:
             return False
-        return "probe_argument" in text and "probe_result" in text
+        pieces = AnswerParser(ReadingRules()).push(text)
+        calls = [piece.call for piece in pieces if isinstance(piece, CallPiece)]
+        return "probe_result" in text and any("probe_argument" in call.arguments for call in calls)
 
 
 def template_message(message: Message) -> dict[str, Any]:
@@ -69,13 +73,15 @@ def template_message(message: Message) -> dict[str, Any]:
     if message.thinking is not None:
         entry["reasoning_content"] = message.thinking
     if message.tool_calls:
-        entry["tool_calls"] = [
-            {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": _arguments(call.arguments)}}
-            for call in message.tool_calls
-        ]
+        entry["tool_calls"] = [_template_call(call) for call in message.tool_calls]
     if message.tool_call_id is not None:
         entry["tool_call_id"] = message.tool_call_id
     return entry
+
+
+def _template_call(call: ToolCall) -> dict[str, Any]:
+    function = {"name": call.name, "arguments": _arguments(call.arguments)}
+    return {"id": call.id, "type": "function", "function": function}
 
 
 def template_tool(tool: ToolSpec) -> dict[str, Any]:

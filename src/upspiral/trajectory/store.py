@@ -70,10 +70,15 @@ class TrajectoryStore:
                 raise StoreError(f"{self.path} has no rollout {rollout_id!r}; create it before it is finished")
 
     def rollout(self, rollout_id: str) -> Rollout:
-        found = self._select(f"SELECT {rows.ROLLOUT_COLUMNS} FROM rollouts WHERE id = ?", (rollout_id,))
-        if not found:
+        """Raises StoreError when there is none of that id."""
+        found = self.find_rollout(rollout_id)
+        if found is None:
             raise StoreError(f"{self.path} has no rollout {rollout_id!r}")
-        return rows.rollout_of(found[0])
+        return found
+
+    def find_rollout(self, rollout_id: str) -> Rollout | None:
+        found = self._select(f"SELECT {rows.ROLLOUT_COLUMNS} FROM rollouts WHERE id = ?", (rollout_id,))
+        return rows.rollout_of(found[0]) if found else None
 
     def rollouts(
         self, *, split: str | None = None, step: int | None = None, status: RolloutStatus | None = None

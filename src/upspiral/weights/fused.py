@@ -13,6 +13,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from upspiral.errors import ModelError
 
@@ -35,8 +36,8 @@ class FusedLayer:
             for part in parts:
                 if part.weight.data_ptr() != address:
                     raise ModelError(
-                        f"{name}: a weight was replaced instead of updated in place, so the engine would go on with the "
-                        "old one; use copy_, add_ or load_state_dict(assign=False), and move the model before fusing"
+                        f"{name}: a weight was replaced instead of updated in place, so the engine would go on with "
+                        "the old one; use copy_, add_ or load_state_dict(assign=False), and .to() before fusing"
                     )
                 address += part.weight.nbytes
 
@@ -48,6 +49,7 @@ def fuse_projections(model: LlamaForCausalLM) -> tuple[FusedLayer, ...]:
     """
     fused = []
     for layer in model.model.layers:
+        assert isinstance(layer, LlamaDecoderLayer)
         attention, feed_forward = layer.self_attn, layer.mlp
         qkv_parts = (attention.q_proj, attention.k_proj, attention.v_proj)
         gate_up_parts = (feed_forward.gate_proj, feed_forward.up_proj)

@@ -14,8 +14,8 @@ from upspiral.errors import ModelError
 def convert_gguf(gguf: Path, target: Path, *, rms_norm_eps: float) -> None:
     """Writes bfloat16 safetensors, config, generation config and tokenizer of a Llama-family GGUF file to `target`.
 
-    `rms_norm_eps` is given because GGUF stores it as float32, which reads back as 9.999999747e-06. Raises ModelError when
-    upspiral[train] is not installed or transformers cannot read the file.
+    `rms_norm_eps` is given because GGUF stores it as float32, which reads back as 9.999999747e-06. Raises ModelError
+    when upspiral[train] is not installed or transformers cannot read the file.
     """
     try:
         import torch

@@ -71,7 +71,7 @@ def _read(folder: Path, dtype: torch.dtype) -> LlamaForCausalLM:
     try:
         module, report = LlamaForCausalLM.from_pretrained(
             folder, dtype=dtype, attn_implementation="sdpa", local_files_only=True, output_loading_info=True
-        )
+        )  # pyright: ignore[reportGeneralTypeIssues]  # a pair, with output_loading_info
     except (SafetensorError, OSError) as error:
         raise ModelError(f"the weights in {folder} cannot be read ({error}); fetch the model again") from error
     missing = sorted(report["missing_keys"])

@@ -198,7 +198,7 @@ def _from_hub(name: str, weights: bool) -> Path:
         from huggingface_hub.errors import HfHubHTTPError
     except ImportError:
         raise ModelError(
-            f"{name} looks like a hub id, which needs huggingface_hub: pip install huggingface_hub, or name a local folder"
+            f"{name} looks like a hub id; pip install huggingface_hub to fetch it, or name a local folder"
         ) from None
     files = _HUB_FILES if weights else [each for each in _HUB_FILES if each != "*.safetensors"]
     try:
@@ -206,11 +206,11 @@ def _from_hub(name: str, weights: bool) -> Path:
     except (HfHubHTTPError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ModelError(
-            f"{name} is no local folder and could not be fetched from the hub ({reason}); {_unknown(name)}"
+            f"{name} is no local folder and could not be fetched from the hub ({reason}); check name and network"
         ) from None
 
 
 def _unknown(name: str) -> str:
     close = get_close_matches(name, KNOWN_MODELS, n=1, cutoff=0.5)
-    hint = f"did you mean {close[0]}" if close else f"known models: {', '.join(KNOWN_MODELS)}"
-    return f"no model {name!r}: {hint}; a local Hugging Face folder or a hub id org/name works too"
+    hint = f"did you mean {close[0]}?" if close else f"known models: {', '.join(KNOWN_MODELS)}."
+    return f"no model {name!r}; {hint} A local Hugging Face folder or a hub id such as org/name works too."

@@ -60,6 +60,8 @@ def test_the_agent_file_is_found_beside_the_run_file(folder: Path) -> None:
         ("trainer = 3", {}, "trainer = 3 in demo.toml: it is a section"),
         ("[agent]\ntimeout_s = 9", {}, "set exactly one of agent.file and agent.command; neither is set"),
         ("[agent]\nfile = 'gone.py'", {}, "agent.file"),
+        ("[env]\nkind = 'python'\nfile = 'gone.py'", {}, 'env.file = "gone.py" in demo.toml: no file at'),
+        ("[env]\nkind = 'python'", {}, 'env.file belongs to env.kind = "python"'),
         ("steps = ", {}, "demo.toml is not valid TOML"),
         ("", {"engine.kind": "scripted"}, 'engine.kind = "scripted" on the command line: a scripted engine has no'),
         ("", {"trainer.minibatches": "9"}, "more than algorithm.groups_per_step = 8"),
@@ -100,7 +102,6 @@ def test_a_dumped_config_loads_to_itself(folder: Path) -> None:
 
 @given(text=st.text(st.characters(exclude_categories=("Cs",))), number=st.floats(allow_nan=False), whole=st.integers())
 def test_any_value_survives_toml(text: str, number: float, whole: int) -> None:
-    import tomllib
 
     values: dict[str, Any] = {"text": text, "number": number, "list": [whole, whole], "yes": True}
     written = "\n".join(f"{key} = {toml_value(value)}" for key, value in values.items())

@@ -21,7 +21,7 @@ NO_VERSION = -1
 
 
 class SlotCache:
-    """`keys_values` is [layer, slot, 2 * key-value heads, position, head size]; the first half of the heads are keys."""
+    """`keys_values` is [layer, slot, 2 * key-value heads, position, head size]; the first half of the heads is keys."""
 
     def __init__(self, model: LoadedModel, slots: int, context_length: int):
         config = model.config
@@ -49,6 +49,14 @@ class SlotCache:
         common = np.where(differs.any(axis=1), differs.argmax(axis=1), count) if count else np.zeros(len(self.ids), int)
         common = np.where(self._versions == self.version, common, 0)
         return np.minimum(common, self.lengths), np.minimum(common, self.planned)
+
+    def common_prefix(self, slots: NDArray[np.int64]) -> int:
+        """How many leading tokens these slots have in common, computed under one policy version."""
+        if (self._versions[slots] != self.version).any():
+            return 0
+        count = int(self.lengths[slots].min())
+        differs = (self.ids[slots, :count] != self.ids[slots[0], :count]).any(axis=0)
+        return int(differs.argmax()) if differs.any() else count
 
     def has_room(self) -> bool:
         return None in self.owners

@@ -112,16 +112,17 @@ class EmbeddedEngine:
         if not sequence.deliveries.empty():
             return sequence.deliveries.get_nowait()
         try:
-            return await asyncio.wait_for(sequence.deliveries.get(), _TOKEN_DEADLINE_S)
+            async with asyncio.timeout(_TOKEN_DEADLINE_S):
+                return await sequence.deliveries.get()
         except TimeoutError:
             stats = self.stats()
             raise DeadlineError(
-                f"no token from the embedded engine within {_TOKEN_DEADLINE_S:.0f} s ({stats.running} requests running, "
-                f"{stats.waiting} waiting, paused: {self._pauses > 0})"
+                f"no token from the embedded engine within {_TOKEN_DEADLINE_S:.0f} s ({stats.running} requests "
+                f"running, {stats.waiting} waiting, paused: {self._pauses > 0})"
             ) from None
 
     def _submit(self, prompt_ids: SequenceOf[int], params: SamplingParams) -> Sequence:
-        if self._thread is None:
+        if self._thread is None or not self._thread.is_alive():
             raise EngineError("the embedded engine is not running; call start() first")
         prompt = self._check_prompt(prompt_ids, params)
         sequence = Sequence(
@@ -188,7 +189,9 @@ class EmbeddedEngine:
             ended = self._changed.wait_for(lambda: not self._stepping, deadline - time.monotonic())
         try:
             if not ended:
-                raise DeadlineError(f"the embedded engine's step did not end within {_STEP_DEADLINE_S:.0f} s of a pause")
+                raise DeadlineError(
+                    f"the embedded engine did not pause within {_STEP_DEADLINE_S:.0f} s: its step did not end"
+                )
             yield
         finally:
             with self._changed:
@@ -215,8 +218,8 @@ class EmbeddedEngine:
                 except Exception as error:
                     self._failed_steps += 1
                     _log.exception("step %d of the embedded engine failed", self._steps)
-                    self._abandon(EngineError(f"the embedded engine failed: {error}"), error)
-        self._abandon(EngineError("the embedded engine was stopped"))
+                    self._abandon(f"the embedded engine failed: {error}", error)
+        self._abandon("the embedded engine was stopped")
 
     def _await_work(self) -> bool:
         """Blocks while there is nothing to do: idling waits for nobody in particular and so has no deadline."""
@@ -264,9 +267,15 @@ class EmbeddedEngine:
         self._prefilled_tokens += sum(chunk.count for chunk in batch.chunks)
         self._send(deliveries)
 
-    def _abandon(self, error: EngineError, cause: Exception | None = None) -> None:
-        error.__cause__ = cause
-        self._send([(sequence, error) for sequence in self._scheduler.abandon() + self._take_arrived()])
+    def _abandon(self, message: str, cause: Exception | None = None) -> None:
+        """Every open request gets an EngineError; then the cache is emptied, since what it holds is in doubt."""
+        deliveries = []
+        for sequence in self._scheduler.abandon() + self._take_arrived():
+            error = EngineError(message)
+            error.__cause__ = cause
+            deliveries.append((sequence, error))
+        self._send(deliveries)
+        self._cache.clear()
 
     def _send(self, deliveries: list[tuple[Sequence, Delivery]]) -> None:
         assert self._loop is not None

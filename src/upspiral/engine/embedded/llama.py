@@ -15,9 +15,24 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from upspiral.engine.embedded.attention import attend_chunk, attend_slots, attend_slots_sharing
 from upspiral.engine.embedded.cache import SlotCache
 from upspiral.engine.embedded.sequence import Batch
 from upspiral.weights.load import LoadedModel
+
+_WORTH_SHARING_TOKENS = 48
+
+
+@dataclass(frozen=True, slots=True)
+class _LayerWeights:
+    """The trainer's own parameters, looked up once: walking the module costs a millisecond a step."""
+
+    attention_norm: Tensor
+    qkv: Tensor
+    attention_out: Tensor
+    feed_forward_norm: Tensor
+    gate_up: Tensor
+    down: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +62,8 @@ class _Rows:
     """[decoding]; None when they are exactly 0, 1, 2 ..."""
     decode_mask: Tensor
     """[slots 0 .. highest decoding, 1, 1, longest], additive"""
+    shared: tuple[int, int] | None
+    """How many leading positions hold the same in all decoding slots, and one of these slots; None: not worth it."""
     chunks: tuple[_ChunkRows, ...]
     sampled_S: Tensor
 
@@ -60,6 +77,7 @@ class LlamaForward:
         self._heads = config.num_attention_heads
         self._kv_heads = cache.keys_values.shape[2] // 2
         self._epsilon = config.rms_norm_eps
+        self._layers = [_weights_of_layer(model, index) for index in range(len(model.layers))]
         self._cosines, self._sines = _rotary_table(model, cache.ids.shape[1])
 
     def logits(self, batch: Batch) -> Tensor:
@@ -67,17 +85,15 @@ class LlamaForward:
         rows = self._rows(batch)
         decoder = self._model.module.model
         hidden = F.embedding(rows.ids_N, decoder.embed_tokens.weight)
-        for index in range(len(self._model.layers)):
-            hidden = hidden + self._attend(index, hidden, rows)
-            hidden = hidden + self._feed_forward(index, hidden)
+        for layer, keys_values in zip(self._layers, self._cache.keys_values, strict=True):
+            hidden = hidden + self._attend(layer, keys_values, hidden, rows)
+            hidden = hidden + self._feed_forward(layer, hidden)
         hidden = self._normalize(hidden[rows.sampled_S], decoder.norm.weight)
         return F.linear(hidden, self._model.module.lm_head.weight)
 
-    def _attend(self, index: int, hidden: Tensor, rows: _Rows) -> Tensor:
-        layer = self._model.module.model.layers[index]
-        keys_values = self._cache.keys_values[index]
+    def _attend(self, layer: _LayerWeights, keys_values: Tensor, hidden: Tensor, rows: _Rows) -> Tensor:
         query_heads, key_heads = self._heads, self._kv_heads
-        qkv = F.linear(self._normalize(hidden, layer.input_layernorm.weight), self._model.layers[index].qkv)
+        qkv = F.linear(self._normalize(hidden, layer.attention_norm), layer.qkv)
         qkv = qkv.view(len(hidden), query_heads + 2 * key_heads, -1)
         self._rotate(qkv[:, : query_heads + key_heads], rows)
         keys_values[rows.slots_N, :, rows.positions_N] = qkv[:, query_heads:]
@@ -86,41 +102,26 @@ class LlamaForward:
         if rows.decoding:
             parts.append(self._decode(queries[: rows.decoding], keys_values, rows))
         for chunk in rows.chunks:
-            parts.append(self._prefill(queries[chunk.begin : chunk.end], keys_values[chunk.slot], chunk))
+            keys, values = keys_values[chunk.slot, :, : chunk.length].split(self._kv_heads)
+            parts.append(attend_chunk(queries[chunk.begin : chunk.end], keys, values, chunk.mask))
         attended = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return F.linear(attended, layer.self_attn.o_proj.weight)
+        return F.linear(attended, layer.attention_out)
 
     def _decode(self, queries: Tensor, keys_values: Tensor, rows: _Rows) -> Tensor:
-        """One call over the slots as they lie, without gathering. [decoding, H, D] -> [decoding, H * D]
-
-        The G queries that share a key-value head stand where a query sequence would.
-        """
+        """[decoding, H, D] -> [decoding, H * D]"""
         span, length = rows.decode_mask.shape[0], rows.decode_mask.shape[-1]
         if rows.decode_slots is not None:
             queries = queries.new_zeros(span, *queries.shape[1:]).index_copy_(0, rows.decode_slots, queries)
-        queries = queries.reshape(span, self._kv_heads, self._heads // self._kv_heads, -1)
-        keys, values = keys_values[:span, : self._kv_heads, :length], keys_values[:span, self._kv_heads :, :length]
-        attended = F.scaled_dot_product_attention(queries, keys, values, attn_mask=rows.decode_mask).flatten(1)
+        keys, values = keys_values[:span, :, :length].split(self._kv_heads, dim=1)
+        if rows.shared is None:
+            attended = attend_slots(queries, keys, values, rows.decode_mask)
+        else:
+            attended = attend_slots_sharing(queries, keys, values, rows.decode_mask, rows.shared)
         return attended if rows.decode_slots is None else attended[rows.decode_slots]
 
-    def _prefill(self, queries: Tensor, keys_values: Tensor, chunk: _ChunkRows) -> Tensor:
-        """[rows, H, D] -> [rows, H * D]"""
-        keys, values = keys_values[: self._kv_heads, : chunk.length], keys_values[self._kv_heads :, : chunk.length]
-        attended = F.scaled_dot_product_attention(
-            queries.transpose(0, 1)[None],
-            keys[None],
-            values[None],
-            attn_mask=chunk.mask,
-            is_causal=chunk.mask is None,
-            enable_gqa=True,
-        )
-        return attended[0].transpose(0, 1).flatten(1)
-
-    def _feed_forward(self, index: int, hidden: Tensor) -> Tensor:
-        layer = self._model.module.model.layers[index]
-        hidden = self._normalize(hidden, layer.post_attention_layernorm.weight)
-        gate, up = F.linear(hidden, self._model.layers[index].gate_up).chunk(2, dim=-1)
-        return F.linear(F.silu(gate) * up, layer.mlp.down_proj.weight)
+    def _feed_forward(self, layer: _LayerWeights, hidden: Tensor) -> Tensor:
+        gate, up = F.linear(self._normalize(hidden, layer.feed_forward_norm), layer.gate_up).chunk(2, dim=-1)
+        return F.linear(F.silu(gate) * up, layer.down)
 
     def _normalize(self, hidden: Tensor, weight: Tensor) -> Tensor:
         return F.rms_norm(hidden, weight.shape, weight, self._epsilon)
@@ -159,9 +160,31 @@ class LlamaForward:
             decoding=len(decode_slots),
             decode_slots=None if compact else torch.from_numpy(decode_slots).to(device),
             decode_mask=_length_mask(decode_slots, positions[0], self._model),
+            shared=self._shared_prefix(decode_slots),
             chunks=tuple(chunks),
             sampled_S=torch.tensor(sampled, dtype=torch.int64, device=device),
         )
+
+    def _shared_prefix(self, slots: NDArray[np.int64]) -> tuple[int, int] | None:
+        # Elsewhere than on CPU, keys are read faster than two calls and their joining are launched.
+        if self._model.device.type != "cpu" or len(slots) < 2:
+            return None
+        count = self._cache.common_prefix(slots)
+        return (count, int(slots[0])) if count >= _WORTH_SHARING_TOKENS else None
+
+
+def _weights_of_layer(model: LoadedModel, index: int) -> _LayerWeights:
+    def weight(name: str) -> Tensor:
+        return model.module.get_parameter(f"model.layers.{index}.{name}.weight")
+
+    return _LayerWeights(
+        attention_norm=weight("input_layernorm"),
+        qkv=model.layers[index].qkv,
+        attention_out=weight("self_attn.o_proj"),
+        feed_forward_norm=weight("post_attention_layernorm"),
+        gate_up=model.layers[index].gate_up,
+        down=weight("mlp.down_proj"),
+    )
 
 
 def _rotary_table(model: LoadedModel, context_length: int) -> tuple[Tensor, Tensor]:

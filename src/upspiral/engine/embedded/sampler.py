@@ -1,4 +1,4 @@
-"""Draws tokens from logits. One uniform number a token, so a sequence's draws depend on nothing but its own generator."""
+"""Draws tokens from logits, one uniform number a token: a sequence's draws depend on nothing but its own generator."""
 
 from __future__ import annotations
 
@@ -65,7 +65,8 @@ def _invert_cdf(probabilities_SV: Tensor, uniforms_S: Tensor) -> Tensor:
     block_S1 = _first_above(cumulated_SK, thresholds_S1)
     before_S1 = torch.where(block_S1 > 0, cumulated_SK.gather(1, (block_S1 - 1).clamp(min=0)), 0.0)
     inside_SB = blocks_SKB[torch.arange(rows, device=block_S1.device), block_S1[:, 0]].double().cumsum(-1)
-    return (block_S1 * _BLOCK + _first_above(inside_SB, thresholds_S1 - before_S1))[:, 0]
+    token_S1 = block_S1 * _BLOCK + _first_above(inside_SB, thresholds_S1 - before_S1)
+    return token_S1[:, 0].clamp(max=size - 1)  # only a NaN gets here past the end
 
 
 def _first_above(cumulated_SN: Tensor, thresholds_S1: Tensor) -> Tensor:
@@ -73,4 +74,4 @@ def _first_above(cumulated_SN: Tensor, thresholds_S1: Tensor) -> Tensor:
     total_S1 = cumulated_SN[:, -1:]
     below_total_S1 = torch.minimum(thresholds_S1, torch.nextafter(total_S1, torch.zeros_like(total_S1)))
     found_S1 = torch.searchsorted(cumulated_SN, below_total_S1, right=True)
-    return found_S1.clamp(max=cumulated_SN.shape[1] - 1)  # only a NaN gets here past the end
+    return found_S1.clamp(max=cumulated_SN.shape[1] - 1)

@@ -10,7 +10,7 @@ from upspiral.engine.embedded.sequence import Batch, Chunk, Sequence
 
 _WORTH_COPYING_TOKENS = 16
 """A shorter prefix is computed again sooner than it is copied."""
-_WORTH_WAITING_TOKENS = 32
+_WORTH_WAITING_TOKENS = 8
 """Wait for a sibling whose prefill will give this many tokens more than the cache has now."""
 _HOLES_ALLOWED = 0.25
 """Decode attention runs over slots 0 .. highest decoding one; more idle slots than this share among them are closed."""
@@ -38,6 +38,7 @@ class Scheduler:
         self._drop_cancelled()
         self._admit()
         self._close_holes()
+        self.decoding.sort(key=lambda sequence: sequence.slot)
         return Batch(tuple(self.decoding), tuple(self._chunks()))
 
     def advance(self, batch: Batch) -> None:
@@ -56,10 +57,9 @@ class Scheduler:
         self._cache.release(sequence)
 
     def abandon(self) -> list[Sequence]:
-        """Takes everything out and empties the cache, after a step has failed or when the engine stops."""
+        """Takes everything out. Who calls it clears the cache."""
         abandoned = [*self.waiting, *self.prefilling, *self.decoding]
         self.waiting, self.prefilling, self.decoding = [], [], []
-        self._cache.clear()
         return abandoned
 
     def _drop_cancelled(self) -> None:

@@ -8,14 +8,12 @@ from typing import Any
 
 from upspiral.config.models import EnvConfig
 from upspiral.env.base import DemonstrationTurn, Task
-from upspiral.env.shell.compose import LEVELS, SHAPES, Shape, compose
-from upspiral.env.shell.files import Draw
+from upspiral.env.shell.compose import compose
+from upspiral.env.shell.repertoire import LEVELS, Repertoire, Shape
 from upspiral.env.shell.vocabulary import BY_SPLIT
 from upspiral.errors import ConfigError
 from upspiral.sandbox.base import Sandbox
 from upspiral.types import ToolSpec
-
-_SYSTEM_PROMPT = "Use the bash tool. When you know the answer, reply with only the answer."
 
 _BASH = ToolSpec(
     name="bash",
@@ -40,13 +38,16 @@ class ShellEnvironment:
     def __init__(self, config: EnvConfig):
         unknown = sorted(set(config.levels) - set(LEVELS))
         if unknown or not config.levels:
-            raise ConfigError(f"env.levels = {list(config.levels)}: choose from {list(LEVELS)} for env.kind = \"shell\"")
+            raise ConfigError(f'env.levels = {list(config.levels)}: choose from {list(LEVELS)} for env.kind = "shell"')
+        self._repertoire = Repertoire.named(config.kinds, config.shapes)
+        possible = {shape.difficulty for shape in self._repertoire.shapes}
+        if empty := sorted(set(config.levels) - possible):
+            raise ConfigError(
+                f"env.levels = {list(config.levels)}: env.kinds and env.shapes leave nothing of level {empty}; "
+                f"they reach {sorted(possible)}"
+            )
         self._seed = config.seed
         self._cycle = [level for level in sorted(set(config.levels)) for _ in range(_LEVEL_SHARES[level])]
-
-    @property
-    def system_prompt(self) -> str:
-        return _SYSTEM_PROMPT
 
     @property
     def tools(self) -> Sequence[ToolSpec]:
@@ -58,7 +59,7 @@ class ShellEnvironment:
             raise ConfigError(f"the shell environment has no split {split!r}; choose from {sorted(BY_SPLIT)}")
         rng = Random(f"{self._seed}/{split}/{index}")
         shape = self._shape(rng, index)
-        composition = compose(Draw(rng, BY_SPLIT[split]), split, shape)
+        composition = compose(rng, split, shape, self._repertoire)
         return Task(
             id=f"shell-{self._seed}-{split}-{index}",
             split=split,
@@ -71,7 +72,7 @@ class ShellEnvironment:
 
     def _shape(self, rng: Random, index: int) -> Shape:
         level = self._cycle[index * _STRIDE % len(self._cycle)]
-        shapes = [shape for shape in SHAPES if shape.difficulty == level]
+        shapes = [shape for shape in self._repertoire.shapes if shape.difficulty == level]
         return rng.choices(shapes, weights=[shape.weight for shape in shapes])[0]
 
     def demonstrate(self, task: Task) -> Sequence[DemonstrationTurn]:

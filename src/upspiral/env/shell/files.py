@@ -84,6 +84,8 @@ class Draw:
         extensions = self.rng.choices(self.vocabulary.extensions[Form.FOLDER], k=self.rng.randint(3, 8))
         stems = self.rng.sample(self.vocabulary.stems, len(extensions))
         words = self.rng.sample(self.vocabulary.words, 2 * len(extensions))
-        texts = [from_lines(self.rng.choices(words[2 * i : 2 * i + 2], k=self.rng.randint(1, 5))) for i in range(len(stems))]
+        texts = [
+            from_lines(self.rng.choices(words[2 * i : 2 * i + 2], k=self.rng.randint(1, 5))) for i in range(len(stems))
+        ]
         names = [f"{stem}.{extension}" for stem, extension in zip(stems, extensions, strict=True)]
         return folder, {f"{folder}/{name}": text for name, text in zip(names, texts, strict=True)}

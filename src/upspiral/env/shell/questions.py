@@ -294,7 +294,10 @@ QUESTIONS: tuple[Question, ...] = (
             "Whose number is the largest in {path}?",
             "Find the name with the biggest value in {path}.",
         ),
-        heldout=("Who is at the top of {path} by value?", "Which entry of {path} has the greatest number? Give its name."),
+        heldout=(
+            "Who is at the top of {path} by value?",
+            "Which entry of {path} has the greatest number? Give its name.",
+        ),
         answer=_top_row,
     ),
     Question(
@@ -336,7 +339,10 @@ QUESTIONS: tuple[Question, ...] = (
             "How many files in {path} end in .{extension}?",
             "Tell me the number of .{extension} files in {path}.",
         ),
-        heldout=("How many files of type {extension} does {path} contain?", "Within {path}, how many names end with .{extension}?"),
+        heldout=(
+            "How many files of type {extension} does {path} contain?",
+            "Within {path}, how many names end with .{extension}?",
+        ),
         choose=_extension,
         answer=lambda files, path, slots: str(
             sum(name.endswith(f".{slots['extension']}") for name in files_in(files, path))
@@ -352,7 +358,10 @@ QUESTIONS: tuple[Question, ...] = (
             "Find {word} in {path}. What is the path of the file?",
             "What is the path of the file with {word} in {path}?",
         ),
-        heldout=("Search {path} for {word} and give the path of the file.", "At which path within {path} is {word} mentioned?"),
+        heldout=(
+            "Search {path} for {word} and give the path of the file.",
+            "At which path within {path} is {word} mentioned?",
+        ),
         choose=_word_in_folder,
         answer=lambda files, path, slots: _only(
             [f"{path}/{name}" for name, text in files_in(files, path).items() if slots["word"] in text.split()]

@@ -44,18 +44,22 @@ class Vocabulary:
     """By the form of the file; for a folder: of the files in it."""
 
 
+def _split(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
 TRAIN = Vocabulary(
-    words=tuple(
+    words=_split(
         "oak lamp river apple stone tiger cloud bread chair green horse salt moon paper robot glass sugar "
-        "train violin wheat zebra candle desk eagle forest garden honey island jacket kite".split()
+        "train violin wheat zebra candle desk eagle forest garden honey island jacket kite"
     ),
-    stems=tuple(
+    stems=_split(
         "notes list data items report names values record draft memo sample order stock index main draw plan task "
-        "group score".split()
+        "group score"
     ),
-    folders=tuple("docs logs src work files home temp store project inbox".split()),
+    folders=_split("docs logs src work cases home temp store project inbox"),
     depths=(0, 1),
-    keys=tuple("port size color mode speed level host limit".split()),
+    keys=_split("port size color mode speed level host limit"),
     extensions={
         Form.WORDS: ("txt", "log", "md"),
         Form.PROSE: ("txt", "log", "md"),
@@ -67,14 +71,14 @@ TRAIN = Vocabulary(
 )
 
 HELDOUT = Vocabulary(
-    words=tuple(
+    words=_split(
         "pear silver wolf castle piano flower winter bridge spoon dragon copper melon ocean pencil rocket "
-        "tunnel velvet yellow anchor basket camel diamond falcon hammer".split()
+        "tunnel velvet yellow anchor basket camel diamond falcon hammer"
     ),
-    stems=tuple("input table words result numbers entry journal archive catalog ledger summary survey batch page".split()),
-    folders=tuple("backup media research office shared current export library".split()),
+    stems=_split("input table words result numbers entry journal archive catalog ledger summary survey batch page"),
+    folders=_split("backup media research office shared current export library"),
     depths=(1, 2),
-    keys=tuple("width theme region timeout depth user".split()),
+    keys=_split("width theme region timeout depth user"),
     extensions={
         Form.WORDS: ("dat", "lst", "out"),
         Form.PROSE: ("dat", "lst", "out"),

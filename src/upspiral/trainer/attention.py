@@ -1,0 +1,220 @@
+"""Forest attention: each token attends to its own path, without a mask of tokens by tokens.
+
+The work is cut into *spans*: a node's queries against its own keys, causal; and, because descendants follow a node
+directly, the queries of all its descendants at once against the node's keys, unmasked. Each query then has one partial
+result per node of its path. Partial softmaxes are merged by their log-sum-exp (as in FlashAttention, arXiv 2205.14135,
+section 3.1); backward, each span is differentiated with the *merged* result and log-sum-exp, which is exact because
+probabilities are exp(score - log-sum-exp) whichever span the key is in.
+
+Registered with transformers as "upspiral_forest"; the spans travel to it as the keyword `forest` of the model's forward.
+Shapes: B = 1, H query heads, K key heads (H a multiple of K), T tokens, D head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from upspiral.trainer.forest import ForestBatch
+
+ATTENTION_NAME = "upspiral_forest"
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Queries [query_start, query_end) against keys [key_start, key_end)."""
+
+    query_start: int
+    query_end: int
+    key_start: int
+    key_end: int
+    causal: bool
+    """True for a node's own tokens, where query and key ranges are the same."""
+
+
+def spans_of(batch: ForestBatch) -> tuple[Span, ...]:
+    """The spans of a forest; own spans come before those of ancestors."""
+    starts = batch.node_start_N.tolist()
+    ends = [start + length for start, length in zip(starts, batch.node_length_N.tolist(), strict=True)]
+    subtree_ends = list(ends)
+    for node in range(len(starts) - 1, -1, -1):
+        parent = int(batch.node_parent_N[node])
+        if parent >= 0:
+            subtree_ends[parent] = max(subtree_ends[parent], subtree_ends[node])
+    own = [Span(start, end, start, end, True) for start, end in zip(starts, ends, strict=True)]
+    below = [
+        Span(end, subtree_end, start, end, False)
+        for start, end, subtree_end in zip(starts, ends, subtree_ends, strict=True)
+        if subtree_end > end
+    ]
+    return (*own, *below)
+
+
+class Kernel(Protocol):
+    """Attention of one span. `forward` returns (output [B,H,T,D], log-sum-exp [B,H,T]); `backward` the gradients of
+    queries, keys and values, given the output and log-sum-exp over *all* keys of each query. `backward_dtype` says in
+    which dtype `backward` wants its tensors."""
+
+    def backward_dtype(self, dtype: torch.dtype) -> torch.dtype: ...
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]: ...
+
+    def backward(
+        self, grad: Tensor, qkv: tuple[Tensor, Tensor, Tensor], merged: tuple[Tensor, Tensor], causal: bool, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
+
+
+class FlashCpuKernel:
+    """torch's blocked CPU attention; it takes grouped heads as they are. Its bfloat16 backward takes up to three times
+    as long as the float32 one on short nodes (measured: 165 tokens, 9 heads of 64), so that one is used for both."""
+
+    def backward_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        return _accumulator(dtype)
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, causal, scale=scale)
+
+    def backward(
+        self, grad: Tensor, qkv: tuple[Tensor, Tensor, Tensor], merged: tuple[Tensor, Tensor], causal: bool, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            grad, *qkv, *merged, 0.0, causal, scale=scale
+        )
+
+
+class PlainKernel:
+    """The same in plain matrix products, for any device; the twin that tests compare the fast kernel with."""
+
+    def backward_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        return dtype
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+        scores = self._scores(query, key, causal, scale)
+        lse = scores.logsumexp(-1)
+        output = (scores - lse[..., None]).exp() @ _spread(value, query).to(scores.dtype)
+        return output.to(query.dtype), lse
+
+    def backward(
+        self, grad: Tensor, qkv: tuple[Tensor, Tensor, Tensor], merged: tuple[Tensor, Tensor], causal: bool, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        query, key, value = qkv
+        output, lse = merged
+        probabilities = (self._scores(query, key, causal, scale) - lse[..., None]).exp()
+        grad = grad.to(probabilities.dtype)
+        grad_value = probabilities.mT @ grad
+        delta = (grad * output).sum(-1, keepdim=True)
+        grad_scores = probabilities * (grad @ _spread(value, query).to(grad.dtype).mT - delta) * scale
+        grad_key = grad_scores.mT @ query.to(grad.dtype)
+        return grad_scores @ _spread(key, query).to(grad.dtype), _gather(grad_key, key), _gather(grad_value, value)
+
+    @staticmethod
+    def _scores(query: Tensor, key: Tensor, causal: bool, scale: float) -> Tensor:
+        scores = (query @ _spread(key, query).mT).to(_accumulator(query.dtype)) * scale
+        if causal:
+            length = scores.shape[-1]
+            hidden = torch.ones(length, length, dtype=torch.bool, device=scores.device).triu(1)
+            scores = scores.masked_fill(hidden, float("-inf"))
+        return scores
+
+
+def kernel_for(device: torch.device) -> Kernel:
+    return FlashCpuKernel() if device.type == "cpu" else PlainKernel()
+
+
+class ForestAttention(torch.autograd.Function):
+    """apply(query [1,H,T,D], key [1,K,T,D], value [1,K,T,D], spans, scale, kernel) -> [1,H,T,D]."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        query, key, value, spans, scale, kernel = inputs
+        output = torch.zeros(query.shape, dtype=_accumulator(query.dtype), device=query.device)
+        lse = torch.full(query.shape[:-1], float("-inf"), dtype=output.dtype, device=query.device)
+        for span in spans:
+            part, part_lse = kernel.forward(*_slices(span, query, key, value), span.causal, scale)
+            own_output, own_lse = (tensor[:, :, span.query_start : span.query_end] for tensor in (output, lse))
+            if span.causal:  # comes first and fills its rows
+                own_output.copy_(part)
+                own_lse.copy_(part_lse)
+            else:
+                merged = torch.logaddexp(own_lse, part_lse)
+                own_output.mul_((own_lse - merged).exp_()[..., None])
+                own_output.addcmul_(part, (part_lse - merged).exp_()[..., None])
+                own_lse.copy_(merged)
+        output = output.to(query.dtype)
+        ctx.save_for_backward(query, key, value, output, lse)
+        ctx.spans, ctx.scale, ctx.kernel = spans, scale, kernel
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        *saved, lse = ctx.saved_tensors
+        dtype, accumulator = saved[0].dtype, _accumulator(saved[0].dtype)
+        wanted = ctx.kernel.backward_dtype(dtype)
+        query, key, value, output, grad = (tensor.to(wanted) for tensor in (*saved, grads[0]))
+        sums = [torch.zeros(x.shape, dtype=accumulator, device=x.device) for x in (query, key, value)]
+        for span in ctx.spans:
+            rows = slice(span.query_start, span.query_end)
+            keys = slice(span.key_start, span.key_end)
+            merged = (output[:, :, rows], lse[:, :, rows].contiguous())
+            qkv = _slices(span, query, key, value)
+            parts = ctx.kernel.backward(grad[:, :, rows], qkv, merged, span.causal, ctx.scale)
+            for total, part, where in zip(sums, parts, (rows, keys, keys), strict=True):
+                total[:, :, where] += part
+        return (*(total.to(dtype) for total in sums), None, None, None)
+
+
+def forest_attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """The attention function of transformers' interface. Takes query [1,H,T,D], key and value [1,K,T,D] after RoPE
+    and the keywords `scaling` and `forest` (spans); returns ([1,T,H,D], None)."""
+    spans: Sequence[Span] | None = kwargs.get("forest")
+    if spans is None:
+        raise ValueError(f"attention {ATTENTION_NAME!r} needs the keyword forest=spans_of(batch) in the model's forward")
+    scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
+    output = ForestAttention.apply(query, key, value, spans, scale, kernel_for(query.device))
+    return output.transpose(1, 2), None
+
+
+@contextmanager
+def forest_attention_in(model: Any) -> Iterator[None]:
+    """Within it, a transformers model computes with forest attention and needs the keyword `forest` in its forward;
+    afterwards it computes as before. A module that is not transformers' must call `forest_attention` itself."""
+    if not hasattr(model, "set_attn_implementation"):
+        yield
+        return
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(ATTENTION_NAME, forest_attention)
+    AttentionMaskInterface.register(ATTENTION_NAME, lambda *args, **kwargs: None)
+    before = model.config._attn_implementation
+    model.set_attn_implementation(ATTENTION_NAME)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+def _slices(span: Span, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    keys = slice(span.key_start, span.key_end)
+    return query[:, :, span.query_start : span.query_end], key[:, :, keys], value[:, :, keys]
+
+
+def _accumulator(dtype: torch.dtype) -> torch.dtype:
+    """Sums are kept in float32 at least."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _spread(grouped: Tensor, query: Tensor) -> Tensor:
+    """[1,K,T,D] -> [1,H,T,D]: each key head once for every query head of its group."""
+    return grouped.repeat_interleave(query.shape[1] // grouped.shape[1], dim=1)
+
+
+def _gather(spread: Tensor, like: Tensor) -> Tensor:
+    """The gradient of `_spread`."""
+    return spread.unflatten(1, (like.shape[1], -1)).sum(2)

@@ -1,0 +1,175 @@
+"""The trainer of one process and one device: forest batches in, new weights in place out.
+
+Reproducible bit for bit: nothing in a step draws random numbers, and sums run in a fixed order for a fixed number of
+threads.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import groupby
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from upspiral.algorithm.loss import Loss, PolicyLoss, SftLoss, TokenTerms
+from upspiral.config.models import AlgorithmConfig, TrainerConfig
+from upspiral.trainer.attention import forest_attention_in
+from upspiral.trainer.forest import ForestBatch
+from upspiral.trainer.logprob import target_logprobs
+from upspiral.trainer.optimizer import MasterAdamW
+
+
+@dataclass(frozen=True, slots=True)
+class StepMetrics:
+    """What one call of `LocalTrainer.step` did."""
+
+    loss: float
+    """Sum of the minibatches' losses; for kind "sft" and one minibatch, nats per token."""
+    grad_norm: float
+    """Before clipping; the largest over the minibatches. Not finite when a step was skipped."""
+    lr: float
+    skipped_steps: int
+    """Optimizer steps left out because their gradient was not finite; the weights stayed as they were."""
+    unique_tokens: int
+    """Tokens that went through the model, each once however many branches share it."""
+    trained_tokens: int
+    seconds: float
+    tokens: Mapping[str, float] = field(default_factory=dict)
+    """Means over the trained tokens ("max_...": maxima): entropy, and what the loss reports (`algorithm/loss.py`)."""
+
+    def flat(self) -> dict[str, float]:
+        """All of it as one flat mapping, for the metrics log."""
+        own = asdict(self)
+        return own.pop("tokens") | own
+
+
+class LocalTrainer:
+    """Owns the optimizer of a model that it shares with the engine. `step` must not run while the engine samples."""
+
+    def __init__(
+        self, model: Any, config: TrainerConfig, algorithm: AlgorithmConfig, *, temperature: float
+    ) -> None:
+        """`model`: a causal language model of transformers, on its device, with trainable parameters.
+        `temperature`: that of the training rollouts; logits are divided by it, as the engine did.
+        Raises ModelError when nothing in the model is trainable."""
+        self._model = model.eval()  # no dropout: the policy that is trained is the one that sampled
+        self._config = config
+        self._temperature = temperature
+        self._losses: dict[str, Loss] = {"policy": PolicyLoss.from_config(algorithm), "sft": SftLoss()}
+        self._temperatures = {"policy": temperature, "sft": 1.0}
+        self._optimizer = MasterAdamW(model.parameters(), config)
+        self._policy_steps = 0
+
+    def step(
+        self, batches: Sequence[ForestBatch], *, kind: Literal["policy", "sft"] = "policy", lr: float | None = None
+    ) -> StepMetrics:
+        """Trains on the microbatches of one step: an optimizer step for each minibatch number among them.
+
+        `lr` overrides the configured learning rate and its warm-up. A step whose gradient is not finite is skipped and
+        counted. No batches: nothing happens.
+        """
+        started = time.monotonic()
+        rate = self._learning_rate() if lr is None else lr
+        tally = _Tally()
+        with forest_attention_in(self._model):
+            for minibatch, old in self._with_old_logprobs(batches, kind):
+                for batch, old_logprobs in zip(minibatch, old, strict=True):
+                    self._accumulate(batch, old_logprobs, kind, tally)
+                self._update(rate, tally)
+        self._policy_steps += kind == "policy" and bool(batches)
+        return tally.metrics(rate, time.monotonic() - started)
+
+    def forget_moments(self) -> None:
+        """Starts the optimizer anew on the weights as they are, as between warm start and RL."""
+        self._optimizer.forget_moments()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the next step depends on, weights included. Live tensors: save before the next step."""
+        return {"optimizer": self._optimizer.state_dict(), "policy_steps": self._policy_steps}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores the weights in place and the optimizer. StoreError when another model wrote the state."""
+        self._optimizer.load_state_dict(state["optimizer"])
+        self._policy_steps = int(state["policy_steps"])
+
+    def _with_old_logprobs(
+        self, batches: Sequence[ForestBatch], kind: str
+    ) -> Iterator[tuple[list[ForestBatch], list[Tensor | None]]]:
+        """The minibatches, each batch with log p_old. With a single minibatch p_old is p_theta and need not be
+        computed beforehand (None); with more, it is taken before the first update."""
+        minibatches = [list(part) for _, part in groupby(batches, key=lambda batch: batch.minibatch)]
+        if len(minibatches) == 1 or kind == "sft":
+            yield from ((part, [None] * len(part)) for part in minibatches)
+            return
+        with torch.no_grad():
+            old = [[self._logprobs(batch, kind)[0] for batch in part] for part in minibatches]
+        yield from zip(minibatches, old, strict=True)  # type: ignore[misc]
+
+    def _accumulate(self, batch: ForestBatch, old_logprobs: Tensor | None, kind: str, tally: _Tally) -> None:
+        logprobs, entropy = self._logprobs(batch, kind)
+        loss, metrics = self._losses[kind](_terms(batch, logprobs, old_logprobs))
+        loss.backward()
+        self._optimizer.collect_gradients()
+        tally.add(batch, loss.item(), {"entropy": entropy.sum(), **metrics})
+
+    def _update(self, lr: float, tally: _Tally) -> None:
+        norm = self._optimizer.clip_gradients(self._config.max_grad_norm)
+        tally.norms.append(norm)
+        if math.isfinite(norm):
+            self._optimizer.step(lr)
+        else:
+            self._optimizer.drop_gradients()
+
+    def _logprobs(self, batch: ForestBatch, kind: str) -> tuple[Tensor, Tensor]:
+        return target_logprobs(self._model, batch, temperature=self._temperatures[kind])
+
+    def _learning_rate(self) -> float:
+        warmup = self._config.lr_warmup_steps
+        return self._config.lr * min(1.0, (self._policy_steps + 1) / (warmup + 1))
+
+
+def _terms(batch: ForestBatch, logprobs: Tensor, old_logprobs: Tensor | None) -> TokenTerms:
+    behavior, positive, negative, weight = (
+        torch.from_numpy(array).to(logprobs)
+        for array in (batch.behavior_logprobs_M, batch.positive_M, batch.negative_M, batch.token_weight_M)
+    )
+    old = logprobs.detach() if old_logprobs is None else old_logprobs
+    return TokenTerms(logprobs, old, behavior, positive, negative, weight)
+
+
+class _Tally:
+    """Sums over the microbatches of a step."""
+
+    def __init__(self) -> None:
+        self.norms: list[float] = []
+        self._loss = 0.0
+        self._unique = self._trained = 0
+        self._tokens: dict[str, float] = {}
+
+    def add(self, batch: ForestBatch, loss: float, metrics: Mapping[str, Tensor]) -> None:
+        self._loss += loss
+        self._unique += batch.num_tokens
+        self._trained += batch.num_targets
+        for name, value in metrics.items():
+            before, now = self._tokens.get(name, 0.0), value.item()
+            self._tokens[name] = max(before, now) if name.startswith("max_") else before + now
+
+    def metrics(self, lr: float, seconds: float) -> StepMetrics:
+        return StepMetrics(
+            loss=self._loss,
+            grad_norm=max(self.norms, default=0.0),
+            lr=lr,
+            skipped_steps=sum(not math.isfinite(norm) for norm in self.norms),
+            unique_tokens=self._unique,
+            trained_tokens=self._trained,
+            seconds=seconds,
+            tokens={
+                name: value if name.startswith("max_") else value / self._trained
+                for name, value in self._tokens.items()
+            },
+        )

@@ -1,0 +1,160 @@
+"""A radix trie over the tokens of many rollouts: what they share stands in it once.
+
+Unsampled runs are merged token by token, across rollouts and groups. Sampled runs are never merged, even when two
+rollouts happened to sample the same tokens: each keeps its own credit, log-probabilities and descendants.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from upspiral.trajectory.graph import TrajectoryGraph
+from upspiral.types import Node, NodeCredit
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TargetRun:
+    """Consecutive sampled tokens and the credit they share. The token before the first of them predicts the first."""
+
+    offset: int
+    """Where in its branch the token stands that predicts the first target; the next predicts the second, and so on."""
+    token_ids: NDArray[np.int32]
+    logprobs: NDArray[np.float32]
+    positive: float
+    negative: float
+    token_weight: float
+    rollout: int
+    """Index of the rollout in the batch."""
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+    def shifted(self, by: int) -> TargetRun:
+        return replace(self, offset=self.offset + by)
+
+    def part(self, start: int, end: int) -> TargetRun:
+        return replace(self, token_ids=self.token_ids[start:end], logprobs=self.logprobs[start:end])
+
+
+@dataclass(slots=True, eq=False)
+class Branch:
+    """A run of tokens that nothing divides, and what hangs below its last token."""
+
+    token_ids: NDArray[np.int32]
+    parent: Branch | None = None
+    children: list[Branch] = field(default_factory=list)
+    shared: dict[int, Branch] = field(default_factory=dict)
+    """The children that start with an unsampled token, by that token."""
+    targets: list[TargetRun] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+
+class Trie:
+    """Insert rollouts, then `trim`, then read `preorder`. The root is empty and stands for no token."""
+
+    def __init__(self) -> None:
+        self.root = Branch(np.empty(0, np.int32))
+
+    def insert(self, graph: TrajectoryGraph, credits: Sequence[NodeCredit], weight: float, rollout: int) -> None:
+        """Adds all tokens of a rollout; those of credited nodes become targets with `weight`."""
+        credit_of = {credit.node_id: credit for credit in credits}
+        ends: dict[int | None, Branch] = {None: self.root}
+        for node in graph.nodes:
+            cursor = ends[node.parent]
+            credit = credit_of.get(node.id)
+            for start, end in _runs(node.sampled):
+                if not node.sampled[start]:
+                    cursor = _descend(cursor, node.token_ids[start:end])
+                elif credit is None:
+                    cursor = _grow(cursor, node.token_ids[start:end])
+                else:
+                    cursor = _grow_trained(cursor, _target_run(node, (start, end), credit, weight, rollout))
+            ends[node.id] = cursor
+
+    def trim(self) -> None:
+        """Cuts what no target needs: branches without targets below, and tokens after the last that predicts one."""
+        for branch in [*reversed(list(self.preorder())), self.root]:
+            branch.children = [child for child in branch.children if len(child)]
+            if not branch.children:
+                needed = max((run.offset + len(run) for run in branch.targets), default=0)
+                branch.token_ids = branch.token_ids[:needed]
+
+    def preorder(self) -> Iterator[Branch]:
+        """Every branch but the root, parents first."""
+        stack = self.root.children[::-1]
+        while stack:
+            branch = stack.pop()
+            yield branch
+            stack.extend(reversed(branch.children))
+
+
+def _runs(sampled: NDArray[np.bool_]) -> Iterator[tuple[int, int]]:
+    """The stretches of equal value: (start, end)."""
+    edges = [0, *(np.flatnonzero(np.diff(sampled)) + 1).tolist(), len(sampled)]
+    return zip(edges[:-1], edges[1:], strict=True)
+
+
+def _descend(cursor: Branch, token_ids: NDArray[np.int32]) -> Branch:
+    """Follows unsampled tokens down from the end of `cursor`, splitting and adding branches as needed. Returns the
+    branch that ends with the last of them."""
+    while len(token_ids):
+        child = cursor.shared.get(int(token_ids[0]))
+        if child is None:
+            child = _grow(cursor, token_ids)
+            cursor.shared[int(token_ids[0])] = child
+            return child
+        common = _common_length(child.token_ids, token_ids)
+        cursor = child if common == len(child) else _split(child, common)
+        token_ids = token_ids[common:]
+    return cursor
+
+
+def _common_length(a: NDArray[np.int32], b: NDArray[np.int32]) -> int:
+    length = min(len(a), len(b))
+    differing = np.flatnonzero(a[:length] != b[:length])
+    return int(differing[0]) if len(differing) else length
+
+
+def _split(branch: Branch, at: int) -> Branch:
+    """Puts a new branch with the first `at` tokens above `branch`, which keeps the rest and thereby its end: cursors
+    that stand at the end of a branch stay right. Returns the new one."""
+    parent = branch.parent
+    assert parent is not None
+    upper = Branch(branch.token_ids[:at], parent, [branch], {int(branch.token_ids[at]): branch})
+    # Targets in an unsampled branch are single tokens, so none of them straddles the cut.
+    upper.targets = [run for run in branch.targets if run.offset < at]
+    branch.targets = [run.shifted(-at) for run in branch.targets if run.offset >= at]
+    branch.token_ids, branch.parent = branch.token_ids[at:], upper
+    parent.children[parent.children.index(branch)] = upper
+    parent.shared[int(upper.token_ids[0])] = upper
+    return upper
+
+
+def _grow(cursor: Branch, token_ids: NDArray[np.int32]) -> Branch:
+    child = Branch(token_ids, cursor)
+    cursor.children.append(child)
+    return child
+
+
+def _grow_trained(cursor: Branch, run: TargetRun) -> Branch:
+    """A private branch of sampled tokens. The first is predicted by the last token of `cursor`."""
+    child = _grow(cursor, run.token_ids)
+    cursor.targets.append(run.part(0, 1).shifted(len(cursor) - 1))
+    if len(run) > 1:
+        child.targets.append(run.part(1, len(run)))
+    return child
+
+
+def _target_run(
+    node: Node, span: tuple[int, int], credit: NodeCredit, weight: float, rollout: int
+) -> TargetRun:
+    start, end = span
+    return TargetRun(
+        0, node.token_ids[start:end], node.logprobs[start:end], credit.positive, credit.negative, weight, rollout
+    )

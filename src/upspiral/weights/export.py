@@ -1,0 +1,64 @@
+"""Trained weights become a Hugging Face folder that transformers, vLLM and others load."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from upspiral.errors import ModelError
+from upspiral.rendering.model_folder import load_template, load_tokenizer
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import LlamaForCausalLM
+
+_TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt")
+
+
+def export_hf(module: LlamaForCausalLM, source: Path, target: Path) -> Path:
+    """Writes the module's weights and config, and the tokenizer of `source`, the folder that the module came from.
+
+    The chat template is the one that the model was trained with: ours, where that of `source` cannot do tools. Returns
+    `target`, which appears whole or not at all. Raises ModelError when it exists or cannot be written.
+    """
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    if target.exists():
+        raise ModelError(f"{target} exists already; choose another folder or remove it")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as work:
+            folder = Path(work) / "model"
+            module.save_pretrained(folder, state_dict=_independent_copies(module.state_dict()))
+            _write_tokenizer(source, folder)
+            folder.rename(target)
+    except OSError as error:
+        raise ModelError(f"{target} could not be written: {error}; free space or choose another folder") from error
+    return target
+
+
+def _independent_copies(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Fused projections are views of one tensor, which safetensors refuses; tied tensors stay the same object."""
+    copies: dict[tuple[int, int], Tensor] = {}
+    return {
+        name: copies.setdefault((tensor.data_ptr(), tensor.numel()), tensor.detach().clone())
+        for name, tensor in state.items()
+    }
+
+
+def _write_tokenizer(source: Path, folder: Path) -> None:
+    for pattern in _TOKENIZER_FILES:
+        for path in source.glob(pattern):
+            shutil.copyfile(path, folder / path.name)
+    template = load_template(source, load_tokenizer(source))
+    (folder / "chat_template.jinja").write_text(template.source, encoding="utf-8")
+    config = folder / "tokenizer_config.json"
+    if config.is_file():
+        # Some programs would prefer an old template in here to the file.
+        entries = json.loads(config.read_text(encoding="utf-8"))
+        entries.pop("chat_template", None)
+        config.write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")

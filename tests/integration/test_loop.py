@@ -1,0 +1,140 @@
+"""The whole loop on a tiny model: real engine, gateway, agent process, sandbox, verifier, trainer, checkpoints."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+from statistics import fmean
+
+import pytest
+
+pytest.importorskip("torch", reason="needs the [train] extra")
+
+from tests.fixtures.tiny_model import make_model
+from upspiral.config.loader import load_run_config
+from upspiral.loop.run import run_training
+from upspiral.monitor.metrics import read_metrics
+from upspiral.monitor.progress import LiveProgress
+from upspiral.trajectory.store import TrajectoryStore
+from upspiral.types import RolloutStatus
+
+FIXTURES = Path(__file__).parent.parent / "fixtures"
+RECIPE = """
+name = "tiny"
+steps = {steps}
+[model]
+path = "{model}"
+dtype = "float32"
+threads = 1
+[engine]
+context_length = 128
+cache_slots = 64
+[env]
+kind = "python"
+file = "{fixtures}/letters_env.py"
+[agent]
+file = "{fixtures}/one_call_agent.py"
+max_completion_tokens = 6
+[algorithm]
+group_size = 8
+groups_per_step = 4
+max_groups_per_step = 6
+[trainer]
+lr = 1e-2
+[eval]
+tasks = 12
+temperature = 1.0
+[checkpoint]
+every = 2
+"""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("model"))
+
+
+def recipe(folder: Path, model: Path, steps: int) -> Path:
+    path = folder / "tiny.toml"
+    path.write_text(RECIPE.format(model=model, fixtures=FIXTURES, steps=steps))
+    return path
+
+
+def steps_of(folder: Path) -> list[dict]:
+    return [line for line in read_metrics(folder) if line["kind"] == "step"]
+
+
+def test_reward_rises_and_the_ledger_closes(tmp_path: Path, model: Path) -> None:
+    config = load_run_config(recipe(tmp_path, model, steps=12), ())
+    folder = tmp_path / "run"
+    result = run_training(config, folder, resume=False, progress=LiveProgress("tiny", 12, quiet=True))
+
+    steps = steps_of(folder)
+    assert result.steps == len(steps) == 12
+    rewards = [line["reward_mean"] for line in steps]
+    assert fmean(rewards[-3:]) > fmean(rewards[:3]) + 0.2, rewards
+    assert all(line["ledger"]["difference"] == 0 for line in steps)
+    assert all(line["mismatch_max_abs"] < 1e-3 for line in steps), "float32 engine and trainer must agree"
+    assert [line["step"] for line in result.evaluations] == [0, 12]
+
+    store = TrajectoryStore(folder / "trajectories.db", create=False)
+    ledger = store.ledger()
+    assert ledger.difference == 0 and ledger.trained > 0
+    for rollout in store.rollouts(split="train"):
+        graph = store.graph(rollout.id)
+        assert {int(v) for node in graph.nodes for v in node.versions[node.sampled]} == {rollout.step - 1}
+    store.close()
+
+
+def test_kill_9_loses_no_committed_node_and_resume_goes_on(tmp_path: Path, model: Path) -> None:
+    folder, file = tmp_path / "run", recipe(tmp_path, model, steps=5)
+    command = [sys.executable, "-m", "upspiral", "run", str(file), "--run", str(folder)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=environment, start_new_session=True, stdout=subprocess.DEVNULL)
+    try:
+        wait_until(lambda: committed_steps(folder) >= 3, process)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait(30)
+    before = node_rows(folder)
+    assert before
+
+    subprocess.run([*command, "--resume"], env=environment, check=True, timeout=120, stdout=subprocess.DEVNULL)
+
+    assert before.items() <= node_rows(folder).items()
+    assert [line["step"] for line in steps_of(folder)] == [1, 2, 3, 4, 5]
+    store = TrajectoryStore(folder / "trajectories.db", create=False)
+    assert store.ledger().difference == 0
+    assert not store.rollouts(status=RolloutStatus.RUNNING)
+    store.close()
+
+
+def committed_steps(folder: Path) -> int:
+    """The newest step that has committed nodes."""
+    if not (folder / "trajectories.db").exists():
+        return 0
+    with sqlite3.connect(f"file:{folder}/trajectories.db?mode=ro", uri=True, timeout=5) as connection:
+        query = "SELECT max(step) FROM rollouts JOIN nodes ON nodes.rollout_id = rollouts.id WHERE split = 'train'"
+        try:
+            return connection.execute(query).fetchone()[0] or 0
+        except sqlite3.OperationalError:
+            return 0
+
+
+def node_rows(folder: Path) -> dict[tuple[str, int], bytes]:
+    with sqlite3.connect(folder / "trajectories.db") as connection:
+        rows = connection.execute("SELECT rollout_id, id, token_ids FROM nodes").fetchall()
+    return {(rollout, node): tokens for rollout, node, tokens in rows}
+
+
+def wait_until(condition, process: subprocess.Popen, timeout_s: float = 120.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert process.poll() is None, f"the run ended early with {process.returncode}"
+        assert time.monotonic() < deadline, f"nothing happened within {timeout_s} s"
+        time.sleep(0.02)
