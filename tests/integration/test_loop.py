@@ -79,7 +79,9 @@ def test_reward_rises_and_the_ledger_closes(tmp_path: Path, model: Path) -> None
     rewards = [line["reward_mean"] for line in steps]
     assert fmean(rewards[-3:]) > fmean(rewards[:3]) + 0.2, rewards
     assert all(line["ledger"]["difference"] == 0 for line in steps)
-    assert all(line["mismatch_max_abs"] < 1e-3 for line in steps), "float32 engine and trainer must agree"
+    assert all(line["mismatch_max_abs"] < 1e-3 for line in steps if line["trained_tokens"]), (
+        "float32 engine and trainer must agree"
+    )
     assert [line["step"] for line in result.evaluations] == [0, 12]
 
     store = TrajectoryStore(folder / "trajectories.db", create=False)

@@ -38,9 +38,7 @@ def rollouts(draw: st.DrawFn, number: int) -> Item:
         run = TokenRun.answer(draw(st.sampled_from([[], [7], [7, 8]])), sampled, logprobs, [0] * len(sampled), "stop")
         graph.add(parent, run, role="assistant", reason="append")
     advantage = st.floats(0, 2)
-    nodes = tuple(
-        NodeCredit(node.id, draw(advantage), -draw(advantage)) for node in graph.nodes if node.num_sampled
-    )
+    nodes = tuple(NodeCredit(node.id, draw(advantage), -draw(advantage)) for node in graph.nodes if node.num_sampled)
     masked = draw(st.sampled_from([None, None, None, "no_signal"])) if nodes else "no_tokens"
     weight = draw(st.floats(0.05, 1))
     return graph, RolloutCredit(graph.rollout_id, f"g{number % 2}", () if masked else nodes, weight, masked)
@@ -70,13 +68,15 @@ class DoubleLlama(nn.Module):
         self.heads, self.key_heads, self.head = heads, key_heads, width // heads
         self.embedding = nn.Embedding(VOCABULARY, width)
         self.blocks = nn.ModuleList(
-            nn.ModuleDict({
-                "query": nn.Linear(width, width, bias=False),
-                "key_value": nn.Linear(width, 2 * key_heads * self.head, bias=False),
-                "out": nn.Linear(width, width, bias=False),
-                "up": nn.Linear(width, 2 * width, bias=False),
-                "down": nn.Linear(2 * width, width, bias=False),
-            })
+            nn.ModuleDict(
+                {
+                    "query": nn.Linear(width, width, bias=False),
+                    "key_value": nn.Linear(width, 2 * key_heads * self.head, bias=False),
+                    "out": nn.Linear(width, width, bias=False),
+                    "up": nn.Linear(width, 2 * width, bias=False),
+                    "down": nn.Linear(2 * width, width, bias=False),
+                }
+            )
             for _ in range(layers)
         )
         self.double()

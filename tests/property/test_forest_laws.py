@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -36,7 +37,8 @@ def hugging_face_llama(dtype: torch.dtype) -> nn.Module:
         num_key_value_heads=2,
         tie_word_embeddings=True,
     )
-    return LlamaForCausalLM(config).to(dtype)
+    made: Any = LlamaForCausalLM(config)
+    return made.to(dtype)
 
 
 def double_llama() -> nn.Module:
@@ -90,9 +92,7 @@ def test_forest_equals_one_row_per_path(
 
 @settings(max_examples=40, deadline=None)
 @given(items=batches_of_rollouts(), budgets=st.tuples(st.integers(4, 60), st.integers(4, 60)), seed=st.integers(0, 99))
-def test_order_and_budget_do_not_change_the_gradient(
-    items: list[Item], budgets: tuple[int, int], seed: int
-) -> None:
+def test_order_and_budget_do_not_change_the_gradient(items: list[Item], budgets: tuple[int, int], seed: int) -> None:
     model, shuffled = double_llama(), random.Random(seed).sample(items, len(items))
     ours = loss_and_gradients(model, pack(items, tokens_per_microbatch=budgets[0]))
     theirs = loss_and_gradients(model, pack(shuffled, tokens_per_microbatch=budgets[1]))

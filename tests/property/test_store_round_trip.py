@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 
 from upspiral.trajectory.graph import TokenRun, TrajectoryGraph
 from upspiral.trajectory.store import TrajectoryStore
-from upspiral.types import Message, Rollout, ToolCall
+from upspiral.types import Message, Role, Rollout, ToolCall
+
+GIVEN_ROLES: list[Role] = ["user", "tool", "system"]
 
 token = st.integers(0, 2**31 - 1)
 logprob = st.floats(max_value=0.0, min_value=-(2.0**20), width=32)
@@ -35,10 +37,11 @@ def graphs(draw: st.DrawFn) -> TrajectoryGraph:
         given_ids = draw(st.lists(token, min_size=1, max_size=5))
         if draw(st.booleans()):
             sampled = draw(st.lists(st.tuples(token, logprob, st.integers(0, 99)), max_size=5))
-            tokens = TokenRun.answer(given_ids, *([row[i] for row in sampled] for i in range(3)), "length")
-            role = "assistant"
+            ids, logprobs, versions = ([row[i] for row in sampled] for i in range(3))
+            tokens = TokenRun.answer(given_ids, ids, logprobs, versions, "length")
+            role: Role = "assistant"
         else:
-            tokens, role = TokenRun.given(given_ids), draw(st.sampled_from(["user", "tool", "system"]))
+            tokens, role = TokenRun.given(given_ids), draw(st.sampled_from(GIVEN_ROLES))
         graph.add(parent, tokens, role=role, reason=draw(text), message=draw(message), delivered=draw(st.booleans()))
     return graph
 

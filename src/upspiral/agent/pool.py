@@ -34,6 +34,8 @@ class _WorkerProcess:
         self._answers: dict[str, asyncio.Future[str]] = {}
         self._readers: list[asyncio.Task[None]] = []
         self._stderr: deque[str] = deque(maxlen=STDERR_LINES)
+        self._reading = False
+        """False once the worker closed its end, which is known before the process is reaped."""
 
     @property
     def load(self) -> int:
@@ -41,7 +43,7 @@ class _WorkerProcess:
 
     @property
     def alive(self) -> bool:
-        return self._process is not None and self._process.returncode is None
+        return self._reading and self._process is not None and self._process.returncode is None
 
     async def start(self) -> None:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
@@ -62,6 +64,7 @@ class _WorkerProcess:
             await self.stop()
             reason = (first or {}).get("fatal") or "the process ended: " + self._last_words()
             raise AgentError(f"agent file {self._agent_file} cannot be used: {reason}")
+        self._reading = True
         self._readers.append(asyncio.create_task(self._read_answers()))
 
     async def run(self, task: AgentTask, timeout_s: float) -> str:
@@ -120,6 +123,7 @@ class _WorkerProcess:
                 future.set_exception(AgentError(f"the agent crashed: {message['error']}"))
             else:
                 future.set_result(message["answer"])
+        self._reading = False
         self._fail_all("the worker process died: " + self._last_words())
 
     async def _read_stderr(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -47,7 +48,8 @@ def run(
     try:
         _train(config, folder, resume)
     except KeyboardInterrupt:
-        print(f"interrupted; go on with: upspiral run {file} --run {folder} --resume", file=sys.stderr)
+        again = shlex.join(["upspiral", "run", str(file), *overrides, "--run", str(folder), "--resume"])
+        print(f"to go on: {again}", file=sys.stderr)
         raise
     except UpspiralError as error:
         if (folder / "metrics.jsonl").exists() and not isinstance(error, ConfigError):

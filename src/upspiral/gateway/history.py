@@ -99,27 +99,29 @@ class History:
         self, messages: Sequence[Message], keys: Sequence[MessageKey], tools_key: str
     ) -> tuple[Node | None, int, bool]:
         """The deepest answer that the messages repeat with the same tools, how many messages its path covers, and
-        whether only other tools stand in the way. Of equals, a delivered answer wins, then the newest."""
-        best: tuple[int, bool, int] | None = None
+        whether only other tools stand in the way. Of equals, the path with more answers as they were sampled wins (an
+        agent may have written what the model later says), then a delivered one, then the newest."""
+        best: tuple[int, int, bool, int] | None = None
         tools_changed = False
-        frontier: list[tuple[int | None, int]] = [(None, 0)]
+        frontier: list[tuple[int | None, int, int]] = [(None, 0, 0)]
         while frontier:
-            parent, depth = frontier.pop()
+            parent, depth, answers = frontier.pop()
             # The last message is what the model answers to; it is always rendered.
             if depth >= len(messages) - 1:
                 continue
             for node in self.graph.children(parent):
                 if not self._repeats(node, messages[depth], keys[depth]):
                     continue
-                frontier.append((node.id, depth + 1))
                 offered = self._answer_tools.get(node.id)
+                sampled = answers + (offered is not None)
+                frontier.append((node.id, depth + 1, sampled))
                 if offered == tools_key:
-                    best = max(best or (0, False, 0), (depth + 1, node.delivered, node.id))
+                    best = max(best or (0, 0, False, 0), (depth + 1, sampled, node.delivered, node.id))
                 elif offered is not None:
                     tools_changed = True
         if best is None:
             return None, 0, tools_changed
-        return self.graph.nodes[best[2]], best[0], False
+        return self.graph.nodes[best[-1]], best[0], False
 
     def _repeats(self, node: Node, message: Message, key: MessageKey) -> bool:
         if self._keys[node.id] != key:

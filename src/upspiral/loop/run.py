@@ -22,6 +22,7 @@ from upspiral.loop.collect import Collector, OnProgress
 from upspiral.loop.folder import RunFolder
 from upspiral.loop.step_line import Groups, step_line
 from upspiral.loop.warm_start import successful, warm_start_steps
+from upspiral.monitor.environment import write_environment
 from upspiral.monitor.lines import ledger_line
 from upspiral.monitor.metrics import MetricsLog
 from upspiral.monitor.progress import Progress
@@ -46,6 +47,7 @@ class RunResult:
 def run_training(config: RunConfig, run_folder: Path, *, resume: bool, progress: Progress) -> RunResult:
     """Runs, or resumes, a training run. Raises UpspiralError for anything the user can mend."""
     folder = RunFolder.open(run_folder, config, resume=resume)
+    write_environment(folder.path)
     return asyncio.run(_run(config, folder, progress))
 
 
@@ -70,21 +72,29 @@ class Run:
 
     async def train(self) -> RunResult:
         done = await self._restore_or_warm_start()
-        await self._evaluate(done)
+        await self._measure(done)
         while done < self._config.steps and self._budget.allows_a_step():
             done += 1
             await self._train_step(done)
-            last = done == self._config.steps
-            if done % self._config.checkpoint.every == 0 or last:
-                await self._checkpoint(done)
-            if self._config.eval.every and done % self._config.eval.every == 0 and not last:
-                await self._evaluate(done)
-        if done < self._config.steps:
-            await self._checkpoint(done)
-        await self._evaluate(done)
+            await self._keep(done)
+            await self._measure(done)
         stopped = "" if done == self._config.steps else self._budget.reason
+        if stopped:
+            await self._keep(done, due=True)
+            await self._measure(done, due=True)
         self._metrics.note(done, stopped or "finished", finished=True)
         return RunResult(self._folder.path, done, self._evaluations, stopped)
+
+    async def _keep(self, step: int, *, due: bool = False) -> None:
+        if due or self._is_due(step, self._config.checkpoint.every):
+            await self._checkpoint(step)
+
+    async def _measure(self, step: int, *, due: bool = False) -> None:
+        if self._config.eval.tasks and (due or self._is_due(step, self._config.eval.every)):
+            await self._evaluate(step)
+
+    def _is_due(self, step: int, every: int) -> bool:
+        return step in (0, self._config.steps) or (every > 0 and step % every == 0)
 
     async def _train_step(self, step: int) -> None:
         clock = Clock()
@@ -125,8 +135,6 @@ class Run:
         return metrics.flat()
 
     async def _evaluate(self, step: int) -> None:
-        if not self._config.eval.tasks:
-            return
         clock = Clock()
         judged = await self._collector.evaluate(step, self._on_rollouts("evaluating on held-out tasks"))
         clock.lap("evaluate")

@@ -25,6 +25,8 @@ def step_line(
     trained_tokens = sum(one.graph.num_sampled for one in scored if one.rollout.id not in masked)
     return {
         **trained,
+        "mismatch_mean_abs": trained.get("mismatch_abs"),
+        "mismatch_max_abs": trained.get("max_mismatch_abs"),
         "reward_mean": fmean(rewards) if rewards else None,
         "reward_std": pstdev(rewards) if rewards else None,
         "groups_sampled": len(groups),

@@ -6,7 +6,7 @@ result per node of its path. Partial softmaxes are merged by their log-sum-exp (
 section 3.1); backward, each span is differentiated with the *merged* result and log-sum-exp, which is exact because
 probabilities are exp(score - log-sum-exp) whichever span the key is in.
 
-Registered with transformers as "upspiral_forest"; the spans travel to it as the keyword `forest` of the model's forward.
+Registered with transformers as "upspiral_forest"; the spans travel to it as the keyword `forest` of the forward pass.
 Shapes: B = 1, H query heads, K key heads (H a multiple of K), T tokens, D head width.
 """
 
@@ -62,10 +62,17 @@ class Kernel(Protocol):
 
     def backward_dtype(self, dtype: torch.dtype) -> torch.dtype: ...
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]: ...
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float
+    ) -> tuple[Tensor, Tensor]: ...
 
     def backward(
-        self, grad: Tensor, qkv: tuple[Tensor, Tensor, Tensor], merged: tuple[Tensor, Tensor], causal: bool, scale: float
+        self,
+        grad: Tensor,
+        qkv: tuple[Tensor, Tensor, Tensor],
+        merged: tuple[Tensor, Tensor],
+        causal: bool,
+        scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]: ...
 
 
@@ -80,7 +87,12 @@ class FlashCpuKernel:
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, causal, scale=scale)
 
     def backward(
-        self, grad: Tensor, qkv: tuple[Tensor, Tensor, Tensor], merged: tuple[Tensor, Tensor], causal: bool, scale: float
+        self,
+        grad: Tensor,
+        qkv: tuple[Tensor, Tensor, Tensor],
+        merged: tuple[Tensor, Tensor],
+        causal: bool,
+        scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             grad, *qkv, *merged, 0.0, causal, scale=scale
@@ -100,7 +112,12 @@ class PlainKernel:
         return output.to(query.dtype), lse
 
     def backward(
-        self, grad: Tensor, qkv: tuple[Tensor, Tensor, Tensor], merged: tuple[Tensor, Tensor], causal: bool, scale: float
+        self,
+        grad: Tensor,
+        qkv: tuple[Tensor, Tensor, Tensor],
+        merged: tuple[Tensor, Tensor],
+        causal: bool,
+        scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
         query, key, value = qkv
         output, lse = merged
@@ -175,7 +192,9 @@ def forest_attention(
     and the keywords `scaling` and `forest` (spans); returns ([1,T,H,D], None)."""
     spans: Sequence[Span] | None = kwargs.get("forest")
     if spans is None:
-        raise ValueError(f"attention {ATTENTION_NAME!r} needs the keyword forest=spans_of(batch) in the model's forward")
+        raise ValueError(
+            f"attention {ATTENTION_NAME!r} needs the keyword forest=spans_of(batch) in the model's forward"
+        )
     scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
     output = ForestAttention.apply(query, key, value, spans, scale, kernel_for(query.device))
     return output.transpose(1, 2), None

@@ -1,7 +1,8 @@
 """Checkpoints: whole or absent, never half.
 
-A checkpoint is a folder `step-000012` with `state.pt` and `manifest.json` (size and SHA-256 of the state). It is written
-under another name, synced to the disk and renamed, so that a kill at any moment leaves the older ones as they were.
+A checkpoint is a folder `step-000012` with `state.pt` and `manifest.json` (size and SHA-256 of the state). It is
+written under another name, synced to the disk and renamed, so that a kill at any moment leaves the older ones as they
+were.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import re
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import torch
 
@@ -71,8 +72,8 @@ def load_checkpoint(checkpoint: str | Path) -> dict[str, Any]:
         return torch.load(checkpoint / _STATE, map_location="cpu", weights_only=True)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise StoreError(
-            f"checkpoint {checkpoint} is damaged: {error}; remove that folder to resume from the one before it, or from "
-            "the start if there is none (trajectories.db is not affected)"
+            f"checkpoint {checkpoint} is damaged: {error}; remove that folder to resume from the one before it, or "
+            "from the start if there is none (trajectories.db is not affected)"
         ) from error
 
 
@@ -93,7 +94,7 @@ def _checkpoints(folder: Path) -> list[Path]:
 def _write(partial: Path, state: Mapping[str, Any]) -> None:
     with (partial / _STATE).open("wb") as raw:
         file = _HashingFile(raw)
-        torch.save(dict(state), file)
+        torch.save(dict(state), cast(BinaryIO, file))
         raw.flush()
         os.fsync(raw.fileno())
     with (partial / _MANIFEST).open("w") as manifest:

@@ -1,7 +1,8 @@
 """The slow twin of `forest.pack`: one row per root-to-leaf path, nothing shared. For tests and for doubt.
 
 It shares no code with the packing: rows come straight from the graph. Loss and gradients equal those of the forest
-(DESIGN law 2): a token with k leaves below it stands in k rows, with a k-th of its positive and negative credit in each.
+(DESIGN law 2): a token with k leaves below it stands in k rows, with a k-th of its positive and of its negative credit
+in each.
 """
 
 from __future__ import annotations

@@ -88,9 +88,7 @@ def _minibatches(items: Sequence[Item], count: int) -> list[list[Item]]:
     return [[item for group in part for item in group] for part in dealt if part]
 
 
-def _batches(
-    branches: list[Branch], budget: int, rollout_ids: tuple[str, ...], minibatch: int
-) -> list[ForestBatch]:
+def _batches(branches: list[Branch], budget: int, rollout_ids: tuple[str, ...], minibatch: int) -> list[ForestBatch]:
     """The cheaper of two ways to cut: branches together while they fit, or wherever the budget ends."""
     cuts = [_cut(branches, budget, keep_together=keep) for keep in (True, False)]
     chosen = min(cuts, key=lambda cut: (sum(len(branches[i]) for part in cut for i in part), len(cut)))

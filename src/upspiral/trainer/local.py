@@ -51,9 +51,7 @@ class StepMetrics:
 class LocalTrainer:
     """Owns the optimizer of a model that it shares with the engine. `step` must not run while the engine samples."""
 
-    def __init__(
-        self, model: Any, config: TrainerConfig, algorithm: AlgorithmConfig, *, temperature: float
-    ) -> None:
+    def __init__(self, model: Any, config: TrainerConfig, algorithm: AlgorithmConfig, *, temperature: float) -> None:
         """`model`: a causal language model of transformers, on its device, with trainable parameters.
         `temperature`: that of the training rollouts; logits are divided by it, as the engine did.
         Raises ModelError when nothing in the model is trainable."""
@@ -103,12 +101,11 @@ class LocalTrainer:
         """The minibatches, each batch with log p_old. With a single minibatch p_old is p_theta and need not be
         computed beforehand (None); with more, it is taken before the first update."""
         minibatches = [list(part) for _, part in groupby(batches, key=lambda batch: batch.minibatch)]
-        if len(minibatches) == 1 or kind == "sft":
-            yield from ((part, [None] * len(part)) for part in minibatches)
-            return
-        with torch.no_grad():
-            old = [[self._logprobs(batch, kind)[0] for batch in part] for part in minibatches]
-        yield from zip(minibatches, old, strict=True)  # type: ignore[misc]
+        old: list[list[Tensor | None]] = [[None] * len(part) for part in minibatches]
+        if len(minibatches) > 1 and kind == "policy":
+            with torch.no_grad():
+                old = [[self._logprobs(batch, kind)[0] for batch in part] for part in minibatches]
+        yield from zip(minibatches, old, strict=True)
 
     def _accumulate(self, batch: ForestBatch, old_logprobs: Tensor | None, kind: str, tally: _Tally) -> None:
         logprobs, entropy = self._logprobs(batch, kind)

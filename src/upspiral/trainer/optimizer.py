@@ -48,9 +48,10 @@ class MasterAdamW:
         gradients = [master.grad for master in self._masters if master.grad is not None]
         if not gradients:
             return 0.0
-        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients))).item()  # type: ignore[arg-type]
+        norm = torch.nn.utils.get_total_norm(gradients).item()
         if max_norm < norm < float("inf"):
-            torch._foreach_mul_(gradients, max_norm / norm)
+            for gradient in gradients:
+                gradient.mul_(max_norm / norm)
         return norm
 
     @torch.no_grad()
@@ -80,13 +81,16 @@ class MasterAdamW:
         masters: Sequence[Tensor] = state["masters"]
         if [tuple(x.shape) for x in masters] != [tuple(x.shape) for x in self._masters]:
             raise StoreError("the checkpoint holds weights of other shapes than this model; resume with its own model")
-        torch._foreach_copy_(self._masters, list(masters))
+        for master, saved in zip(self._masters, masters, strict=True):
+            master.copy_(saved)
         self._adamw = self._fresh()
         self._adamw.load_state_dict(state["adamw"])
         self._publish()
 
     def _publish(self) -> None:
-        torch._foreach_copy_(self._parameters, self._masters)
+        for parameter, master in zip(self._parameters, self._masters, strict=True):
+            if parameter.data_ptr() != master.data_ptr():
+                parameter.copy_(master)
 
     def _fresh(self) -> torch.optim.AdamW:
         # Norms and biases are not decayed, as is usual: they set scales, not features.

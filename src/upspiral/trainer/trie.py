@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -97,7 +98,7 @@ class Trie:
 def _runs(sampled: NDArray[np.bool_]) -> Iterator[tuple[int, int]]:
     """The stretches of equal value: (start, end)."""
     edges = [0, *(np.flatnonzero(np.diff(sampled)) + 1).tolist(), len(sampled)]
-    return zip(edges[:-1], edges[1:], strict=True)
+    return pairwise(edges)
 
 
 def _descend(cursor: Branch, token_ids: NDArray[np.int32]) -> Branch:
@@ -151,9 +152,7 @@ def _grow_trained(cursor: Branch, run: TargetRun) -> Branch:
     return child
 
 
-def _target_run(
-    node: Node, span: tuple[int, int], credit: NodeCredit, weight: float, rollout: int
-) -> TargetRun:
+def _target_run(node: Node, span: tuple[int, int], credit: NodeCredit, weight: float, rollout: int) -> TargetRun:
     start, end = span
     return TargetRun(
         0, node.token_ids[start:end], node.logprobs[start:end], credit.positive, credit.negative, weight, rollout

@@ -164,6 +164,9 @@ def test_readers_work_while_another_thread_writes(store: TrajectoryStore) -> Non
     assert not reader.is_alive()
 
 
+ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+"""For child processes: they import what this process imports."""
+
 KILLED_WRITER = """
 import os, signal, sys
 sys.path.insert(0, sys.argv[2])
@@ -183,7 +186,11 @@ def test_kill_9_loses_no_committed_node(tmp_path: Path) -> None:
     path = tmp_path / "trajectories.db"
     here = str(Path(__file__).parent)
     done = subprocess.run(
-        [sys.executable, "-c", KILLED_WRITER, str(path), here], capture_output=True, timeout=60, check=False
+        [sys.executable, "-c", KILLED_WRITER, str(path), here],
+        capture_output=True,
+        timeout=60,
+        check=False,
+        env=ENVIRONMENT,
     )
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()
     store = TrajectoryStore(path)
@@ -220,7 +227,7 @@ def test_a_full_disk_says_so_and_keeps_what_was_committed(tmp_path: Path) -> Non
         capture_output=True,
         timeout=60,
         check=True,
-        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        env=ENVIRONMENT,
     )
     kept, message = done.stdout.decode().splitlines()
     assert str(path) in message
