@@ -2,8 +2,8 @@
 
     python benchmarks/first_step.py [--save]
 
-The run is a real one: config, agent process, gateway, engine, sandbox, verifier, forest batch, optimizer step. Making the
-tiny model's folder is not counted; every import is. Median of five fresh processes.
+The run is a real one: config, agent process, gateway, engine, sandbox, verifier, forest batch, optimizer step. Making
+the tiny model's folder is not counted; every import is. Median of five fresh processes.
 """
 
 from __future__ import annotations

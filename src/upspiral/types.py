@@ -159,7 +159,7 @@ class Ledger:
     sampled: int = 0
     trained: int = 0
     masked: Mapping[str, int] = field(default_factory=dict)
-    """Tokens that were looked at and kept out of the loss, by reason (no signal, infrastructure failure, evaluation)."""
+    """Tokens that were looked at and kept out of the loss, by reason (no signal, infrastructure, evaluation)."""
     dropped: Mapping[str, int] = field(default_factory=dict)
     """Tokens that never reached a batch, by reason (stale, run stopped)."""
 

@@ -116,7 +116,7 @@ class WarmStartConfig(_Section):
     batch_size: PositiveInt = 8
     """Demonstrations per optimizer step."""
     lr: PositiveFloat = 1e-4
-    """Learning rate, constant."""
+    """Learning rate at the start; it falls linearly to a tenth."""
 
 
 class AlgorithmConfig(_Section):
@@ -129,7 +129,7 @@ class AlgorithmConfig(_Section):
     groups_per_step: PositiveInt = 8
     """Groups with signal that a step wants."""
     max_groups_per_step: PositiveInt = 16
-    """Active sampling: groups without signal are replaced until `groups_per_step` have some or this many were sampled."""
+    """Active sampling: groups without signal are replaced until `groups_per_step` have some, or this many ran."""
     normalize_std: bool = False
     """Divide the advantage by the standard deviation of the group."""
     clip_low: Fraction = 0.2

@@ -29,6 +29,6 @@ def load_environment(config: EnvConfig) -> Environment:
     missing = [name for name in REQUIRED if not hasattr(environment, name)]
     if missing:
         raise ConfigError(
-            f"env.file = {config.file}: make_environment(seed) returned {environment!r}, which lacks {', '.join(missing)}"
+            f"env.file = {config.file}: make_environment(seed) gave {environment!r}, which lacks {', '.join(missing)}"
         )
     return environment

@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import orjson
@@ -76,6 +76,8 @@ class _Session:
     """None once closed."""
     timeout_s: float
     failure: str | None = None
+    calls: set[asyncio.Future[ToolResult]] = field(default_factory=set)
+    """In flight."""
 
 
 class ToolServer:
@@ -107,9 +109,15 @@ class ToolServer:
         self._sessions[key] = _Session(sandbox, timeout_s)
         return key
 
-    def close(self, key: str) -> None:
-        """From now on calls with this key are refused with 409. Safe to call twice."""
-        self._sessions[key].sandbox = None
+    async def close(self, key: str) -> None:
+        """From now on calls with this key are refused with 409; those in flight are cancelled and waited for, so that
+        nothing changes under the verifier's eyes. Safe to call twice."""
+        session = self._sessions[key]
+        session.sandbox = None
+        for call in session.calls:
+            call.cancel()
+        if session.calls:
+            await asyncio.wait(session.calls, timeout=self._grace_s)
 
     def failure(self, key: str) -> str | None:
         """Why the sandbox failed, if it did while the key was open: the rollout is then no measure of the agent."""
@@ -124,9 +132,15 @@ class ToolServer:
         if session.failure:
             raise SandboxError(session.failure)
         limit_s = session.timeout_s + self._grace_s
+        running = asyncio.ensure_future(tool.call(sandbox, arguments, session.timeout_s))
+        session.calls.add(running)
+        running.add_done_callback(session.calls.discard)
         try:
             async with asyncio.timeout(limit_s):
-                return await tool.call(sandbox, arguments, session.timeout_s)
+                return await running
+        except asyncio.CancelledError:
+            self._session(key)  # raises when `close` did it; else it was our caller, who hung up
+            raise
         except SandboxError as error:
             problem = str(error)
         except TimeoutError:

@@ -20,4 +20,6 @@ def api_key(request: Request) -> str:
 def check_admin_key(request: Request, admin_key: str) -> None:
     """Raises UnknownKeyError unless the request carries the admin key."""
     if not secrets.compare_digest(api_key(request).encode(), admin_key.encode()):
-        raise UnknownKeyError("the admin API needs 'Authorization: Bearer KEY' with the key that `upspiral serve` prints")
+        raise UnknownKeyError(
+            "the admin API needs 'Authorization: Bearer KEY' with the key that `upspiral serve` prints"
+        )

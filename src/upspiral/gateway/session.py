@@ -150,9 +150,7 @@ class Session:
             stop_strings=request.stop_strings,
         )
         params = [
-            self._policy.sampling(
-                request, room=room, stop_token_ids=renderer.stop_token_ids, call=call, answer=index
-            )
+            self._policy.sampling(request, room=room, stop_token_ids=renderer.stop_token_ids, call=call, answer=index)
             for index in range(request.answers)
         ]
         generations = [Generation(index, renderer, rules) for index in range(request.answers)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ from upspiral.rendering.renderer import Renderer
 from upspiral.sandbox.namespace import NamespaceBackend
 from upspiral.trainer.local import LocalTrainer
 from upspiral.trajectory.store import TrajectoryStore
+from upspiral.weights.cpu import keep_freed_memory, num_cores
 from upspiral.weights.load import LoadedModel, load_model
 from upspiral.weights.models import resolve_model
 
@@ -65,8 +65,11 @@ async def assemble(config: RunConfig, folder: RunFolder, progress: Progress) -> 
         store = TrajectoryStore(folder.store)
         stack.callback(store.close)
         model = _load(config, model_folder)
-        trainer = LocalTrainer(model.module, config.trainer, config.algorithm, temperature=config.temperature)
-        engine = EmbeddedEngine(model, config.engine, seed=config.seed)
+        lanes = num_lanes(config)
+        trainer = LocalTrainer(
+            model.module, config.trainer, config.algorithm, temperature=config.temperature, lanes=lanes
+        )
+        engine = EmbeddedEngine(model, config.engine, seed=config.seed, threads=lanes)
         await engine.start()
         stack.push_async_callback(engine.stop)
         gateway = Gateway(renderer, engine, store, model_name=config.model.path)
@@ -75,6 +78,11 @@ async def assemble(config: RunConfig, folder: RunFolder, progress: Progress) -> 
         limits = Limits(config.agent.concurrency, config.agent.timeout_s, config.env.command_timeout_s)
         runner = RolloutRunner(stage, addresses, limits)
         yield Parts(model, renderer, engine, trainer, environment, store, gateway, runner)
+
+
+def num_lanes(config: RunConfig) -> int:
+    """How many CPU threads compute: for the engine they share one step, for the trainer each has a microbatch."""
+    return config.model.threads or num_cores()
 
 
 def _agents(config: RunConfig) -> AgentRunner:
@@ -86,7 +94,8 @@ def _agents(config: RunConfig) -> AgentRunner:
 
 def _load(config: RunConfig, model_folder: Path) -> LoadedModel:
     torch.manual_seed(config.seed)
-    torch.set_num_threads(config.model.threads or os.cpu_count() or 1)
+    torch.set_num_threads(1)  # the engine's thread takes the cores; see engine/embedded/engine.py
+    keep_freed_memory()
     device = config.model.device
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError('model.device = "cuda" but torch sees no CUDA device; use "auto" or "cpu"')

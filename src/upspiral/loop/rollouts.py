@@ -114,7 +114,7 @@ class RolloutRunner:
             trouble = f"agent: {error}"
         finally:
             broken_tools = tools.failure(tools_key)
-            tools.close(tools_key)
+            await tools.close(tools_key)
             sealed = await gateway.seal_rollout(rollout.id)
         if broken_tools:
             return _failed(rollout, f"sandbox: {broken_tools}")

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from upspiral.algorithm.grpo import grpo_credit
 from upspiral.config.models import RunConfig
 from upspiral.eval.heldout import evaluation_line
-from upspiral.loop.assembly import Parts, assemble
+from upspiral.loop.assembly import Parts, assemble, num_lanes
 from upspiral.loop.budget import Budget
 from upspiral.loop.clock import Clock
 from upspiral.loop.collect import Collector, OnProgress
@@ -123,15 +123,16 @@ class Run:
             [(graphs[credit.rollout_id], credit) for credit in credits],
             tokens_per_microbatch=trainer.tokens_per_microbatch,
             minibatches=trainer.minibatches,
+            lanes=num_lanes(self._config),
         )
 
     async def _optimize(
         self, batches: Sequence[ForestBatch], *, kind: Literal["policy", "sft"], lr: float | None = None
     ) -> dict[str, Any]:
-        """Gradient and optimizer steps over the batches. The engine sleeps meanwhile: its weights are being written."""
+        """Gradient and optimizer steps over the batches, between two steps of the engine."""
         self._progress.phase("training", 0, len(batches))
-        with self._parts.engine.paused():
-            metrics = await asyncio.to_thread(self._parts.trainer.step, batches, kind=kind, lr=lr)
+        trainer = self._parts.trainer
+        metrics = await self._parts.engine.exclusive(lambda: trainer.step(batches, kind=kind, lr=lr))
         return metrics.flat()
 
     async def _evaluate(self, step: int) -> None:
@@ -156,9 +157,8 @@ class Run:
             await self._warm_start()
             await self._checkpoint(0)
             return 0
-        with self._parts.engine.paused():
-            state = await asyncio.to_thread(load_checkpoint, checkpoint)
-            self._parts.trainer.load_state_dict(state)
+        state = await asyncio.to_thread(load_checkpoint, checkpoint)
+        await self._parts.engine.exclusive(lambda: self._parts.trainer.load_state_dict(state))
         done = int(state["step"])
         self._parts.engine.publish(done)
         self._metrics.resumed(done + 1)
@@ -173,8 +173,8 @@ class Run:
         shown = successful(await self._collector.demonstrations(self._on_rollouts("collecting demonstrations")))
         clock.lap("collect")
         losses = []
-        for batches in warm_start_steps(shown, self._config):
-            trained = await self._optimize(batches, kind="sft", lr=settings.lr)
+        for lr, batches in warm_start_steps(shown, self._config, lanes=num_lanes(self._config)):
+            trained = await self._optimize(batches, kind="sft", lr=lr)
             losses.append(trained["loss"])
         clock.lap("train")
         self._parts.trainer.forget_moments()

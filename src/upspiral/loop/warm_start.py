@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterator, Sequence
 
@@ -29,15 +30,20 @@ def successful(shown: Sequence[Shown]) -> list[Shown]:
     return good
 
 
-def warm_start_steps(shown: Sequence[Shown], config: RunConfig) -> Iterator[list[ForestBatch]]:
-    """One optimizer step's batches after another: each epoch in an order of its own, drawn from the run's seed."""
+def warm_start_steps(
+    shown: Sequence[Shown], config: RunConfig, *, lanes: int
+) -> Iterator[tuple[float, list[ForestBatch]]]:
+    """Learning rate and batches of one optimizer step after another: each epoch in an order of its own, drawn from the
+    run's seed; the learning rate falls linearly to a tenth."""
     settings = config.warm_start
+    num_steps = settings.epochs * math.ceil(len(shown) / settings.batch_size)
+    step = 0
     for epoch in range(settings.epochs):
         order = list(shown)
         random.Random(f"{config.seed}/{epoch}").shuffle(order)
         for start in range(0, len(order), settings.batch_size):
             graphs = [graph for _, graph in order[start : start + settings.batch_size]]
-            yield pack(
-                list(zip(graphs, sft_credit(graphs), strict=True)),
-                tokens_per_microbatch=config.trainer.tokens_per_microbatch,
-            )
+            items = list(zip(graphs, sft_credit(graphs), strict=True))
+            batches = pack(items, tokens_per_microbatch=config.trainer.tokens_per_microbatch, lanes=lanes)
+            yield settings.lr * (1 - 0.9 * step / num_steps), batches
+            step += 1

@@ -184,8 +184,8 @@ class Renderer:
     def _check_tools(self, tools: Sequence[ToolSpec]) -> None:
         if tools and not self._knows_tools:
             raise TemplateError(
-                f"chat template {self._template.name} ignores tools or writes calls in another format than Hermes', "
-                "and the tokenizer has no ChatML tokens for the template that upspiral ships; add a chat_template.jinja "
+                f"chat template {self._template.name} ignores tools, or does not write calls in Hermes format, and "
+                "the tokenizer has no ChatML tokens for the template that upspiral ships; add a chat_template.jinja "
                 "that renders tools to the model folder"
             )
 

@@ -54,7 +54,9 @@ class ForestBatch:
         return len(self.targets_M)
 
 
-def pack(items: Sequence[Item], *, tokens_per_microbatch: int, minibatches: int = 1) -> list[ForestBatch]:
+def pack(
+    items: Sequence[Item], *, tokens_per_microbatch: int, minibatches: int = 1, lanes: int = 1
+) -> list[ForestBatch]:
     """Packs the rollouts of a step into microbatches of at most `tokens_per_microbatch` unique tokens.
 
     What the rollouts share before they sampled anything stands once in a microbatch; masked rollouts and branches
@@ -62,6 +64,9 @@ def pack(items: Sequence[Item], *, tokens_per_microbatch: int, minibatches: int 
     them repeated; each trained token is a target exactly once. A single path longer than the budget gets a microbatch
     of its own. With `minibatches` > 1, groups are dealt into that many optimizer steps and token weights scaled up by
     (groups of the batch / groups of the minibatch), so that each is a mean over its own groups.
+
+    With `lanes` > 1 the microbatches of a minibatch are made a multiple of it in number and about equal in size, as far
+    as the trees can be cut so, because that many are computed side by side.
 
     How items are ordered, packed and split changes gradients only by rounding (DESIGN law 3).
     """
@@ -75,7 +80,8 @@ def pack(items: Sequence[Item], *, tokens_per_microbatch: int, minibatches: int 
             trie.insert(graph, credit.nodes, credit.token_weight * scale, index)
         trie.trim()
         rollout_ids = tuple(graph.rollout_id for graph, _ in part)
-        batches += _batches(list(trie.preorder()), tokens_per_microbatch, rollout_ids, number)
+        branches = list(trie.preorder())
+        batches += _batches(branches, _even_parts(branches, tokens_per_microbatch, lanes), rollout_ids, number)
     return batches
 
 
@@ -88,12 +94,31 @@ def _minibatches(items: Sequence[Item], count: int) -> list[list[Item]]:
     return [[item for group in part for item in group] for part in dealt if part]
 
 
-def _batches(branches: list[Branch], budget: int, rollout_ids: tuple[str, ...], minibatch: int) -> list[ForestBatch]:
+def _even_parts(branches: list[Branch], budget: int, lanes: int) -> list[list[int]]:
+    """The cheapest cut within the budget; for several lanes, the one with the smallest parts that has no more of them
+    than the cheapest, rounded up to a multiple of `lanes`."""
+    parts = _parts(branches, budget)
+    wanted = -(-len(parts) // lanes) * lanes
+    size = sum(len(branch) for branch in branches) / max(wanted, 1)
+    while lanes > 1 and size < budget:
+        finer = _parts(branches, int(size))
+        if len(finer) <= wanted:
+            return finer
+        size *= 1.03
+    return parts
+
+
+def _parts(branches: list[Branch], budget: int) -> list[list[int]]:
     """The cheaper of two ways to cut: branches together while they fit, or wherever the budget ends."""
     cuts = [_cut(branches, budget, keep_together=keep) for keep in (True, False)]
-    chosen = min(cuts, key=lambda cut: (sum(len(branches[i]) for part in cut for i in part), len(cut)))
+    return min(cuts, key=lambda cut: (sum(len(branches[i]) for part in cut for i in part), len(cut)))
+
+
+def _batches(
+    branches: list[Branch], parts: list[list[int]], rollout_ids: tuple[str, ...], minibatch: int
+) -> list[ForestBatch]:
     batches, used = [], set[int]()
-    for part in chosen:
+    for part in parts:
         batches.append(_Writer(branches, part, used).write(rollout_ids, minibatch))
         used.update(part)
     return batches

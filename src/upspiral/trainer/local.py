@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from itertools import groupby
 from typing import Any, Literal
@@ -20,6 +21,7 @@ from upspiral.algorithm.loss import Loss, PolicyLoss, SftLoss, TokenTerms
 from upspiral.config.models import AlgorithmConfig, TrainerConfig
 from upspiral.trainer.attention import forest_attention_in
 from upspiral.trainer.forest import ForestBatch
+from upspiral.trainer.lanes import Lanes
 from upspiral.trainer.logprob import target_logprobs
 from upspiral.trainer.optimizer import MasterAdamW
 
@@ -51,11 +53,15 @@ class StepMetrics:
 class LocalTrainer:
     """Owns the optimizer of a model that it shares with the engine. `step` must not run while the engine samples."""
 
-    def __init__(self, model: Any, config: TrainerConfig, algorithm: AlgorithmConfig, *, temperature: float) -> None:
+    def __init__(
+        self, model: Any, config: TrainerConfig, algorithm: AlgorithmConfig, *, temperature: float, lanes: int = 1
+    ) -> None:
         """`model`: a causal language model of transformers, on its device, with trainable parameters.
         `temperature`: that of the training rollouts; logits are divided by it, as the engine did.
+        `lanes`: microbatches computed side by side, on a CPU thread each.
         Raises ModelError when nothing in the model is trainable."""
-        self._model = model.eval()  # no dropout: the policy that is trained is the one that sampled
+        # No dropout: the policy that is trained is the one that sampled.
+        self._lanes = Lanes(model.eval(), lanes)
         self._config = config
         self._temperature = temperature
         self._losses: dict[str, Loss] = {"policy": PolicyLoss.from_config(algorithm), "sft": SftLoss()}
@@ -74,10 +80,11 @@ class LocalTrainer:
         started = time.monotonic()
         rate = self._learning_rate() if lr is None else lr
         tally = _Tally()
-        with forest_attention_in(self._model):
+        with ExitStack() as stack:
+            for model in self._lanes.models:
+                stack.enter_context(forest_attention_in(model))
             for minibatch, old in self._with_old_logprobs(batches, kind):
-                for batch, old_logprobs in zip(minibatch, old, strict=True):
-                    self._accumulate(batch, old_logprobs, kind, tally)
+                self._accumulate(list(zip(minibatch, old, strict=True)), kind, tally)
                 self._update(rate, tally)
         self._policy_steps += kind == "policy" and bool(batches)
         return tally.metrics(rate, time.monotonic() - started)
@@ -104,15 +111,27 @@ class LocalTrainer:
         old: list[list[Tensor | None]] = [[None] * len(part) for part in minibatches]
         if len(minibatches) > 1 and kind == "policy":
             with torch.no_grad():
-                old = [[self._logprobs(batch, kind)[0] for batch in part] for part in minibatches]
+                old = [
+                    [self._logprobs(self._lanes.models[0], batch, kind)[0] for batch in part] for part in minibatches
+                ]
         yield from zip(minibatches, old, strict=True)
 
-    def _accumulate(self, batch: ForestBatch, old_logprobs: Tensor | None, kind: str, tally: _Tally) -> None:
-        logprobs, entropy = self._logprobs(batch, kind)
-        loss, metrics = self._losses[kind](_terms(batch, logprobs, old_logprobs))
-        loss.backward()
-        self._optimizer.collect_gradients()
-        tally.add(batch, loss.item(), {"entropy": entropy.sum(), **metrics})
+    def _accumulate(self, minibatch: list[tuple[ForestBatch, Tensor | None]], kind: str, tally: _Tally) -> None:
+        """Gradients of all microbatches, as many at once as there are lanes, summed in their order."""
+
+        def backward(model: Any, item: tuple[ForestBatch, Tensor | None]) -> tuple[float, Mapping[str, Tensor]]:
+            batch, old_logprobs = item
+            logprobs, entropy = self._logprobs(model, batch, kind)
+            loss, metrics = self._losses[kind](_terms(batch, logprobs, old_logprobs))
+            loss.backward()
+            return loss.item(), {"entropy": entropy.sum(), **metrics}
+
+        for start in range(0, len(minibatch), len(self._lanes)):
+            side_by_side = minibatch[start : start + len(self._lanes)]
+            for (batch, _), outcome in zip(side_by_side, self._lanes.run(backward, side_by_side), strict=True):
+                tally.add(batch, *outcome)
+            for parameters in self._lanes.parameters():
+                self._optimizer.collect_gradients(parameters)
 
     def _update(self, lr: float, tally: _Tally) -> None:
         norm = self._optimizer.clip_gradients(self._config.max_grad_norm)
@@ -122,8 +141,8 @@ class LocalTrainer:
         else:
             self._optimizer.drop_gradients()
 
-    def _logprobs(self, batch: ForestBatch, kind: str) -> tuple[Tensor, Tensor]:
-        return target_logprobs(self._model, batch, temperature=self._temperatures[kind])
+    def _logprobs(self, model: Any, batch: ForestBatch, kind: str) -> tuple[Tensor, Tensor]:
+        return target_logprobs(model, batch, temperature=self._temperatures[kind])
 
     def _learning_rate(self) -> float:
         warmup = self._config.lr_warmup_steps

@@ -29,10 +29,11 @@ class MasterAdamW:
         self._adamw = self._fresh()
 
     @torch.no_grad()
-    def collect_gradients(self) -> None:
-        """Moves what a backward pass left on the parameters into the masters' sums. Gradients of microbatches are
-        added in float32 whatever the parameters' precision, so that splitting a batch loses nothing."""
-        for parameter, master in zip(self._parameters, self._masters, strict=True):
+    def collect_gradients(self, parameters: Sequence[Tensor] | None = None) -> None:
+        """Moves what a backward pass left on the parameters (or on others in their place, in the same order) into the
+        masters' sums. Gradients of microbatches are added in float32 whatever the parameters' precision, so that
+        splitting a batch loses nothing."""
+        for parameter, master in zip(parameters or self._parameters, self._masters, strict=True):
             if parameter.grad is None:
                 continue
             if master.grad is None:

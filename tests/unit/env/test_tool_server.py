@@ -65,8 +65,8 @@ def test_turns_away_strangers_and_latecomers() -> None:
     for headers in ({"Authorization": "Bearer nobody"}, {"Authorization": door.key}, {"Authorization": ""}):
         assert door.client.post("/tools/bash", json={"command": "x"}, headers=headers).status_code == 401
         assert door.client.get("/tools", headers=headers).status_code == 401
-    door.server.close(door.key)
-    door.server.close(door.key)
+    asyncio.run(door.server.close(door.key))
+    asyncio.run(door.server.close(door.key))
     assert door.bash("cat a.txt").status_code == 409
     assert door.client.get("/tools").status_code == 409
     assert door.sandbox.commands == []
@@ -88,7 +88,7 @@ def test_a_broken_sandbox_is_unavailable_and_remembered() -> None:
     assert door.bash("cat a.txt").status_code == 503
     assert door.bash("cat a.txt").status_code == 503
     assert "broke" in (door.server.failure(door.key) or "")
-    door.server.close(door.key)
+    asyncio.run(door.server.close(door.key))
     assert "broke" in (door.server.failure(door.key) or "")
     assert len(door.sandbox.commands) == 2
 
@@ -106,10 +106,11 @@ def test_the_end_of_the_rollout_is_not_a_failure() -> None:
         key = server.open(sandbox, timeout_s=5)
         call = asyncio.create_task(server.call(key, "bash", {"command": "cat a.txt"}))
         await asyncio.sleep(0)
-        server.close(key)
-        await sandbox.stop()
+        await server.close(key)
+        assert call.done(), "nothing may change under the verifier's eyes"
         with pytest.raises(SealedRolloutError):
             await call
+        await sandbox.stop()
         assert server.failure(key) is None
 
     asyncio.run(check())

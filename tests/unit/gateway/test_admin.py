@@ -70,10 +70,8 @@ def test_limits_and_failures_show_in_the_status(tmp_path: Path) -> None:
             for content, status, reward in [("long " * 50, "truncated", 0.5), ("hi", "failed", None)]:
                 _, opened = await admin.call("POST", body={"task": "t", "group": "g"})
                 client = live.client(opened["key"]).with_options(max_retries=0)
-                with pytest.raises(Exception, match="context holds 30|script has 0 lines"):
-                    await client.chat.completions.create(
-                        model="m", messages=[{"role": "user", "content": content}]
-                    )
+                with pytest.raises(Exception, match=r"context holds 30|script has 0 lines"):
+                    await client.chat.completions.create(model="m", messages=[{"role": "user", "content": content}])
                 _, finished = await admin.call("POST", f"/{opened['rollout']}/finish", {"reward": 0.5})
                 assert (finished["status"], finished["reward"]) == (status, reward)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from tests.fixtures.live_gateway import BASH, LiveGateway, live_gateway
 from upspiral.types import Rollout
 
 CALL = '<tool_call>\n{"name": "bash", "arguments": {"command": "ls"}}\n</tool_call>'
-SECOND_CALL = '<tool_call>\n{"name": "bash", "arguments": {"command": "pwd", "deep": {"b": [1, true, null]}}}\n</tool_call>'
+SECOND_CALL = (
+    '<tool_call>\n{"name": "bash", "arguments": {"command": "pwd", "deep": {"b": [1, true, null]}}}\n</tool_call>'
+)
 ASK: list[Any] = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "How many files?"}]
 
 
@@ -64,7 +67,8 @@ def test_a_conversation_with_parallel_calls_is_one_path(tmp_path: Path) -> None:
             messages += [echo(second.choices[0].message), {"role": "user", "content": "Thanks"}]
             await ask(client, messages, tools=[BASH])
             nodes = live.nodes()
-            assert [n.role for n in nodes] == "system user assistant tool tool assistant user assistant".split()
+            roles = ["system", "user", "assistant", "tool", "tool", "assistant", "user", "assistant"]
+            assert [n.role for n in nodes] == roles
             assert [n.parent for n in nodes] == [None, 0, 1, 2, 3, 4, 5, 6]
             assert [n.reason for n in nodes] == ["root"] + ["append"] * 7
             for response, node in zip([first, second], [nodes[2], nodes[5]], strict=True):
@@ -100,7 +104,9 @@ def test_clients_may_rewrite_what_means_the_same(tmp_path: Path) -> None:
     asyncio.run(main())
 
 
-@pytest.mark.parametrize("answer", ["Hm.\n\nYes é😀. \n", f"<think>so</think>Looking.\n{CALL}\n{SECOND_CALL}", f"{CALL}{{"])
+@pytest.mark.parametrize(
+    "answer", ["Hm.\n\nYes é😀. \n", f"<think>so</think>Looking.\n{CALL}\n{SECOND_CALL}", f"{CALL}{{"]
+)
 def test_a_stream_adds_up_to_the_answer(tmp_path: Path, answer: str) -> None:
     async def main() -> None:
         async with live_gateway(tmp_path, [answer, answer], tokens_per_chunk=1) as live:
@@ -125,7 +131,9 @@ def test_a_stream_adds_up_to_the_answer(tmp_path: Path, answer: str) -> None:
             nodes = live.nodes()
             assert nodes[2].token_ids.tolist() == nodes[3].token_ids.tolist()
             assert [n.reason for n in nodes] == ["root", "append", "append", "sibling"]
-            thinking = "".join(c.choices[0].delta.model_dump().get("reasoning_content") or "" for c in chunks if c.choices)
+            thinking = "".join(
+                c.choices[0].delta.model_dump().get("reasoning_content") or "" for c in chunks if c.choices
+            )
             assert thinking == (whole.choices[0].message.model_dump().get("reasoning_content") or "")
 
     asyncio.run(main())
@@ -222,7 +230,11 @@ def test_edits_fork_and_say_why(tmp_path: Path) -> None:
             # Another system prompt begins another tree.
             await ask(client, [{"role": "system", "content": "Sub-agent"}, go_on])
             nodes = live.nodes()
-            assert [(n.parent, n.reason) for n in nodes if n.parent is None] == [(None, "root"), (None, "tools"), (None, "root")]
+            assert [(n.parent, n.reason) for n in nodes if n.parent is None] == [
+                (None, "root"),
+                (None, "tools"),
+                (None, "root"),
+            ]
             check_law_one(live)
 
     asyncio.run(main())
@@ -355,8 +367,6 @@ def test_bad_requests_name_the_field(tmp_path: Path, change: dict[str, Any], com
             status, body = await post(live, {"model": "m", "messages": ASK, **change}, key)
             assert status == 400
             assert body["error"]["type"] == "invalid_request_error" and body["error"]["code"] == "invalid_request"
-            import re
-
             assert re.search(complaint, body["error"]["message"]), body
             assert live.engine.calls == [] and live.nodes() == []
 
@@ -404,7 +414,9 @@ def test_a_prompt_that_does_not_fit_names_both_numbers(tmp_path: Path) -> None:
     async def main() -> None:
         async with live_gateway(tmp_path, ["one"], context_length=40) as live:
             client = live.open()
-            with pytest.raises(openai.BadRequestError, match=r"the prompt has \d+ tokens and the model's context holds 40") as e:
+            with pytest.raises(
+                openai.BadRequestError, match=r"the prompt has \d+ tokens and the model's context holds 40"
+            ) as e:
                 await ask(client, [{"role": "user", "content": "many words " * 40}])
             assert e.value.code == "context_length_exceeded"
             assert live.gateway.truncation("r1") == "context_length_exceeded"

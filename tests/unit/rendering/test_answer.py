@@ -122,7 +122,21 @@ def test_stop_strings(renderer: Renderer) -> None:
 
 
 PIECES = st.sampled_from(
-    ["<tool_call>", "</tool_call>", "<think>", "</think>", "<tool", "\n", " ", "x", "é", "😀", CALL, '{"name": "a"}', "<"]
+    [
+        "<tool_call>",
+        "</tool_call>",
+        "<think>",
+        "</think>",
+        "<tool",
+        "\n",
+        " ",
+        "x",
+        "é",
+        "😀",
+        CALL,
+        '{"name": "a"}',
+        "<",
+    ]
 )
 
 
@@ -155,7 +169,9 @@ def merged(pieces: list) -> tuple[str, str, list[str]]:  # pyright: ignore[repor
 
 @settings(max_examples=150, deadline=None)
 @given(ids=st.lists(st.integers(0, 560), max_size=60), widths=st.lists(st.integers(1, 4), min_size=1, max_size=20))
-def test_incremental_text_is_the_text(tmp_path_factory: pytest.TempPathFactory, ids: list[int], widths: list[int]) -> None:
+def test_incremental_text_is_the_text(
+    tmp_path_factory: pytest.TempPathFactory, ids: list[int], widths: list[int]
+) -> None:
     """Random ids are mostly invalid UTF-8; pieces joined still equal decoding at once, and no half character shows."""
     renderer = shared_renderer(tmp_path_factory)
     decoder = renderer.text_decoder()

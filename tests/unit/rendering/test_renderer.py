@@ -39,7 +39,7 @@ QWEN_LIKE = (
     "{%- if loop.last or messages[loop.index0 + 1].role != 'tool' %}{{ '<|im_end|>\n' }}{%- endif %}"
     "{%- else %}{{ '<|im_start|>' + m.role + '\n' + m.content }}"
     "{%- for c in m.tool_calls or [] %}"
-    "{{ '\n<tool_call>\n{\"name\": \"' + c.function.name + '\", \"arguments\": ' }}"
+    '{{ \'\n<tool_call>\n{"name": "\' + c.function.name + \'", "arguments": \' }}'
     "{{ (c.function.arguments | tojson) + '}\n</tool_call>' }}"
     "{%- endfor %}{{ '<|im_end|>\n' }}{%- endif %}"
     "{%- endfor %}"

@@ -1,4 +1,10 @@
-"""The embedded engine: one thread that turns the trainer's weights into tokens for an asyncio event loop."""
+"""The embedded engine: one thread that turns the trainer's weights into tokens for an asyncio event loop.
+
+The same thread runs the trainer's steps (`exclusive`). That they never run at once is one reason; speed is the other:
+torch keeps a team of OpenMP threads for each thread that computes, and as soon as there are more of them than cores,
+libgomp stops spinning at barriers. Small operations then cost five times as much (measured: 157 against 88 ms for a
+decoding step of 64 sequences on two cores).
+"""
 
 from __future__ import annotations
 
@@ -6,9 +12,11 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterator
 from collections.abc import Sequence as SequenceOf
 from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -23,6 +31,7 @@ from upspiral.engine.embedded.scheduler import Scheduler
 from upspiral.engine.embedded.sequence import Batch, Delivery, Sequence
 from upspiral.errors import ConfigError, ContextLengthError, DeadlineError, EngineError, RequestError
 from upspiral.types import SamplingParams
+from upspiral.weights.cpu import use_threads
 from upspiral.weights.load import LoadedModel
 
 _log = logging.getLogger(__name__)
@@ -31,17 +40,23 @@ _TOKEN_DEADLINE_S = 900.0
 """How long a request waits for its next token; a trainer step or a full queue may stand before it."""
 _STEP_DEADLINE_S = 120.0
 """How long a pause or a stop waits for the step under way."""
+_EXCLUSIVE_DEADLINE_S = 3600.0
+"""How long work handed to the engine's thread may take, the wait for its turn included."""
+
+Result = TypeVar("Result")
 
 
 class EmbeddedEngine:
     """Continuous batching over a shared prefix cache; see engine/base.py for what callers may rely on.
 
-    Weights are those of `model`, updated in place by the trainer between steps: hold `paused()` around the update, then
-    call `publish`. Sampling is a function of `seed`, the request's seed (or its number in the order of arrival) and the
-    logits, not of the batch. Does not set torch's number of threads.
+    Weights are those of `model`, updated in place by the trainer between steps: do that in `exclusive` (or, from
+    another thread, inside `paused()`), then call `publish`. Sampling is a function of `seed`, the request's seed (or
+    its number in the order of arrival) and the logits, not of the batch.
     """
 
-    def __init__(self, model: LoadedModel, config: EngineConfig, *, seed: int):
+    def __init__(self, model: LoadedModel, config: EngineConfig, *, seed: int, threads: int = 0):
+        """`threads`: CPU threads of a step and of `exclusive` work; 0 leaves torch's number alone. For more than one,
+        keep torch at one thread elsewhere in the process (`torch.set_num_threads(1)` before anything computes)."""
         limit = model.config.max_position_embeddings
         if config.context_length > limit:
             raise ConfigError(
@@ -55,12 +70,14 @@ class EmbeddedEngine:
         self._changed = threading.Condition()
         # Guarded by _changed:
         self._arrived: list[Sequence] = []
+        self._work: deque[Callable[[], None]] = deque()
         self._pauses = 0
         self._stepping = False
         self._stopping = False
         # Written by one thread only:
         self._requests = 0
         self._sampled_tokens = self._prefilled_tokens = self._steps = self._failed_steps = 0
+        self._threads = threads
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -178,7 +195,33 @@ class EmbeddedEngine:
             },
         )
 
-    # ---- the trainer's side, from any thread
+    # ---- the trainer's side
+
+    async def exclusive(self, work: Callable[[], Result]) -> Result:
+        """Runs `work` on the engine's thread between two steps, such as an optimizer step that writes the weights in
+        place, and gives what it returns or raises what it raises. Call `publish` afterwards."""
+        loop = asyncio.get_running_loop()
+        outcome: asyncio.Future[Result] = loop.create_future()
+
+        def run() -> None:
+            try:
+                result = work()
+            except BaseException as error:  # whatever it is belongs to the caller, not to the engine's thread
+                loop.call_soon_threadsafe(_settle, outcome, None, error)
+            else:
+                loop.call_soon_threadsafe(_settle, outcome, result, None)
+
+        if self._thread is None or not self._thread.is_alive():
+            raise EngineError("the embedded engine is not running; call start() first")
+        with self._changed:
+            self._work.append(run)
+            self._changed.notify_all()
+        try:
+            return await asyncio.wait_for(outcome, _EXCLUSIVE_DEADLINE_S)
+        except TimeoutError as error:
+            raise DeadlineError(
+                f"work on the embedded engine's thread did not end within {_EXCLUSIVE_DEADLINE_S:.0f} s"
+            ) from error
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -211,14 +254,19 @@ class EmbeddedEngine:
     # ---- the engine thread
 
     def _serve(self) -> None:
-        with torch.inference_mode():
-            while self._await_work():
-                try:
+        if self._threads:
+            use_threads(self._threads)
+        while self._await_work():
+            if self._work:
+                self._work.popleft()()
+                continue
+            try:
+                with torch.inference_mode():
                     self._step()
-                except Exception as error:
-                    self._failed_steps += 1
-                    _log.exception("step %d of the embedded engine failed", self._steps)
-                    self._abandon(f"the embedded engine failed: {error}", error)
+            except Exception as error:
+                self._failed_steps += 1
+                _log.exception("step %d of the embedded engine failed", self._steps)
+                self._abandon(f"the embedded engine failed: {error}", error)
         self._abandon("the embedded engine was stopped")
 
     def _await_work(self) -> bool:
@@ -227,7 +275,9 @@ class EmbeddedEngine:
             self._stepping = False
             self._changed.notify_all()
             self._changed.wait_for(
-                lambda: self._stopping or (not self._pauses and (self._arrived or self._scheduler.has_work))
+                lambda: (
+                    self._stopping or (not self._pauses and (self._work or self._arrived or self._scheduler.has_work))
+                )
             )
             self._stepping = not self._stopping
             return self._stepping
@@ -282,6 +332,15 @@ class EmbeddedEngine:
         # One call for all of a step: waking the loop costs more than what it does there.
         if deliveries and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(_deliver, deliveries)
+
+
+def _settle(outcome: asyncio.Future[Any], result: Any, error: BaseException | None) -> None:
+    if outcome.done():  # its caller was cancelled
+        return
+    if error is None:
+        outcome.set_result(result)
+    else:
+        outcome.set_exception(error)
 
 
 def _deliver(deliveries: list[tuple[Sequence, Delivery]]) -> None:

@@ -37,10 +37,10 @@ _HOP_PHRASES: Mapping[str, Mapping[int, tuple[str, ...]]] = {
         ),
     },
     "heldout": {
-        1: ("You will find the name of a {what} inside {pointer}.", "Look into {pointer}, which points to a {what}."),
+        1: ("In {pointer} you find the path of a {what}.", "Look into {pointer}: there a {what} is named."),
         2: (
-            "Inside {pointer} is the name of a file, inside which is the name of a {what}.",
-            "Look into {pointer}, which points to a file, which points to a {what}.",
+            "In {pointer} you find the path of a file with the path of a {what}.",
+            "Look into {pointer}: it names a file, and that one names a {what}.",
         ),
     },
 }
@@ -52,7 +52,7 @@ _THEN = {
 
 _DONE_PHRASES = {
     "train": ("Reply done.", "Then reply done.", "Answer done."),
-    "heldout": ("Say done afterwards.", "Finish with the answer done."),
+    "heldout": ("When that is done, reply done.", "Finish with the answer done."),
 }
 
 _JOIN_PHRASES = {
@@ -63,8 +63,8 @@ _JOIN_PHRASES = {
         "Answer with the {count} results, with a space between.",
     ),
     "heldout": (
-        "I want the {count} results on one line with one space between.",
-        "State the {count} answers in this order, a space apart.",
+        "Reply with all {count} answers, a space between them.",
+        "Write the {count} results in this order, separated by a space.",
     ),
 }
 

@@ -81,7 +81,7 @@ QUESTIONS: tuple[Question, ...] = (
             "How many lines are in {path}?",
             "Tell me the number of lines in {path}.",
         ),
-        heldout=("What is the line count of {path}?", "How long is {path}, in lines?"),
+        heldout=("What is the number of lines in {path}?", "Say how many lines {path} has."),
         answer=lambda files, path, slots: str(len(lines_of(files, path))),
     ),
     Question(
@@ -94,7 +94,7 @@ QUESTIONS: tuple[Question, ...] = (
             "How often does the line {word} occur in {path}?",
             "In {path}, how many lines have {word}?",
         ),
-        heldout=("How many times is {word} listed in {path}?", "Find the number of {word} lines in {path}."),
+        heldout=("What is the number of lines with {word} in {path}?", "Say how many lines of {path} have {word}."),
         choose=_word,
         answer=lambda files, path, slots: str(lines_of(files, path).count(slots["word"])),
     ),
@@ -108,7 +108,10 @@ QUESTIONS: tuple[Question, ...] = (
             "In how many lines of {path} is {word}?",
             "Number of lines in {path} with the word {word}?",
         ),
-        heldout=("On how many lines of {path} can {word} be seen?", "How many lines in {path} include {word}?"),
+        heldout=(
+            "What is the number of lines of {path} that mention {word}?",
+            "Say how many lines in {path} mention {word}.",
+        ),
         choose=_word,
         answer=lambda files, path, slots: str(sum(slots["word"] in line.split() for line in lines_of(files, path))),
     ),
@@ -122,7 +125,7 @@ QUESTIONS: tuple[Question, ...] = (
             "How many words does {path} have?",
             "Tell me the number of words in {path}.",
         ),
-        heldout=("What is the word count of {path}?", "How long is {path}, in words?"),
+        heldout=("What is the number of words in {path}?", "Say how many words {path} has."),
         answer=lambda files, path, slots: str(len(files[path].split())),
     ),
     Question(
@@ -135,7 +138,7 @@ QUESTIONS: tuple[Question, ...] = (
             "How does {path} begin? Give its first line.",
             "Which line comes first in {path}?",
         ),
-        heldout=("What stands at the top of {path}?", "Print the opening line of {path}."),
+        heldout=("Tell me the first line of {path}.", "What does the first line of {path} say?"),
         answer=lambda files, path, slots: lines_of(files, path)[0],
     ),
     Question(
@@ -148,7 +151,7 @@ QUESTIONS: tuple[Question, ...] = (
             "How does {path} end? Give its last line.",
             "Which line comes last in {path}?",
         ),
-        heldout=("What stands at the bottom of {path}?", "Print the final line of {path}."),
+        heldout=("Tell me the last line of {path}.", "What does the last line of {path} say?"),
         answer=lambda files, path, slots: lines_of(files, path)[-1],
     ),
     Question(
@@ -161,7 +164,7 @@ QUESTIONS: tuple[Question, ...] = (
             "What does line {number} of {path} say?",
             "Give me line number {number} of {path}.",
         ),
-        heldout=("What is written on line {number} in {path}?", "Print line {number} from {path}."),
+        heldout=("What is written on line {number} of {path}?", "Tell me line {number} of {path}."),
         choose=_line_number,
         answer=_nth_line,
     ),
@@ -175,7 +178,7 @@ QUESTIONS: tuple[Question, ...] = (
             "At which line number does {path} have {word}?",
             "Find the line number of {word} in {path}.",
         ),
-        heldout=("What is the line number of {word} in {path}?", "Where in {path} is {word}? Give the line number."),
+        heldout=("Say which line number {word} has in {path}.", "What is the line number of {word} in {path}?"),
         choose=_word,
         answer=_line_number_of,
     ),
@@ -189,7 +192,10 @@ QUESTIONS: tuple[Question, ...] = (
             "What is the first line of {path} after sorting?",
             "In {path}, which word is alphabetically first?",
         ),
-        heldout=("Alphabetically, what comes first in {path}?", "If {path} were sorted, what would be its first line?"),
+        heldout=(
+            "In alphabetical order, which line of {path} is first?",
+            "Say which line comes first after sorting {path}.",
+        ),
         answer=lambda files, path, slots: min(lines_of(files, path)),
     ),
     Question(
@@ -202,7 +208,7 @@ QUESTIONS: tuple[Question, ...] = (
             "How many different words are in {path}?",
             "Without repeats, how many lines are in {path}?",
         ),
-        heldout=("How many unique lines does {path} have?", "Ignoring duplicates, count the lines of {path}."),
+        heldout=("What is the number of different lines in {path}?", "Say how many distinct lines are in {path}."),
         answer=lambda files, path, slots: str(len(set(lines_of(files, path)))),
     ),
     Question(
@@ -215,7 +221,7 @@ QUESTIONS: tuple[Question, ...] = (
             "What is the most frequent line of {path}?",
             "Find the line that {path} repeats most.",
         ),
-        heldout=("Which word does {path} contain most often?", "What line appears the most times in {path}?"),
+        heldout=("What is the most common line of {path}?", "Say which line occurs most often in {path}."),
         answer=_most_common,
     ),
     Question(
@@ -228,7 +234,7 @@ QUESTIONS: tuple[Question, ...] = (
             "Which number in {path} is the largest?",
             "Give me the maximum of {path}.",
         ),
-        heldout=("What is the highest value in {path}?", "Which number of {path} is the greatest?"),
+        heldout=("Tell me the largest number of {path}.", "What is the biggest number in {path}?"),
         answer=lambda files, path, slots: str(max(_numbers(files, path))),
     ),
     Question(
@@ -241,7 +247,7 @@ QUESTIONS: tuple[Question, ...] = (
             "Which number in {path} is the smallest?",
             "Give me the minimum of {path}.",
         ),
-        heldout=("What is the least value in {path}?", "Which number of {path} is the tiniest?"),
+        heldout=("Tell me the smallest number of {path}.", "What is the lowest number in {path}?"),
         answer=lambda files, path, slots: str(min(_numbers(files, path))),
     ),
     Question(
@@ -254,7 +260,7 @@ QUESTIONS: tuple[Question, ...] = (
             "Sum all numbers of {path}.",
             "What do the numbers in {path} add up to?",
         ),
-        heldout=("What is the total of {path}?", "Compute the total of all values in {path}."),
+        heldout=("What is the sum of all numbers in {path}?", "Tell me what the numbers in {path} add up to."),
         answer=lambda files, path, slots: str(sum(_numbers(files, path))),
     ),
     Question(
@@ -267,7 +273,7 @@ QUESTIONS: tuple[Question, ...] = (
             "Sum the second column of {path}.",
             "What does column 2 of {path} add up to?",
         ),
-        heldout=("Give the total of the second column in {path}.", "Compute the column 2 total of {path}."),
+        heldout=("What is the sum of the second column of {path}?", "Say what column 2 in {path} adds up to."),
         answer=lambda files, path, slots: str(sum(_rows(files, path).values())),
     ),
     Question(
@@ -280,7 +286,7 @@ QUESTIONS: tuple[Question, ...] = (
             "Which number does {path} give for {word}?",
             "In {path}, what number belongs to {word}?",
         ),
-        heldout=("How much is {word} according to {path}?", "Find the number beside {word} in {path}."),
+        heldout=("Say which value {word} has in {path}.", "What number belongs to {word} in {path}?"),
         choose=_row,
         answer=lambda files, path, slots: str(_rows(files, path)[slots["word"]]),
     ),
@@ -295,8 +301,8 @@ QUESTIONS: tuple[Question, ...] = (
             "Find the name with the biggest value in {path}.",
         ),
         heldout=(
-            "Who is at the top of {path} by value?",
-            "Which entry of {path} has the greatest number? Give its name.",
+            "Say which name has the largest number in {path}.",
+            "What is the name with the highest value in {path}?",
         ),
         answer=_top_row,
     ),
@@ -310,7 +316,7 @@ QUESTIONS: tuple[Question, ...] = (
             "Find the setting {key} in {path}.",
             "In {path}, what is the value of the key {key}?",
         ),
-        heldout=("Which value does {path} assign to {key}?", "Read the option {key} from {path}."),
+        heldout=("Tell me what {key} is set to in {path}.", "What is the value of {key} in {path}?"),
         choose=_key,
         answer=lambda files, path, slots: next(
             line.split("=")[1] for line in lines_of(files, path) if line.startswith(f"{slots['key']}=")
@@ -326,7 +332,7 @@ QUESTIONS: tuple[Question, ...] = (
             "How many files does {path} hold?",
             "Tell me the number of files in {path}.",
         ),
-        heldout=("What is the file count of {path}?", "How many documents does {path} contain?"),
+        heldout=("What is the number of files in {path}?", "Say how many files {path} has."),
         answer=lambda files, path, slots: str(len(files_in(files, path))),
     ),
     Question(
@@ -339,10 +345,7 @@ QUESTIONS: tuple[Question, ...] = (
             "How many files in {path} end in .{extension}?",
             "Tell me the number of .{extension} files in {path}.",
         ),
-        heldout=(
-            "How many files of type {extension} does {path} contain?",
-            "Within {path}, how many names end with .{extension}?",
-        ),
+        heldout=("What is the number of {extension} files in {path}?", "Say how many .{extension} files {path} has."),
         choose=_extension,
         answer=lambda files, path, slots: str(
             sum(name.endswith(f".{slots['extension']}") for name in files_in(files, path))
@@ -359,8 +362,8 @@ QUESTIONS: tuple[Question, ...] = (
             "What is the path of the file with {word} in {path}?",
         ),
         heldout=(
-            "Search {path} for {word} and give the path of the file.",
-            "At which path within {path} is {word} mentioned?",
+            "Tell me the path of the file in {path} with {word}.",
+            "Say which file in {path} has {word}: give its path.",
         ),
         choose=_word_in_folder,
         answer=lambda files, path, slots: _only(
@@ -377,7 +380,7 @@ QUESTIONS: tuple[Question, ...] = (
             "In {path}, what is the biggest file called?",
             "Give the name of the largest file in {path}.",
         ),
-        heldout=("What is the heaviest file in {path} called?", "By size, what is the name of the top file in {path}?"),
+        heldout=("Tell me the name of the biggest file in {path}.", "What is the largest file in {path} called?"),
         answer=_largest_file,
     ),
 )

@@ -1,0 +1,62 @@
+"""Several microbatches side by side on one machine's cores, each lane on a thread of its own.
+
+On a few cores this beats giving all cores to one microbatch: most operations of a small model are too short to be
+worth splitting (measured on two cores: 1.3 times one thread's speed with two OpenMP threads).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from upspiral.weights.cpu import use_threads
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+class Lanes:
+    """`models[0]` is the model itself; the others are shells around the same weights with gradients of their own.
+
+    Which item runs on which lane depends on its place alone, so sums over lanes in their order are reproducible.
+    """
+
+    def __init__(self, model: Any, count: int) -> None:
+        self.models = [model, *(_shell(model) for _ in range(count - 1))]
+        self._pool = ThreadPoolExecutor(count - 1, "trainer-lane", use_threads, (1,)) if count > 1 else None
+
+    def __len__(self) -> int:
+        return len(self.models)
+
+    def parameters(self) -> Iterator[list[Tensor]]:
+        """The trainable parameters of each lane, in the order of the model's."""
+        for model in self.models:
+            yield [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+    def run(self, work: Callable[[Any, Item], Result], items: Sequence[Item]) -> list[Result]:
+        """`work(model of the lane, item)` for at most as many items as there are lanes, all at once."""
+        if self._pool is None or len(items) == 1:
+            return [work(self.models[0], item) for item in items]
+        others = [self._pool.submit(work, model, item) for model, item in zip(self.models[1:], items[1:], strict=False)]
+        before = torch.get_num_threads()
+        use_threads(1)
+        try:
+            first = work(self.models[0], items[0])
+        finally:
+            use_threads(before)
+        return [first, *(other.result() for other in others)]
+
+
+def _shell(model: Any) -> Any:
+    """A copy of the module tree whose parameters share storage with the original's and have gradients of their own."""
+    memo: dict[int, Any] = {}
+    for parameter in model.parameters():
+        memo[id(parameter)] = nn.Parameter(parameter.data, requires_grad=parameter.requires_grad)
+    for buffer in model.buffers():
+        memo[id(buffer)] = buffer
+    return copy.deepcopy(model, memo)
