@@ -9,7 +9,7 @@ import json
 from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 
 SYSTEM = "Answer the question about the files in your working directory. Use bash. Then reply with only the answer."
-TOOLS = [
+TOOLS: list = [
     {
         "type": "function",
         "function": {
@@ -39,6 +39,7 @@ async def agent(task) -> str:
             return message.content or ""
         messages.append(message.model_dump(exclude_none=True))
         for call in message.tool_calls:
+            assert call.type == "function"
             output = await run_tool(task, call.function.name, call.function.arguments)
             messages.append({"role": "tool", "tool_call_id": call.id, "content": output})
     return ""
