@@ -4,24 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from upspiral.trajectory.graph import TokenRun, TrajectoryGraph
+from upspiral.trajectory.graph import TrajectoryGraph
 from upspiral.types import NodeCredit, RolloutCredit
 
 DEMONSTRATION_GROUP = "demonstration"
-
-
-def demonstration_graph(name: str, turns: Sequence[tuple[Sequence[int], Sequence[int]]]) -> TrajectoryGraph:
-    """The graph of a demonstration of one or more turns: (tokens that are given, tokens that are to be learned).
-
-    The given tokens of a turn include the generation prompt. Learned tokens carry log-probability 0 and version 0:
-    the oracle was certain. Such graphs are for the trainer only and do not belong in the store.
-    """
-    graph = TrajectoryGraph(name)
-    for index, (given_ids, learned_ids) in enumerate(turns):
-        zeros = [0] * len(learned_ids)
-        run = TokenRun.answer(given_ids, learned_ids, zeros, zeros, "stop")
-        graph.add(index - 1 if index else None, run, role="assistant", reason="append" if index else "root")
-    return graph
 
 
 def sft_credit(demonstrations: Sequence[TrajectoryGraph]) -> list[RolloutCredit]:

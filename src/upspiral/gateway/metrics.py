@@ -23,6 +23,8 @@ class GatewayMetrics:
         self._nodes = self._counter("nodes", "Committed nodes by the reason why they hang where they do", "reason")
         self._parse_errors = self._counter("parse_errors", "Tool calls that could not be parsed")
         self._rollouts = Gauge("upspiral_live_rollouts", "Rollouts not yet sealed", registry=self._registry)
+        self.recorded_tokens = 0
+        """Sampled tokens in committed nodes, as a plain number for the ledger."""
         self._engine = Gauge("upspiral_engine", "State of the engine", ["figure"], registry=self._registry)
 
     def answered(self, status: int) -> None:
@@ -36,6 +38,7 @@ class GatewayMetrics:
         for node in nodes:
             self._nodes.labels(node.reason).inc()
             self._sampled_tokens.inc(node.num_sampled)
+            self.recorded_tokens += node.num_sampled
             if not node.delivered:
                 self._undelivered_tokens.inc(node.num_sampled)
         self._parse_errors.inc(len(parse_errors))

@@ -96,6 +96,11 @@ class Gateway:
         "context_length_exceeded"."""
         return (self._live.get(rollout_id) or self._sealed[rollout_id]).truncated
 
+    @property
+    def recorded_tokens(self) -> int:
+        """Sampled tokens in all nodes committed so far."""
+        return self._room.metrics.recorded_tokens
+
     def is_live(self, rollout_id: str) -> bool:
         return rollout_id in self._live
 

@@ -21,6 +21,7 @@ from upspiral.loop.clock import Clock
 from upspiral.loop.collect import Collector, OnProgress
 from upspiral.loop.folder import RunFolder
 from upspiral.loop.step_line import Groups, step_line
+from upspiral.loop.token_count import TokenCount
 from upspiral.loop.warm_start import successful, warm_start_steps
 from upspiral.monitor.environment import write_environment
 from upspiral.monitor.lines import ledger_line
@@ -98,6 +99,7 @@ class Run:
 
     async def _train_step(self, step: int) -> None:
         clock = Clock()
+        count = TokenCount(self._parts.engine, self._parts.gateway)
         groups = await self._collector.train_groups(step, self._on_rollouts("collecting rollouts"))
         clock.lap("collect")
         credits = grpo_credit(groups, self._config.algorithm)
@@ -106,7 +108,7 @@ class Run:
         clock.lap("train")
         self._parts.engine.publish(step)
         self._parts.store.record_step(step, credits)
-        ledger = self._parts.store.ledger(step=step, split="train")
+        ledger = self._parts.store.ledger(step=step, split="train") + count.unrecorded()
         check_closed(ledger, f"step {step}")
         clock.lap("publish")
         line = step_line(groups, credits, trained, clock.seconds) | {
@@ -137,13 +139,14 @@ class Run:
 
     async def _evaluate(self, step: int) -> None:
         clock = Clock()
+        count = TokenCount(self._parts.engine, self._parts.gateway)
         judged = await self._collector.evaluate(step, self._on_rollouts("evaluating on held-out tasks"))
         clock.lap("evaluate")
         line = evaluation_line(judged) | {
             "version": self._parts.engine.version,
             "temperature": self._config.eval.temperature,
             "seconds": clock.seconds["total"],
-            "ledger": ledger_line(self._parts.store.ledger(step=step, split="eval")),
+            "ledger": ledger_line(self._parts.store.ledger(step=step, split="eval") + count.unrecorded()),
         }
         self._budget.evaluation_took(clock.seconds["total"])
         self._evaluations.append(self._metrics.append("eval", step, line))

@@ -42,7 +42,7 @@ class ExecResult:
     """How a command ended."""
 
     exit_code: int | None
-    """None when it was killed at its deadline; negative when a signal ended it."""
+    """As a shell gives it: 128 + the signal when a signal ended it. None when it was killed at its deadline."""
     stdout: bytes
     stderr: bytes
     timed_out: bool

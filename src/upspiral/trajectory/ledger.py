@@ -8,6 +8,9 @@ from upspiral.types import Ledger, Rollout, RolloutCredit, RolloutStatus
 
 EVALUATION = "evaluation"
 """Why the tokens of rollouts that only measure stay out of the loss."""
+MASKED_SPLITS = {"eval": EVALUATION, "demonstration": "demonstration"}
+"""Splits that RL never trains on, and under which reason their tokens stand in the ledger. Those of demonstrations were
+not sampled by a policy; the warm start learns them."""
 
 
 def ledger_of(
@@ -33,7 +36,7 @@ def account_uncredited(rollout: Rollout, sampled: int) -> Ledger:
     """The ledger of a rollout that no step has credited. A rollout in flight or cancelled is dropped; one that ended
     and was neither trained nor masked stays unaccounted for."""
     if rollout.split != "train":
-        return account(sampled, 0, EVALUATION)
+        return account(sampled, 0, MASKED_SPLITS.get(rollout.split, EVALUATION))
     if rollout.status is RolloutStatus.RUNNING:
         return Ledger(sampled, dropped={"running": sampled})
     if rollout.status is RolloutStatus.CANCELLED:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from tests.fixtures.demonstrations import demonstration_graph
 from upspiral.algorithm.base import ScoredRollout
 from upspiral.algorithm.grpo import grpo_credit
-from upspiral.algorithm.sft import demonstration_graph, sft_credit
+from upspiral.algorithm.sft import sft_credit
 from upspiral.config.models import AlgorithmConfig
 from upspiral.trajectory.graph import TokenRun, TrajectoryGraph
 from upspiral.trajectory.ledger import check_closed, ledger_of

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -446,3 +447,15 @@ def test_bfloat16_is_close_to_transformers() -> None:
     for prompt, completion in zip(prompts, _run(main()), strict=True):
         difference = _reference(model, prompt, completion.ids) - torch.tensor(completion.logprobs)
         assert difference.abs().mean() < 0.05
+
+
+def test_exclusive_work_runs_on_the_engines_thread_and_its_errors_come_back(model: LoadedModel) -> None:
+    async def main() -> None:
+        async with _running(model) as engine:
+            generating = asyncio.create_task(_complete(engine, _prompt(10), max_tokens=30))
+            assert await engine.exclusive(threading.get_ident) != threading.get_ident()
+            with pytest.raises(ZeroDivisionError):
+                await engine.exclusive(lambda: 1 // 0)
+            assert len((await generating).ids) == 30
+
+    _run(main())

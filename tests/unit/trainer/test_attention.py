@@ -6,7 +6,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from upspiral.algorithm.sft import demonstration_graph, sft_credit
+from tests.fixtures.demonstrations import demonstration_graph
+from upspiral.algorithm.sft import sft_credit
 from upspiral.trainer.attention import (
     FlashCpuKernel,
     ForestAttention,
