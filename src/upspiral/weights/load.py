@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,8 +12,8 @@ from transformers.utils import logging as transformers_logging
 
 from upspiral.errors import ModelError
 from upspiral.weights.fused import FusedLayer, fuse_projections
+from upspiral.weights.models import check_model_folder
 
-_INDEX = "model.safetensors.index.json"
 _ROPE_THAT_DEPENDS_ON_LENGTH = ("dynamic", "longrope")
 
 
@@ -57,7 +56,7 @@ def load_model(folder: Path, *, dtype: str, device: str) -> LoadedModel:
     `dtype` is "bfloat16" or "float32", `device` "auto", "cpu" or "cuda". Raises ModelError when the folder, its weights
     or its architecture cannot be used.
     """
-    _check_folder(folder)
+    check_model_folder(folder, tokenizer=False)
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     _check_variant(config, str(folder))
     module = _read(folder, getattr(torch, dtype))
@@ -82,19 +81,6 @@ def _read(folder: Path, dtype: torch.dtype) -> LlamaForCausalLM:
             f"{missing[0]}; fetch the model again, or set tie_word_embeddings if only lm_head.weight is missing"
         )
     return module
-
-
-def _check_folder(folder: Path) -> None:
-    advice = "give a Hugging Face folder, or fetch the default model with `upspiral model get smollm2-135m`"
-    if not folder.is_dir():
-        raise ModelError(f"there is no model folder {folder}; {advice}")
-    if not (folder / "config.json").is_file():
-        raise ModelError(f"{folder} is not a model folder: config.json is missing; {advice}")
-    index = folder / _INDEX
-    wanted = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {"model.safetensors"}
-    missing = sorted(name for name in wanted if not (folder / name).is_file())
-    if missing:
-        raise ModelError(f"{folder} is a model folder without weights: {', '.join(missing)} is missing; {advice}")
 
 
 def _check_variant(config: PretrainedConfig, source: str) -> None:

@@ -26,6 +26,9 @@ from upspiral.weights.gguf import convert_gguf
 DOWNLOAD_DEADLINE_S = 1800.0
 MANIFEST = "upspiral-manifest.json"
 WEIGHTS_INDEX = "model.safetensors.index.json"
+_FOLDER_ADVICE = (
+    "give a folder as `save_pretrained` writes it, or fetch the default model with `upspiral model get smollm2-135m`"
+)
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB_FILES = ["*.json", "*.jinja", "*.safetensors", "tokenizer*"]
 
@@ -121,21 +124,24 @@ def resolve_model(name: str, *, weights: bool = True) -> Path:
     return folder
 
 
-def check_model_folder(folder: Path, *, weights: bool = True) -> None:
-    """Raises ModelError when a Hugging Face folder lacks its config, its tokenizer or (if asked for) a weight file."""
-    wanted = ["config.json", "tokenizer.json"]
-    if weights:
-        index = folder / WEIGHTS_INDEX
-        sharded = index.is_file()
-        wanted += (
-            sorted(set(json.loads(index.read_text())["weight_map"].values())) if sharded else ["model.safetensors"]
-        )
-    missing = [file for file in wanted if not (folder / file).is_file()]
+def check_model_folder(folder: Path, *, tokenizer: bool = True, weights: bool = True) -> None:
+    """Raises ModelError when a Hugging Face folder lacks its config or (if asked for) its tokenizer or a weight file."""
+    if not folder.is_dir():
+        raise ModelError(f"there is no model folder {folder}; {_FOLDER_ADVICE}")
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{folder} is not a model folder: config.json is missing; {_FOLDER_ADVICE}")
+    if tokenizer and not (folder / "tokenizer.json").is_file():
+        raise ModelError(f"{folder} is a model folder without a tokenizer: tokenizer.json is missing; {_FOLDER_ADVICE}")
+    missing = sorted(name for name in _weight_files(folder) if not (folder / name).is_file()) if weights else []
     if missing:
         raise ModelError(
-            f"the model folder {folder} lacks {', '.join(missing)}; upspiral needs config.json, tokenizer.json and "
-            "safetensors weights, as `save_pretrained` writes them"
+            f"{folder} is a model folder without weights: {', '.join(missing)} is missing; {_FOLDER_ADVICE}"
         )
+
+
+def _weight_files(folder: Path) -> set[str]:
+    index = folder / WEIGHTS_INDEX
+    return set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {"model.safetensors"}
 
 
 def _download(model: KnownModel, work: Path, progress: Callable[[str], None]) -> Path:

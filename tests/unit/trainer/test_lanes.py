@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-torch = pytest.importorskip("torch", reason="needs the [train] extra")
+pytest.importorskip("torch", reason="needs the [train] extra")
 
+import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.fixtures.demonstrations import demonstration_graph

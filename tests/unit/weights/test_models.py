@@ -47,7 +47,7 @@ def test_a_local_folder_is_itself(tmp_path: Path) -> None:
 def test_a_folder_without_weights_is_named(tmp_path: Path) -> None:
     folder = model_folder(tmp_path / "mine", "config.json", "tokenizer.json")
     assert resolve_model(str(folder), weights=False) == folder
-    with pytest.raises(ModelError, match=r"mine lacks model\.safetensors; upspiral needs"):
+    with pytest.raises(ModelError, match=r"mine is a model folder without weights: model\.safetensors is missing"):
         resolve_model(str(folder))
 
 
@@ -55,7 +55,7 @@ def test_a_missing_shard_is_named(tmp_path: Path) -> None:
     folder = model_folder(tmp_path / "mine", "config.json", "tokenizer.json", "model-1.safetensors")
     index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(ModelError, match=r"lacks model-2\.safetensors"):
+    with pytest.raises(ModelError, match=r"without weights: model-2\.safetensors is missing"):
         resolve_model(str(folder))
 
 
