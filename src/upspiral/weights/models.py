@@ -125,7 +125,7 @@ def resolve_model(name: str, *, weights: bool = True) -> Path:
 
 
 def check_model_folder(folder: Path, *, tokenizer: bool = True, weights: bool = True) -> None:
-    """Raises ModelError when a Hugging Face folder lacks its config or (if asked for) its tokenizer or a weight file."""
+    """Raises ModelError when a Hugging Face folder lacks its config or, if asked for, its tokenizer or its weights."""
     if not folder.is_dir():
         raise ModelError(f"there is no model folder {folder}; {_FOLDER_ADVICE}")
     if not (folder / "config.json").is_file():

@@ -22,7 +22,9 @@ def tiny_model(dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
     torch.manual_seed(0)
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 64}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True}
-    return LlamaForCausalLM(LlamaConfig(**shape, **heads)).to(dtype)
+    model = LlamaForCausalLM(LlamaConfig(**shape, **heads))
+    model.to(dtype)  # pyright: ignore[reportArgumentType]
+    return model
 
 
 def train(lanes: int, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
