@@ -15,6 +15,7 @@ NEEDS_TORCH = (
     "upspiral.engine.embedded",
     "upspiral.loop",
     "upspiral.weights.load",
+    "upspiral.weights.cpu",
     "upspiral.weights.fused",
 )
 
