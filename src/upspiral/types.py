@@ -110,7 +110,7 @@ class Rollout:
     task_id: str
     group_id: str
     split: str = "train"
-    """"train", or "eval" for rollouts that only measure."""
+    """"train"; "eval": it only measures; "demonstration": by an oracle; "served": by an agent elsewhere."""
     step: int = 0
     """The training step that asked for it; for split "eval", the step it measures."""
     status: RolloutStatus = RolloutStatus.RUNNING

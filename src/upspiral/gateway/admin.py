@@ -62,7 +62,8 @@ class _Admin:
         body = await json_body(request)
         task, group = text_field(body, "task", "body"), text_field(body, "group", "body")
         instruction = body.get("instruction") or ""
-        rollout = Rollout(f"r-{secrets.token_hex(6)}", task, group, instruction=str(instruction))
+        name = f"r-{secrets.token_hex(6)}"
+        rollout = Rollout(name, task, group, split="served", instruction=str(instruction))
         key = self._host.open_rollout(rollout)
         return json_response({"rollout": rollout.id, "key": key})
 

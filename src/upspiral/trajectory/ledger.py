@@ -8,9 +8,9 @@ from upspiral.types import Ledger, Rollout, RolloutCredit, RolloutStatus
 
 EVALUATION = "evaluation"
 """Why the tokens of rollouts that only measure stay out of the loss."""
-MASKED_SPLITS = {"eval": EVALUATION, "demonstration": "demonstration"}
+MASKED_SPLITS = {"eval": EVALUATION, "demonstration": "demonstration", "served": "not_trained"}
 """Splits that RL never trains on, and under which reason their tokens stand in the ledger. Those of demonstrations were
-not sampled by a policy; the warm start learns them."""
+not sampled by a policy, the warm start learns them; served rollouts have no trainer."""
 
 
 def ledger_of(
@@ -35,10 +35,10 @@ def account(sampled: int, trained: int, mask_reason: str | None) -> Ledger:
 def account_uncredited(rollout: Rollout, sampled: int) -> Ledger:
     """The ledger of a rollout that no step has credited. A rollout in flight or cancelled is dropped; one that ended
     and was neither trained nor masked stays unaccounted for."""
-    if rollout.split != "train":
-        return account(sampled, 0, MASKED_SPLITS.get(rollout.split, EVALUATION))
     if rollout.status is RolloutStatus.RUNNING:
         return Ledger(sampled, dropped={"running": sampled})
+    if rollout.split != "train":
+        return account(sampled, 0, MASKED_SPLITS.get(rollout.split, EVALUATION))
     if rollout.status is RolloutStatus.CANCELLED:
         return Ledger(sampled, dropped={rollout.reason or "cancelled": sampled})
     return Ledger(sampled)

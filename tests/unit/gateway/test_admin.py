@@ -41,6 +41,8 @@ def test_a_rollout_from_opening_to_its_graph(tmp_path: Path) -> None:
             _, sealed = await admin.call("GET", f"/{opened['rollout']}/graph")
             assert sealed["rollout"] == opened["rollout"] and sealed["nodes"] == running["nodes"]
             check_nodes(sealed, live)
+            assert sealed["ledger"]["masked"] == {"not_trained": sealed["ledger"]["sampled"]}
+            assert sealed["ledger"]["difference"] == 0
             rollout = live.store.rollout(opened["rollout"])
             assert (rollout.status, rollout.reward, rollout.group_id) == (RolloutStatus.FINISHED, 1.0, "g")
             status, again = await admin.call("POST", f"/{opened['rollout']}/finish", {"reward": 0})

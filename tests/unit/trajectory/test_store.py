@@ -123,6 +123,7 @@ def test_the_ledger_of_a_run(store: TrajectoryStore) -> None:
     for name, split in [("trained", "train"), ("masked", "train"), ("measured", "eval"), ("live", "train")]:
         fill(store, name, split=split)
     fill(store, "stopped")
+    store.finish_rollout("measured", status=RolloutStatus.FINISHED, reward=1.0)
     store.finish_rollout("stopped", status=RolloutStatus.CANCELLED, reason="run stopped")
     store.record_step(
         0,
