@@ -23,8 +23,8 @@ from upspiral.sandbox.base import SandboxSpec
 from upspiral.sandbox.namespace import NamespaceBackend
 from upspiral.weights.models import KNOWN_MODELS, cache_folder, cached_model
 
-MEMORY_NEEDED_GB = 6
-DISK_NEEDED_GB = 3
+MEMORY_NEEDED_GB = 12
+DISK_NEEDED_GB = 6
 SANDBOX_DEADLINE_S = 20.0
 _FAST_BF16_FLAGS = ("amx_bf16", "avx512_bf16", "bf16")
 _COLORS = {"ok": "green", "missing": "red", "note": "yellow"}
