@@ -4,12 +4,14 @@
 
 Figures, per seed: `warm` and `final` (held-out success after the warm start and after RL), their 95 % intervals,
 `minutes` for the whole run, the ledger, and the learning curve. Needs the default model
-(`upspiral model get smollm2-135m`).
+(`upspiral model get smollm2-135m`). With `--runs DIR` an interrupted benchmark goes on: seeds that finished there are
+not run again.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import subprocess
 import sys
 import tempfile
@@ -25,11 +27,16 @@ LIMIT_MINUTES = 15.0
 
 
 def run_seed(seed: int, folder: Path) -> dict[str, Any]:
-    """One demo run in a process of its own, as `make demo` runs it."""
+    """One demo run in a process of its own, as `make demo` runs it; the figures of an earlier one if it finished."""
+    finished = folder.with_suffix(".json")
+    if finished.exists():
+        return json.loads(finished.read_text())
     started = time.monotonic()
     command = [sys.executable, "-m", "upspiral", "run", str(RECIPE), "--run", str(folder), "--seed", str(seed)]
     subprocess.run([*command, "--env.seed", str(seed)], check=True, timeout=4 * LIMIT_MINUTES * 60)
-    return {"minutes": round((time.monotonic() - started) / 60, 2), **summary(folder)}
+    figures = {"minutes": round((time.monotonic() - started) / 60, 2), **summary(folder)}
+    finished.write_text(json.dumps(figures))
+    return figures
 
 
 def summary(folder: Path) -> dict[str, Any]:

@@ -130,6 +130,9 @@ class AlgorithmConfig(_Section):
     """Groups with signal that a step wants."""
     max_groups_per_step: PositiveInt = 16
     """Active sampling: groups without signal are replaced until `groups_per_step` have some, or this many ran."""
+    task_candidates: PositiveInt = 1
+    """Each group's task is drawn from this many, those more likely whose kind gave groups with signal lately; with 1
+    the tasks come in order."""
     normalize_std: bool = False
     """Divide the advantage by the standard deviation of the group."""
     clip_low: Fraction = 0.2

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
@@ -20,6 +20,7 @@ from upspiral.env.base import Task
 from upspiral.eval.heldout import Judged
 from upspiral.gateway.session import SessionPolicy
 from upspiral.loop.assembly import Parts
+from upspiral.loop.curriculum import Curriculum
 from upspiral.loop.rollouts import Attempt
 from upspiral.trajectory.graph import TrajectoryGraph
 from upspiral.types import Rollout, RolloutStatus
@@ -42,18 +43,35 @@ class Collector:
         self._renderer = parts.renderer
         self._runner = parts.runner
         self._store = parts.store
+        algorithm = config.algorithm
+        self._curriculum = Curriculum(
+            lambda index: parts.environment.task(TRAINING, index),
+            seed=config.seed,
+            tasks_per_step=algorithm.max_groups_per_step,
+            candidates=algorithm.task_candidates,
+            group_size=algorithm.group_size,
+        )
 
     def abandon_interrupted(self) -> None:
         """Marks rollouts that a killed process left running. What they committed stays, and stays out of the loss."""
         for rollout in self._store.rollouts(status=RolloutStatus.RUNNING):
             self._store.finish_rollout(rollout.id, status=RolloutStatus.CANCELLED, reason="interrupted")
 
+    def recall(self, step: int) -> None:
+        """After a restart: takes in what a step that is already trained had sampled."""
+        rewards: dict[str, list[float]] = {}
+        for rollout in self._store.rollouts(split=TRAINING, step=step):
+            if rollout.reward is not None:
+                rewards.setdefault(rollout.group_id, []).append(rollout.reward)
+        self._observe(step, self._curriculum.choose(step), rewards)
+
     async def train_groups(self, step: int, on_progress: OnProgress) -> dict[str, list[ScoredRollout]]:
         """The groups of one step. A group without signal is replaced until `groups_per_step` have some or
         `max_groups_per_step` were sampled; every sampled group is returned."""
         algorithm = self._config.algorithm
+        tasks = self._curriculum.choose(step)
         groups: dict[str, list[ScoredRollout]] = {}
-        pending = {self._start_group(step, index) for index in range(algorithm.groups_per_step)}
+        pending = {self._start_group(step, index, tasks[index]) for index in range(algorithm.groups_per_step)}
         started = len(pending)
         while pending:
             done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
@@ -61,9 +79,10 @@ class Collector:
                 group_id, rollouts = finished.result()
                 groups[group_id] = rollouts
                 if not has_signal(rollouts) and started < algorithm.max_groups_per_step:
-                    pending.add(self._start_group(step, started))
+                    pending.add(self._start_group(step, started, tasks[started]))
                     started += 1
             on_progress(len(groups) * algorithm.group_size, started * algorithm.group_size)
+        self._observe(step, tasks, {name: _rewards(rollouts) for name, rollouts in groups.items()})
         return dict(sorted(groups.items()))
 
     async def evaluate(self, step: int, on_progress: OnProgress) -> list[Judged]:
@@ -104,15 +123,17 @@ class Collector:
                 lines.append(ScriptLine(text=self._renderer.format_tool_call(call)))
         return lines
 
-    def _start_group(self, step: int, index: int) -> asyncio.Task[tuple[str, list[ScoredRollout]]]:
-        return asyncio.create_task(self._group(step, index))
+    def _observe(self, step: int, tasks: Sequence[Task], rewards: Mapping[str, Sequence[float]]) -> None:
+        named = {_group_id(step, index): task for index, task in enumerate(tasks)}
+        self._curriculum.observe((named[group_id], of_group) for group_id, of_group in sorted(rewards.items()))
 
-    async def _group(self, step: int, index: int) -> tuple[str, list[ScoredRollout]]:
-        algorithm = self._config.algorithm
-        group_id = f"step-{step:04d}-group-{index:02d}"
-        task = self._environment.task(TRAINING, step * algorithm.max_groups_per_step + index)
+    def _start_group(self, step: int, index: int, task: Task) -> asyncio.Task[tuple[str, list[ScoredRollout]]]:
+        return asyncio.create_task(self._group(step, index, task))
+
+    async def _group(self, step: int, index: int, task: Task) -> tuple[str, list[ScoredRollout]]:
+        group_id = _group_id(step, index)
         attempts = []
-        for member in range(algorithm.group_size):
+        for member in range(self._config.algorithm.group_size):
             name = f"train-{step:04d}-{index:02d}-{member}"
             policy = self._policy(self._config.temperature, name)
             attempts.append(Attempt(task, replace(_rollout(task, name, TRAINING, step), group_id=group_id), policy))
@@ -152,6 +173,14 @@ class Collector:
 
     def _num_calls(self, rollout: Rollout) -> int:
         return sum(node.num_sampled > 0 for node in self._store.graph(rollout.id).nodes)
+
+
+def _group_id(step: int, index: int) -> str:
+    return f"step-{step:04d}-group-{index:02d}"
+
+
+def _rewards(rollouts: Sequence[ScoredRollout]) -> list[float]:
+    return [one.rollout.reward for one in rollouts if one.rollout.reward is not None]
 
 
 def _rollout(task: Task, name: str, split: str, step: int) -> Rollout:

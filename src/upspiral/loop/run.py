@@ -163,6 +163,8 @@ class Run:
         state = await asyncio.to_thread(load_checkpoint, checkpoint)
         await self._parts.engine.exclusive(lambda: self._parts.trainer.load_state_dict(state))
         done = int(state["step"])
+        for step in range(1, done + 1):
+            self._collector.recall(step)
         self._parts.engine.publish(done)
         self._metrics.resumed(done + 1)
         self._progress.note(f"resumed after step {done}")
