@@ -3,8 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from upspiral.types import Message, SamplingParams, ToolSpec
+
+
+@dataclass(frozen=True, slots=True)
+class ToolChoice:
+    """Whether the model may, must or must not call tools."""
+
+    mode: Literal["auto", "none", "required", "named"] = "auto"
+    """"none": tools stay in the prompt, but nothing the model writes is taken for a call. "required": the answer begins
+    with a call. "named": it begins with a call of `name`."""
+    name: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -13,8 +24,7 @@ class AnswerRequest:
 
     messages: tuple[Message, ...]
     tools: tuple[ToolSpec, ...] = ()
-    may_call_tools: bool = True
-    """False: tools stay in the prompt, but nothing the model writes is taken for a call."""
+    tool_choice: ToolChoice = ToolChoice()
     parallel_tool_calls: bool = True
     """False: the answer ends after its first tool call."""
     answers: int = 1
@@ -23,6 +33,8 @@ class AnswerRequest:
     temperature: float | None = None
     top_p: float | None = None
     seed: int | None = None
+    model: str = ""
+    """The model's name as the agent wrote it. Every name is answered by the same model; rules may tell side calls by it."""
 
 
 @dataclass(frozen=True, slots=True)

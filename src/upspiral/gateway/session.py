@@ -17,6 +17,7 @@ from upspiral.errors import (
 )
 from upspiral.gateway.call import Call, CallPlan
 from upspiral.gateway.generation import Generation
+from upspiral.gateway.hints import NO_HINTS, Hints
 from upspiral.gateway.history import History, Prompt
 from upspiral.gateway.metrics import GatewayMetrics
 from upspiral.gateway.request import AnswerRequest, SessionPolicy
@@ -88,7 +89,7 @@ class Session:
     def graph(self) -> TrajectoryGraph:
         return self._history.graph
 
-    def begin(self, request: AnswerRequest) -> Call:
+    def begin(self, request: AnswerRequest, hints: Hints = NO_HINTS) -> Call:
         """Starts to answer. Raises SealedRolloutError, MaxCallsError, ContextLengthError, TemplateError or EngineError
         before anything is sampled."""
         self._check_open()
@@ -145,7 +146,7 @@ class Session:
     def _plan(self, request: AnswerRequest, prompt: Prompt, room: int) -> CallPlan:
         renderer, call = self._room.renderer, self._calls
         rules = ReadingRules(
-            tool_calls=bool(request.tools) and request.may_call_tools,
+            tool_calls=bool(request.tools) and request.tool_choice.mode != "none",
             parallel_tool_calls=request.parallel_tool_calls,
             stop_strings=request.stop_strings,
         )

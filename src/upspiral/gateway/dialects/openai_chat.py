@@ -27,7 +27,7 @@ from upspiral.gateway.dialects.fields import (
     whole_field,
 )
 from upspiral.gateway.generation import AnswerEnd, AnswerEvent, Generation
-from upspiral.gateway.request import AnswerRequest
+from upspiral.gateway.request import AnswerRequest, ToolChoice
 from upspiral.rendering.answer import CallPiece, TextPiece, ThinkingPiece
 from upspiral.rendering.renderer import Renderer
 from upspiral.types import Message, Role, ToolCall, ToolSpec
@@ -81,7 +81,7 @@ def parse_request(body: Mapping[str, Any]) -> ChatRequest:
     request = AnswerRequest(
         messages=messages,
         tools=tuple(_tool(entry, f"tools[{i}]") for i, entry in enumerate(list_field(body, "tools", ""))),
-        may_call_tools=_tool_choice(body.get("tool_choice")),
+        tool_choice=_tool_choice(body.get("tool_choice")),
         parallel_tool_calls=flag_field(body, "parallel_tool_calls", True),
         answers=whole_field(body, "n", least=1, most=_MOST_ANSWERS) or 1,
         stop_strings=_stop_strings(body.get("stop")),
@@ -230,10 +230,10 @@ def _tool(entry: Mapping[str, Any], where: str) -> ToolSpec:
     return ToolSpec(text_field(function, "name", f"{where}.function"), description, parameters)
 
 
-def _tool_choice(value: Any) -> bool:
+def _tool_choice(value: Any) -> ToolChoice:
     if value not in (None, "auto", "none"):
         raise RequestError(f'tool_choice = {shown(value)} is not supported; use "auto" or "none"')
-    return value != "none"
+    return ToolChoice("none" if value == "none" else "auto")
 
 
 def _stop_strings(value: Any) -> tuple[str, ...]:
