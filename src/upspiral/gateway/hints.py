@@ -1,7 +1,7 @@
 """What the headers of known agents say about a request. Hints only: tokens are the truth.
 
-Sources: Claude Code's gateway protocol (x-claude-code-*), Codex (session-id, thread-id, x-codex-turn-metadata), opencode
-(x-session-id, x-parent-session-id), the Stainless SDKs of OpenAI and Anthropic (x-stainless-retry-count).
+Sources: Claude Code's gateway protocol (x-claude-code-*), Codex (session-id, thread-id, x-codex-turn-metadata),
+opencode (x-session-id, x-parent-session-id), the Stainless SDKs of OpenAI and Anthropic (x-stainless-retry-count).
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ class AnswerRequest:
     top_p: float | None = None
     seed: int | None = None
     model: str = ""
-    """The model's name as the agent wrote it. Every name is answered by the same model; rules may tell side calls by it."""
+    """The name that the agent gave. Every name is answered by the same model; rules may tell side calls by it."""
 
 
 @dataclass(frozen=True, slots=True)
