@@ -49,7 +49,6 @@ class Collector:
             seed=config.seed,
             tasks_per_step=algorithm.max_groups_per_step,
             candidates=algorithm.task_candidates,
-            group_size=algorithm.group_size,
         )
 
     def abandon_interrupted(self) -> None:
