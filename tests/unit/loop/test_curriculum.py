@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from itertools import pairwise
 
-import pytest
-
 from upspiral.env.base import Task
 from upspiral.loop.curriculum import Curriculum
 
