@@ -15,8 +15,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from upspiral.errors import TailMismatch
 from upspiral.gateway.echo import EchoKeys, MessageKey
-from upspiral.rendering.renderer import Renderer, Segment, TailMismatch
+from upspiral.rendering.renderer import Renderer, Segment
 from upspiral.trajectory.graph import TokenRun, TrajectoryGraph
 from upspiral.types import Message, Node, Role, ToolSpec
 
@@ -76,7 +77,7 @@ class History:
         fork = "tools" if tools_changed else ""
         if anchor is not None:
             messages = self._with_thinking(anchor, messages)
-            if self._keeps_thinking or self._renderer.keeps_thinking(messages):
+            if self._keeps_thinking or not self._loses_thinking(messages):
                 try:
                     return self._extended(anchor, messages[depth:], keys[depth:], tools_key)
                 except TailMismatch:
@@ -138,6 +139,10 @@ class History:
         known = [node.message.thinking if node.message else None for node in path]
         filled = [replace(message, thinking=thought) for message, thought in zip(messages, known, strict=False)]
         return [*filled, *messages[len(filled) :]]
+
+    def _loses_thinking(self, messages: Sequence[Message]) -> bool:
+        """Whether the chat template would drop a thought of theirs."""
+        return any(message.thinking for message in messages[: self._renderer.thinking_kept_from(messages)])
 
     def _extended(self, anchor: Node, tail: Sequence[Message], keys: Sequence[MessageKey], tools_key: str) -> Prompt:
         stored = self._path_ids(anchor.id)

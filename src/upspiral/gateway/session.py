@@ -8,6 +8,7 @@ from collections import OrderedDict
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from upspiral.engine.base import Engine
 from upspiral.errors import (
@@ -184,18 +185,8 @@ class Session:
         return limit - length
 
     def _plan(self, request: AnswerRequest, prompt: Prompt) -> CallPlan:
-        renderer, call, choice = self._room.renderer, self._calls, request.tool_choice
-        opening, forced_text = renderer.generation_prompt, ""
-        if request.tools and choice.mode in ("required", "named"):
-            opening = np.concatenate([opening, renderer.forced_prefix(choice.name)])
-            forced_text = renderer.format.forced_text(choice.name)
-        rules = ReadingRules(
-            tool_calls=bool(request.tools) and choice.mode != "none",
-            parallel_tool_calls=request.parallel_tool_calls,
-            stop_strings=request.stop_strings,
-            forced_text=forced_text,
-            tools=request.tools,
-        )
+        renderer, call = self._room.renderer, self._calls
+        opening, rules = self._opening(request)
         prompt_ids = [*prompt.token_ids.tolist(), *opening.tolist()]
         room = self._room_left(len(prompt_ids))
         params = [
@@ -205,6 +196,23 @@ class Session:
         generations = [Generation(index, renderer, rules, opening) for index in range(request.answers)]
         name = f"call {call} of rollout {self.rollout.id}"
         return CallPlan(name, prompt_ids, params, generations, prompt.reused_tokens)
+
+    def _opening(self, request: AnswerRequest) -> tuple[NDArray[np.int32], ReadingRules]:
+        """What stands before the answer in its turn, and how the answer is read."""
+        renderer, choice, after = self._room.renderer, request.tool_choice, request.messages[-1].role
+        opening, forced_text = renderer.generation_prompt_after(after), ""
+        if request.tools and choice.mode in ("required", "named"):
+            opening = np.concatenate([opening, renderer.forced_prefix(choice.name, after)])
+            forced_text = renderer.forced_text(choice.name, after)
+        rules = ReadingRules(
+            tool_calls=bool(request.tools) and choice.mode != "none",
+            parallel_tool_calls=request.parallel_tool_calls,
+            stop_strings=request.stop_strings,
+            forced_text=forced_text,
+            tools=request.tools,
+            after=after,
+        )
+        return opening, rules
 
     def _end(self, call: Call, asked: _Asked) -> None:
         """Commits what a call sampled: the new context and its answers in one transaction."""
