@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from upspiral.gateway.dialects.anthropic_messages import AnthropicMessages
 from upspiral.gateway.dialects.base import Dialect
 from upspiral.gateway.dialects.openai_chat import OpenAIChat
 
-DIALECTS: tuple[Dialect, ...] = (OpenAIChat(),)
+DIALECTS: tuple[Dialect, ...] = (OpenAIChat(), AnthropicMessages())
 """The first answers whoever cannot be told apart."""
 
 
