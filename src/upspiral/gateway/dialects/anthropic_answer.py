@@ -176,5 +176,5 @@ def _opened(piece: Piece) -> dict[str, Any]:
     return {"type": "thinking", "thinking": "", "signature": ""}
 
 
-def _event(name: str, **fields: Any) -> WireEvent:
+def _event(name: str, /, **fields: Any) -> WireEvent:
     return name, orjson.dumps({"type": name, **fields})

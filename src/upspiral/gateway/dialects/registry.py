@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from upspiral.gateway.dialects.anthropic_messages import AnthropicMessages
 from upspiral.gateway.dialects.base import Dialect
 from upspiral.gateway.dialects.openai_chat import OpenAIChat
+from upspiral.gateway.dialects.openai_responses.dialect import OpenAIResponses
 
-DIALECTS: tuple[Dialect, ...] = (OpenAIChat(), AnthropicMessages())
+DIALECTS: tuple[Dialect, ...] = (OpenAIChat(), OpenAIResponses(), AnthropicMessages())
 """The first answers whoever cannot be told apart."""
 
 
