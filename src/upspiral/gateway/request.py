@@ -34,6 +34,8 @@ class AnswerRequest:
     max_tokens: int | None = None
     temperature: float | None = None
     top_p: float | None = None
+    top_k: int | None = None
+    """Sample from the k most likely tokens; 0: from all."""
     seed: int | None = None
     model: str = ""
     """The name that the agent gave. Every name is answered by the same model; rules may tell side calls by it."""
@@ -67,6 +69,8 @@ class SessionPolicy:
             max_tokens=min(limit for limit in limits if limit is not None),
             temperature=_first(self.temperature, request.temperature, 1.0),
             top_p=_first(self.top_p, request.top_p, 1.0),
+            # An owner who fixes how the policy is filtered means the whole filter.
+            top_k=(request.top_k or 0) if self.top_p is None else 0,
             stop_token_ids=stop_token_ids,
             seed=self._seed(request, call, answer),
         )

@@ -128,6 +128,10 @@ class Session:
         self._remember(call, hints)
         return call
 
+    def count(self, request: AnswerRequest) -> int:
+        """Tokens of the prompt that `begin` would send. Changes nothing; raises TemplateError."""
+        return len(self._history.prompt(request.messages, request.tools).token_ids)
+
     async def seal(self) -> SealedRollout:
         """Refuses new requests, cancels those in flight and waits until what they sampled is committed. Afterwards
         nothing is recorded. Raises DeadlineError when the engine does not let go."""
