@@ -130,7 +130,8 @@ class Session:
 
     def count(self, request: AnswerRequest) -> int:
         """Tokens of the prompt that `begin` would send. Changes nothing; raises TemplateError."""
-        return len(self._history.prompt(request.messages, request.tools).token_ids)
+        prompt = self._history.prompt(request.messages, request.tools)
+        return len(prompt.token_ids) + len(self._opening(request)[0])
 
     async def seal(self) -> SealedRollout:
         """Refuses new requests, cancels those in flight and waits until what they sampled is committed. Afterwards
