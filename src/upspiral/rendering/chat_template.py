@@ -25,6 +25,7 @@ from upspiral.errors import TemplateError
 from upspiral.rendering.answer import AnswerParser, CallPiece, ReadingRules
 from upspiral.rendering.formats.base import ToolFormat
 from upspiral.rendering.formats.registry import FORMATS
+from upspiral.rendering.segments import shared_length
 from upspiral.rendering.thinking import ThinkingTags, tags_around
 from upspiral.types import Message, ToolCall, ToolSpec
 
@@ -104,7 +105,7 @@ class ChatTemplate:
         whole = self.text([question, answer], tools)
         if whole.startswith(plain):
             return whole[len(plain) :]
-        shared = next(at for at in range(len(plain), -1, -1) if whole.startswith(plain[:at]))
+        shared = shared_length(plain, whole)
         # Both may go on with a tag and share its first letters: the cut is behind the last mark or space.
         return whole[max(map(whole[:shared].rfind, ">] \n\t")) + 1 :]
 
