@@ -23,7 +23,8 @@ from upspiral.rendering.model_folder import eos_token_ids, load_template, load_t
 from upspiral.rendering.segments import Segment, cut_segments, first_difference
 from upspiral.rendering.tail import TailRenderer
 from upspiral.rendering.text_decoder import TextDecoder
-from upspiral.rendering.turns import SENTINEL, Turns, kept_thoughts, last_index
+from upspiral.rendering.thinking import ThinkingTags
+from upspiral.rendering.turns import SENTINEL, ThinkingRule, Turns, kept_thoughts, last_index
 from upspiral.types import FinishReason, Message, Role, ToolCall, ToolSpec
 
 __all__ = ["Renderer", "Segment"]
@@ -80,6 +81,26 @@ class Renderer:
     def knows_tools(self) -> bool:
         """Whether tools can be offered."""
         return self._template.knows_tools()
+
+    @property
+    def end_of_turn(self) -> int | None:
+        """The token that the template closes an answer with; None: the next turn's first token ends it."""
+        return self._turns.end_of_turn
+
+    @property
+    def thinking_tags(self) -> ThinkingTags:
+        """What stands around thinking in answers."""
+        return self._turns.thinking_tags
+
+    @property
+    def thinking_rule(self) -> ThinkingRule:
+        """Of which past answers the template keeps the thinking."""
+        return self._turns.thinking_rule
+
+    @property
+    def guards_contents(self) -> bool:
+        """Whether special tokens inside what users and tools wrote are spelled out."""
+        return self._encoder.guards
 
     def encode_answer(self, text: str) -> list[int]:
         """The ids of an answer that somebody else than the model wrote, without the stop token."""
@@ -188,6 +209,10 @@ class Renderer:
     def text_decoder(self) -> TextDecoder:
         return TextDecoder(self.decode)
 
+    def spell(self, token_ids: Sequence[int]) -> str:
+        """The text of ids with all special tokens, for messages to people."""
+        return self._encoder.tokenizer.decode([int(index) for index in token_ids], skip_special_tokens=False)
+
     def check_append_only(self) -> None:
         """Raises TemplateError, naming the template and the first difference, when what stood before an answer is
         rendered differently once the answer and a tool's result follow, or when something is left out.
@@ -221,7 +246,7 @@ class Renderer:
         at = first_difference(before, after)
         if at < len(before):
             role = messages[-1].role
-            was, now = (self._encoder.tokenizer.decode(ids[at : at + 8], False) for ids in (before, after))
+            was, now = (self.spell(ids[at : at + 8]) for ids in (before, after))
             raise TemplateError(
                 f"chat template {self._template.name} is not append-only: message {len(messages)} (role {role}) "
                 f"changes what was rendered before it at token {at}, from {was!r} to {now!r}. Sampled tokens could "

@@ -56,7 +56,7 @@ class Turns:
         if tool_format is None:
             return ""
         try:
-            asked, answered = _asked(after), Message("assistant", tool_calls=(call,))
+            asked, answered = conversation_ending_with(after), Message("assistant", tool_calls=(call,))
             prompt = self._template.text(asked, generation_prompt=True)
             whole = self._template.text([*asked, answered])
         except TemplateError:
@@ -91,8 +91,8 @@ class Turns:
 
     def _find_generation_text(self, after: Role) -> str:
         try:
-            asked = self._template.text(_asked(after))
-            prompted = self._template.text(_asked(after), generation_prompt=True)
+            asked = self._template.text(conversation_ending_with(after))
+            prompted = self._template.text(conversation_ending_with(after), generation_prompt=True)
         except TemplateError:
             if after == "user":
                 raise
@@ -155,8 +155,8 @@ def last_index(messages: Sequence[Message], roles: Collection[Role]) -> int:
     return next((index for index in range(len(messages) - 1, -1, -1) if messages[index].role in roles), -1)
 
 
-def _asked(role: Role) -> list[Message]:
-    """A conversation that ends with a message of this role."""
+def conversation_ending_with(role: Role) -> list[Message]:
+    """The shortest conversation that ends with a message of this role."""
     question = Message("user", QUESTION)
     if role == "tool":
         call = ToolCall("call00000", SENTINEL, "{}")
