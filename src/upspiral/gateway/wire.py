@@ -117,8 +117,8 @@ async def finished_events(call: Call, request: Request) -> Sequence[AnswerEvent]
 
 
 def leave(call: Call) -> None:
-    """Nobody reads this call's answer here any more. No effect on a call that is complete."""
-    call.cancel(HungUpError("the client left before the answer was complete"))
+    """Nobody reads this call's answer here any more. The last reader to leave cancels it, if it is not complete."""
+    call.leave(HungUpError("the client left before the answer was complete"))
 
 
 async def _disconnection(receive: Receive) -> None:
