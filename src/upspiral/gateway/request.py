@@ -70,7 +70,7 @@ class SessionPolicy:
             temperature=_first(self.temperature, request.temperature, 1.0),
             top_p=_first(self.top_p, request.top_p, 1.0),
             # An owner who fixes how the policy is filtered means the whole filter.
-            top_k=(request.top_k or 0) if self.top_p is None else 0,
+            top_k=max(0, request.top_k or 0) if self.top_p is None else 0,
             stop_token_ids=stop_token_ids,
             seed=self._seed(request, call, answer),
         )

@@ -145,9 +145,7 @@ class AnswerStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         sender = _Sender(send)
-        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        await sender.send(framed(self._writer.opening()))
-        writing = asyncio.create_task(self._write(sender))
+        writing = asyncio.create_task(self._write(send, sender))
         gone = asyncio.create_task(_disconnection(receive))
         try:
             while not await _any_done([writing, gone], KEEPALIVE_S / 2):
@@ -160,9 +158,10 @@ class AnswerStream(Response):
                 writing.cancel()
         if writing.done():
             writing.result()
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-    async def _write(self, sender: _Sender) -> None:
+    async def _write(self, send: Send, sender: _Sender) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        await sender.send(framed(self._writer.opening()))
         try:
             async for event in self._call.events():
                 if written := self._writer.event(event):
@@ -170,7 +169,7 @@ class AnswerStream(Response):
             last = self._writer.closing()
         except UpspiralError as error:
             last = self._writer.failure(failure_of(error))
-        await sender.send(framed(last))
+        await sender.send(framed(last), more=False)
 
 
 class _Sender:
@@ -181,11 +180,11 @@ class _Sender:
         self._sending = 0
         self._used = False
 
-    async def send(self, body: bytes) -> None:
+    async def send(self, body: bytes, *, more: bool = True) -> None:
         self._used = True
         self._sending += 1
         try:
-            await self._send({"type": "http.response.body", "body": body, "more_body": True})
+            await self._send({"type": "http.response.body", "body": body, "more_body": more})
         finally:
             self._sending -= 1
 

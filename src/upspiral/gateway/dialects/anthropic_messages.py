@@ -83,7 +83,7 @@ def count_tokens(wanted: WireRequest, desk: RolloutDesk) -> Mapping[str, Any]:
 
 def _request(body: Mapping[str, Any]) -> AnswerRequest:
     refuse_unsupported(body, _NEUTRAL)
-    refuse_unsupported(object_field(body, "output_config", ""), {"format": ()})
+    refuse_unsupported(object_field(body, "output_config", ""), {"format": ()}, "output_config")
     messages = _system(body.get("system"))
     for index, entry in enumerate(list_field(body, "messages", "")):
         messages.extend(_messages(entry, f"messages[{index}]"))

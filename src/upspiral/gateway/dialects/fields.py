@@ -128,13 +128,13 @@ def arguments_field(entry: Mapping[str, Any], key: str, where: str) -> str:
     return text
 
 
-def refuse_unsupported(body: Mapping[str, Any], neutral: Mapping[str, Sequence[Any]]) -> None:
+def refuse_unsupported(body: Mapping[str, Any], neutral: Mapping[str, Sequence[Any]], where: str = "") -> None:
     """Raises for a field that would change the answer and is not supported, unless it holds null or one of the values
     that ask for nothing."""
     for key, values in neutral.items():
         value = body.get(key)
         if value is not None and value not in values:
-            raise FieldError(key, f"= {shown(value)} is not supported; leave {key} out")
+            raise FieldError(place(where, key), f"= {shown(value)} is not supported; leave {key} out")
 
 
 def shown(value: Any) -> str:

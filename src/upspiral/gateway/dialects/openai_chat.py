@@ -151,6 +151,7 @@ def _request(body: Mapping[str, Any]) -> AnswerRequest:
         max_tokens=whole_field(body, "max_completion_tokens", least=1) or whole_field(body, "max_tokens", least=1),
         temperature=number_field(body, "temperature", least=0),
         top_p=number_field(body, "top_p", least=1e-6, most=1),
+        # vLLM's extension, where -1 means all.
         top_k=whole_field(body, "top_k", least=-1),
         seed=whole_field(body, "seed", least=-(2**63)),
         model=optional_text(body, "model"),
@@ -257,10 +258,12 @@ class _ChunkWriter:
         self._exchange = exchange
         self._call = call
         self._tool_calls = [0] * exchange.request.answers
+        self._has_text = [False] * exchange.request.answers
         self._tokens = [0] * exchange.request.answers
 
     def opening(self) -> list[WireEvent]:
-        first = {"role": "assistant", "content": ""}
+        # What the content will be is not known yet: an answer of calls alone has none.
+        first = {"role": "assistant", "content": None}
         return [self._chunk(index, first) for index in range(self._exchange.request.answers)]
 
     def event(self, event: AnswerEvent) -> list[WireEvent]:
@@ -270,7 +273,10 @@ class _ChunkWriter:
             deltas = [{}]
         # All log-probabilities of an event go with its first delta: the text of some is still held back.
         written = [self._chunk(event.answer, delta, entries if i == 0 else None) for i, delta in enumerate(deltas)]
-        return [*written, self._chunk(event.answer, {}, end=event.end)] if event.end else written
+        if not event.end:
+            return written
+        last = {} if self._tool_calls[event.answer] or self._has_text[event.answer] else {"content": ""}
+        return [*written, self._chunk(event.answer, last, end=event.end)]
 
     def closing(self) -> list[WireEvent]:
         usage = {**self._envelope, "choices": [], "usage": _usage(self._call)}
@@ -297,7 +303,10 @@ class _ChunkWriter:
             index = self._tool_calls[answer]
             self._tool_calls[answer] += 1
             return {"tool_calls": [{"index": index, **_wire_call(piece.call)}]}
-        return {"content" if isinstance(piece, TextPiece) else "reasoning_content": piece.text}
+        if isinstance(piece, TextPiece):
+            self._has_text[answer] = True
+            return {"content": piece.text}
+        return {"reasoning_content": piece.text}
 
 
 def _wire_message(message: Message) -> dict[str, Any]:
@@ -325,8 +334,7 @@ def _logprobs(generation: Generation, start: int, stop: int, desk: RolloutDesk) 
 
 def _usage(call: Call) -> dict[str, int]:
     """Exactly the tokens that are recorded."""
-    prompt = len(call.plan.prompt_ids)
-    sampled = sum(len(generation.token_ids) for generation in call.plan.generations)
+    prompt, sampled = call.usage.prompt_tokens, call.usage.completion_tokens
     return {"prompt_tokens": prompt, "completion_tokens": sampled, "total_tokens": prompt + sampled}
 
 

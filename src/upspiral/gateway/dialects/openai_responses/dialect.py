@@ -102,7 +102,7 @@ def read_exchange(body: Mapping[str, Any], desk: RolloutDesk) -> ResponsesExchan
     """Raises RequestError naming the field that is wrong."""
     refuse_unsupported(body, _NEUTRAL)
     text = object_field(body, "text", "")
-    refuse_unsupported(text, {"format": ({"type": "text"},)})
+    refuse_unsupported(text, {"format": ({"type": "text"},)}, "text")
     choice_field(body, "truncation", ("auto", "disabled"))
     include = text_list(body, "include")
     if "message.output_text.logprobs" in include:
