@@ -4,6 +4,7 @@
     ├── ConfigError            a key, value or combination in the run file cannot work
     ├── ModelError             a model folder, checkpoint or chat template cannot be used
     │   └── TemplateError      the chat template is not append-only or cannot render what is asked
+    │       └── TailMismatch   new messages cannot be rendered behind stored tokens; render the whole conversation
     ├── RequestError           what an agent sent to the gateway cannot be served (HTTP 4xx)
     │   ├── ContextLengthError the prompt does not fit the model's context
     │   ├── UnknownKeyError    no rollout has this key (HTTP 401)
@@ -36,6 +37,10 @@ class ModelError(UpspiralError, ValueError):
 
 class TemplateError(ModelError):
     """The chat template is not append-only or cannot render what is asked."""
+
+
+class TailMismatch(TemplateError):
+    """New messages cannot be rendered behind stored tokens, only with the whole conversation."""
 
 
 class RequestError(UpspiralError, ValueError):

@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 Role = Literal["system", "user", "assistant", "tool"]
 FinishReason = Literal["stop", "length", "cancelled"]
 
+EdgeKind = Literal["spawn", "join", "compaction", "retry"]
+
 NOT_SAMPLED_VERSION = -1
 """Policy version stored for a token that no policy sampled."""
 
@@ -75,7 +77,8 @@ class Node:
     parent: int | None
     role: Role
     reason: str
-    """Why the node hangs where it does: "root", "append" or a reason class for a fork such as "sibling", "edited"."""
+    """Why the node hangs where it does: "root", "append", or a reason class for a fork such as "sibling", "edited"
+    (docs/design/004-any-agent.md lists them)."""
     token_ids: NDArray[np.int32]
     sampled: NDArray[np.bool_]
     """[T] which of the tokens the engine sampled."""
@@ -88,10 +91,27 @@ class Node:
     """Set on nodes with sampled tokens."""
     delivered: bool = True
     """False when the client hung up before it had the answer."""
+    auxiliary: str = ""
+    """The rule of the run's config that tells the call for a side call (a title, a probe), which is never trained; ""
+    for all others."""
 
     @property
     def num_sampled(self) -> int:
         return int(self.sampled.sum())
+
+
+@dataclass(frozen=True, slots=True)
+class Edge:
+    """What caused what between nodes that no path of tokens joins."""
+
+    kind: EdgeKind
+    """"spawn": the answer `source` started the tree `target`. "join": the answer `source` came back in the message
+    `target`. "compaction": the tree `target` goes on from the summary `source`. "retry": `target` was asked for because
+    `source` never arrived."""
+    source: int
+    target: int
+    evidence: Literal["content", "header"] = "content"
+    """What told us: the text of the nodes, or only a header that the agent sent."""
 
 
 class RolloutStatus(StrEnum):
@@ -150,6 +170,8 @@ class RolloutCredit:
     """What each of its tokens' losses is multiplied with: the denominators, fixed before packing (DESIGN law 3)."""
     masked: str | None = None
     """For example "no_signal"; its tokens then stay out of the loss and stand in the ledger under this reason."""
+    withheld: Mapping[str, int] = field(default_factory=dict)
+    """Sampled tokens of nodes that get no credit although the rollout is trained, by reason ("auxiliary")."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ asked for (arXiv 2503.20783 shows the bias that it brings).
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from upspiral.algorithm.base import ScoredRollout
@@ -26,7 +27,7 @@ def grpo_credit(groups: Mapping[str, Sequence[ScoredRollout]], config: Algorithm
     with `normalize_std`. Every sampled token of a rollout carries the rollout's advantage, whichever branch it stands
     on: a token with k leaves below it stands in k root-to-leaf rows, with a k-th of the advantage in each.
 
-    token_weight = 1 / (groups with signal x judged rollouts of the group x sampled tokens of the rollout): a mean over
+    token_weight = 1 / (groups with signal x judged rollouts of the group x trained tokens of the rollout): a mean over
     tokens, then rollouts, then groups, so that neither long answers nor large groups weigh more.
     """
     advantages = {group_id: _advantages(rollouts, config) for group_id, rollouts in groups.items()}
@@ -60,14 +61,19 @@ def _advantages(rollouts: Sequence[ScoredRollout], config: AlgorithmConfig) -> d
 
 
 def _credit(each: ScoredRollout, group_id: str, advantage: float, denominator: int) -> RolloutCredit:
-    nodes = tuple(
-        NodeCredit(node.id, positive=max(advantage, 0.0), negative=min(advantage, 0.0))
-        for node in each.graph.nodes
-        if node.num_sampled
-    )
-    # A rollout may have a reward and no token, when its agent never called the model.
-    token_weight = 1.0 / (denominator * each.graph.num_sampled) if nodes else 0.0
-    return RolloutCredit(each.rollout.id, group_id, nodes, token_weight)
+    withheld: Counter[str] = Counter()
+    trained = []
+    for node in each.graph.nodes:
+        reason = each.graph.withheld(node)
+        if reason is not None:
+            withheld[reason] += node.num_sampled
+        elif node.num_sampled:
+            trained.append(node)
+    nodes = tuple(NodeCredit(node.id, max(advantage, 0.0), min(advantage, 0.0)) for node in trained)
+    num_tokens = sum(node.num_sampled for node in trained)
+    # All that a rollout sampled may be withheld; then there is nothing to weigh.
+    token_weight = 1.0 / (denominator * num_tokens) if num_tokens else 0.0
+    return RolloutCredit(each.rollout.id, group_id, nodes, token_weight, withheld=dict(withheld))
 
 
 def _failure(each: ScoredRollout) -> str:

@@ -11,7 +11,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from upspiral.config.combinations import contradictions, switched_off
@@ -60,7 +60,9 @@ def dump_toml(config: RunConfig) -> str:
 
 
 def toml_value(value: Any) -> str:
-    """A string, number, boolean or list of them in TOML syntax."""
+    """A string, number, boolean, table or list of them in TOML syntax."""
+    if isinstance(value, BaseModel):
+        value = value.model_dump(exclude_none=True)
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
@@ -146,9 +148,14 @@ def _parse_value(key: str, text: str) -> Any:
 
 def _describe(detail: ErrorDetails, given: _Given) -> Iterator[str]:
     """One line for each key that a pydantic error is about."""
-    location = ".".join(str(part) for part in detail["loc"] if isinstance(part, str))
     message = detail["msg"].removeprefix("Value error, ")
-    if detail["type"] == "extra_forbidden":
+    parts = list(detail["loc"])
+    entry = next((index for index, part in enumerate(parts) if isinstance(part, int)), len(parts))
+    location = ".".join(str(part) for part in parts[:entry])
+    if entry < len(parts) - 1:
+        inside = ".".join(str(part) for part in parts[entry + 1 :])
+        yield f"{location}[{parts[entry]}].{inside} in {given.file_name}: {message[:1].lower()}{message[1:]}"
+    elif detail["type"] == "extra_forbidden":
         yield from (f"{given.show(key)}: no such key; {_suggestion(key)}" for key in given.under(location))
     elif detail["type"] == "missing":
         yield f"{given.file_name} has no [{location}] section; {_what_it_needs(location)}"

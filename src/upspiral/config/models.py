@@ -122,6 +122,41 @@ class AgentConfig(_Section):
         return self
 
 
+class AuxiliaryRule(_Section):
+    """Tells side calls of an agent (titles, probes, summaries by another model) by what they ask. Every condition that
+    is given must hold."""
+
+    name: str
+    """Shown beside the calls that the rule told."""
+    model: str | None = None
+    """The model that the agent asked for matches this pattern; * stands for any text."""
+    system: str | None = None
+    """The system prompt contains this text."""
+    max_tokens: PositiveInt | None = None
+    """The agent asked for at most so many tokens."""
+    tools: bool | None = None
+    """Whether the call offers tools."""
+
+    @model_validator(mode="after")
+    def _some_condition(self) -> AuxiliaryRule:
+        if all(value is None for value in (self.model, self.system, self.max_tokens, self.tools)):
+            raise ValueError(f"rule {self.name!r} would take every call for a side call; give it a condition")
+        return self
+
+
+class GatewayConfig(_Section):
+    """How agents are answered."""
+
+    thinking: Literal["preserve", "template"] = "preserve"
+    """Thinking in earlier answers: "preserve" keeps every token that was sampled; "template" lets the chat template
+    drop it, which forks the conversation wherever it does."""
+    auxiliary: tuple[AuxiliaryRule, ...] = (
+        AuxiliaryRule(name="side-model", model="*-auxiliary"),
+        AuxiliaryRule(name="probe", max_tokens=1),
+    )
+    """Calls that are answered and recorded, but never trained."""
+
+
 class WarmStartConfig(_Section):
     """Supervised fine-tuning on oracle demonstrations before RL. `demonstrations = 0` switches it off."""
 
@@ -226,6 +261,7 @@ class RunConfig(_Section):
     engine: EngineConfig = EngineConfig()
     env: EnvConfig = EnvConfig()
     agent: AgentConfig
+    gateway: GatewayConfig = GatewayConfig()
     warm_start: WarmStartConfig = WarmStartConfig()
     algorithm: AlgorithmConfig = AlgorithmConfig()
     trainer: TrainerConfig = TrainerConfig()

@@ -101,6 +101,8 @@ def render_report(run: RunData) -> str:
         run_ledgers=run_ledgers,
         step_ledgers=step_ledgers,
         ledger_reasons=summary.reasons([*run_ledgers, *step_ledgers]),
+        node_shares=summary.node_shares(run),
+        edge_counts=summary.edge_counts(run),
         has_tokens=token_texts is not None,
         pairs=_pair_exhibits(run, matched, token_texts),
         counts=selection.paired_counts(matched) if matched else None,

@@ -15,6 +15,20 @@ from upspiral.types import Ledger
 _SPLIT_LABELS = {"train": "training", "eval": "evaluation", "demonstration": "demonstrations"}
 TIME_PARTS = ("collect", "train", "publish", "checkpoint")
 
+_REASONS = {
+    "root": "a conversation begins",
+    "append": "goes on from what is stored",
+    "sibling": "another answer to the same prompt",
+    "retry": "asked again for want of an answer",
+    "branch": "another continuation of the same history",
+    "edited": "the history holds an answer that was never given",
+    "tools": "other tools were offered",
+    "template": "the chat template renders the past differently",
+    "spawn": "a sub-agent begins",
+    "compaction": "goes on from a summary",
+    "auxiliary": "a side call, never trained",
+}
+
 
 @dataclass(frozen=True, slots=True)
 class Rate:
@@ -121,6 +135,18 @@ def reasons(rows: Sequence[LedgerRow]) -> tuple[list[str], list[str]]:
     masked = {reason for row in rows for reason in row.ledger.masked}
     dropped = {reason for row in rows for reason in row.ledger.dropped}
     return sorted(masked), sorted(dropped)
+
+
+def node_shares(run: RunData) -> list[tuple[str, str, int, float]]:
+    """(reason, what it means, nodes, share) of all nodes of the run, the most frequent first."""
+    counts = run.store.shape()[0] if run.store else {}
+    total = sum(counts.values())
+    return [(reason, _REASONS.get(reason, ""), count, count / total) for reason, count in counts.items()]
+
+
+def edge_counts(run: RunData) -> dict[str, int]:
+    """Causal edges of the run by kind."""
+    return run.store.shape()[1] if run.store else {}
 
 
 def time_split(run: RunData) -> dict[str, list[float]]:

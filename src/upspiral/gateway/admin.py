@@ -7,6 +7,7 @@ import secrets
 from collections.abc import Mapping
 from typing import Any, Protocol
 
+import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -93,6 +94,7 @@ class _Admin:
                 "status": rollout.status.value,
                 "reward": rollout.reward,
                 "nodes": [_node_entry(node) for node in graph.nodes],
+                "edges": [msgspec.to_builtins(edge) for edge in graph.edges],
                 "ledger": self._ledger(rollout.id, graph),
             }
         )
@@ -144,6 +146,7 @@ def _node_entry(node: Node) -> dict[str, Any]:
         "versions": [x if s else None for x, s in zip(node.versions.tolist(), sampled, strict=True)],
         "finish_reason": node.finish_reason,
         "delivered": node.delivered,
+        "auxiliary": node.auxiliary,
         "message": None if node.message is None else template_message(node.message),
     }
 

@@ -33,12 +33,24 @@ class CallPlan:
     prompt_ids: Sequence[int]
     params: Sequence[SamplingParams]
     generations: Sequence[Generation]
+    reused_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What the agent is told it used: exactly the tokens that are recorded."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    reused_tokens: int
+    """Prompt tokens that were stored already and not rendered again."""
 
 
 class Call:
     """Samples, then hands everything over in one piece by calling `on_end(call)`, whatever ended it.
 
-    `on_end` may raise; the error becomes the call's.
+    `on_end` may raise; the error becomes the call's. More than one client may read a call: a retry joins the call that
+    it repeats. It is cancelled when the last of them has left.
     """
 
     def __init__(self, engine: Engine, plan: CallPlan, on_end: Callable[[Call], None]) -> None:
@@ -47,21 +59,40 @@ class Call:
         """Why there is no answer."""
         self._engine = engine
         self._on_end = on_end
-        self._events: asyncio.Queue[AnswerEvent | None] = asyncio.Queue()
+        self._readers = 1
+        self._events: list[AnswerEvent] = []
+        self._news = asyncio.Event()
         self._cancelled_by: UpspiralError | None = None
         self._task = asyncio.create_task(self._run(), name=plan.name)
         # A task that is cancelled before its first step runs none of its code; its readers must wake all the same.
-        self._task.add_done_callback(lambda _: self._events.put_nowait(None))
+        self._task.add_done_callback(lambda _: self._news.set())
 
     @property
     def delivered(self) -> bool:
-        """Whether the client still listened when the last token came."""
+        """Whether a client still listened when the last token came."""
         return self.error is None
 
     @property
     def task(self) -> asyncio.Task[None]:
         """Done when everything is committed. Never raises."""
         return self._task
+
+    @property
+    def usage(self) -> Usage:
+        """So far; final when the call is done."""
+        sampled = sum(len(generation.token_ids) for generation in self.plan.generations)
+        return Usage(len(self.plan.prompt_ids), sampled, self.plan.reused_tokens)
+
+    def join(self) -> Call:
+        """Adds a reader."""
+        self._readers += 1
+        return self
+
+    def leave(self, reason: UpspiralError) -> None:
+        """Takes a reader away; the last one to leave an unfinished call cancels it."""
+        self._readers -= 1
+        if self._readers <= 0:
+            self.cancel(reason)
 
     def cancel(self, reason: UpspiralError) -> None:
         """Stops sampling. What was sampled until now is committed as not delivered. No effect on a finished call."""
@@ -70,11 +101,24 @@ class Call:
             self._task.cancel()
 
     async def events(self) -> AsyncIterator[AnswerEvent]:
-        """Events as they happen. Raises the call's error, if it has one, after the last; to be read once."""
-        while (event := await self._events.get()) is not None:
-            yield event
+        """Events from the first on, as they happen. Raises the call's error, if it has one, after the last."""
+        position = 0
+        while True:
+            # Taken before looking: what happens from here on sets this one.
+            news = self._news
+            while position < len(self._events):
+                yield self._events[position]
+                position += 1
+            if self._task.done():
+                break
+            await news.wait()
         if self.error is not None:
             raise self.error
+
+    def _publish(self, event: AnswerEvent) -> None:
+        self._events.append(event)
+        self._news.set()
+        self._news = asyncio.Event()
 
     async def _run(self) -> None:
         try:
@@ -105,7 +149,7 @@ class Call:
         async with aclosing(stream):
             while not generation.ended:
                 chunk = await self._next_chunk(stream)
-                self._events.put_nowait(generation.take(chunk))
+                self._publish(generation.take(chunk))
 
     async def _next_chunk(self, stream: AsyncIterator[GenerationChunk]) -> GenerationChunk:
         try:

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
 from upspiral.engine.base import GenerationChunk
 from upspiral.rendering.answer import ParsedAnswer, Piece, ReadingRules
 from upspiral.rendering.renderer import Renderer
@@ -31,7 +34,11 @@ class Generation:
     """Collects the tokens of one answer and reads them. Everything sampled is recorded, also what a stop string cuts
     off; the text ends before it."""
 
-    def __init__(self, index: int, renderer: Renderer, rules: ReadingRules) -> None:
+    def __init__(
+        self, index: int, renderer: Renderer, rules: ReadingRules, prompt_ids: NDArray[np.int32] | None = None
+    ) -> None:
+        """`prompt_ids` stand before what is sampled and belong to the answer's turn; without them, the generation
+        prompt."""
         self.index = index
         self.token_ids: list[int] = []
         self.logprobs: list[float] = []
@@ -40,6 +47,7 @@ class Generation:
         """How the answer ends for the agent, who is not told that we stopped the engine at a stop string."""
         self._versions: list[int] = []
         self._renderer = renderer
+        self._prompt_ids = renderer.generation_prompt if prompt_ids is None else prompt_ids
         self._reader = renderer.answer_reader(rules)
 
     @property
@@ -65,9 +73,9 @@ class Generation:
         return self._reader.answer()
 
     def tokens(self) -> TokenRun:
-        """The generation prompt and what was sampled, as one run."""
+        """What opens the turn and what was sampled, as one run."""
         return TokenRun.answer(
-            self._renderer.generation_prompt,
+            self._prompt_ids,
             self.token_ids,
             self.logprobs,
             self._versions,

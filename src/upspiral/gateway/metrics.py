@@ -22,6 +22,7 @@ class GatewayMetrics:
         self._undelivered_tokens = self._counter("undelivered_tokens", "Sampled tokens that no client received")
         self._nodes = self._counter("nodes", "Committed nodes by the reason why they hang where they do", "reason")
         self._parse_errors = self._counter("parse_errors", "Tool calls that could not be parsed")
+        self._replays = self._counter("replays", "Retries that got the answer of the request they repeat")
         self._rollouts = Gauge("upspiral_live_rollouts", "Rollouts not yet sealed", registry=self._registry)
         self.recorded_tokens = 0
         """Sampled tokens in committed nodes, as a plain number for the ledger."""
@@ -33,6 +34,9 @@ class GatewayMetrics:
     def prompt(self, tokens: int, reused: int) -> None:
         self._prompt_tokens.inc(tokens)
         self._reused_tokens.inc(reused)
+
+    def replayed(self) -> None:
+        self._replays.inc()
 
     def committed(self, nodes: Sequence[Node], parse_errors: Sequence[str]) -> None:
         for node in nodes:

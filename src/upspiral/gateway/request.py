@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import Literal
 
+from upspiral.config.models import AuxiliaryRule, GatewayConfig
 from upspiral.types import Message, SamplingParams, ToolSpec
 
 
@@ -32,6 +34,8 @@ class AnswerRequest:
     max_tokens: int | None = None
     temperature: float | None = None
     top_p: float | None = None
+    top_k: int | None = None
+    """Sample from the k most likely tokens; 0: from all."""
     seed: int | None = None
     model: str = ""
     """The name that the agent gave. Every name is answered by the same model; rules may tell side calls by it."""
@@ -50,6 +54,11 @@ class SessionPolicy:
     seed: int | None = None
     """Each answer gets a seed of its own, made from this one; a seed that the agent sends is then ignored, because it
     would make the rollouts of a group alike."""
+    gateway: GatewayConfig = field(default_factory=GatewayConfig)
+
+    def auxiliary(self, request: AnswerRequest) -> str:
+        """The name of the first rule that tells the request for a side call; "" when none does."""
+        return next((rule.name for rule in self.gateway.auxiliary if _tells(rule, request)), "")
 
     def sampling(
         self, request: AnswerRequest, *, room: int, stop_token_ids: tuple[int, ...], call: int, answer: int
@@ -60,6 +69,8 @@ class SessionPolicy:
             max_tokens=min(limit for limit in limits if limit is not None),
             temperature=_first(self.temperature, request.temperature, 1.0),
             top_p=_first(self.top_p, request.top_p, 1.0),
+            # An owner who fixes how the policy is filtered means the whole filter.
+            top_k=max(0, request.top_k or 0) if self.top_p is None else 0,
             stop_token_ids=stop_token_ids,
             seed=self._seed(request, call, answer),
         )
@@ -68,6 +79,17 @@ class SessionPolicy:
         if self.seed is not None:
             return (self.seed * 1_000_003 + call * 1009 + answer) % 2**63
         return None if request.seed is None else (request.seed + answer) % 2**63
+
+
+def _tells(rule: AuxiliaryRule, request: AnswerRequest) -> bool:
+    system = "\n".join(message.text for message in request.messages if message.role == "system")
+    conditions = (
+        rule.model is None or fnmatchcase(request.model, rule.model),
+        rule.system is None or rule.system in system,
+        rule.max_tokens is None or (request.max_tokens is not None and request.max_tokens <= rule.max_tokens),
+        rule.tools is None or rule.tools == bool(request.tools),
+    )
+    return all(conditions)
 
 
 def _first(*values: float | None) -> float:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import replace
+from functools import partial
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -13,18 +15,23 @@ from starlette.routing import Route
 from upspiral.engine.base import Engine
 from upspiral.errors import SealedRolloutError, UnknownKeyError, UpspiralError
 from upspiral.gateway.admin import admin_routes
-from upspiral.gateway.dialects import openai_chat
+from upspiral.gateway.dialects.base import Dialect, Lookup, ReadExchange, RolloutDesk, WireRequest
+from upspiral.gateway.dialects.registry import DIALECTS, dialect_of
+from upspiral.gateway.hints import hints_of
 from upspiral.gateway.keys import api_key
 from upspiral.gateway.metrics import GatewayMetrics
 from upspiral.gateway.request import SessionPolicy
 from upspiral.gateway.session import Room, SealedRollout, Session
 from upspiral.gateway.wire import (
-    EventStreamResponse,
-    error_response,
-    json_body,
+    AnswerStream,
+    failure_of,
+    failure_response,
+    finished_events,
+    json_object,
     json_response,
-    status_and_code,
-    wait_for_answer,
+    new_request_id,
+    raw_body,
+    request_headers,
 )
 from upspiral.rendering.renderer import Renderer
 from upspiral.trajectory.graph import TrajectoryGraph
@@ -32,6 +39,9 @@ from upspiral.trajectory.store import TrajectoryStore
 from upspiral.types import Rollout
 
 __all__ = ["Gateway", "SealedRollout", "SessionPolicy"]
+
+KEY_PREFIX = "/r/{key}"
+"""Every route of an agent also exists below this prefix, for agents that let one set a URL but no key."""
 
 
 class Gateway:
@@ -54,6 +64,8 @@ class Gateway:
         self.model_name = model_name
         self._room = Room(renderer, engine, store, GatewayMetrics())
         self._live: dict[str, Session] = {}
+        self._desks: dict[str, RolloutDesk] = {}
+        """Of live rollouts."""
         self._rollout_of_key: dict[str, str] = {}
         """Sealed rollouts stay in here: their agents are told what happened."""
         self._sealed: dict[str, SealedRollout] = {}
@@ -71,6 +83,7 @@ class Gateway:
         room = self._room if engine is None else replace(self._room, engine=engine)
         session = Session(room, rollout, policy or SessionPolicy())
         self._live[rollout.id] = session
+        self._desks[rollout.id] = RolloutDesk(self.model_name, room.renderer.decode, session.count)
         self._rollout_of_key[session.key] = rollout.id
         return session.key
 
@@ -85,6 +98,7 @@ class Gateway:
         if session is not None:
             self._sealed[rollout_id] = await session.seal()
             self._live.pop(rollout_id, None)
+            self._desks.pop(rollout_id, None)
         return self._sealed[rollout_id]
 
     def failure(self, rollout_id: str) -> str | None:
@@ -111,38 +125,57 @@ class Gateway:
 
     def _application(self) -> Starlette:
         routes = [
-            Route("/v1/chat/completions", self._chat_completions, methods=["POST"]),
-            Route("/v1/models", self._models),
+            *self._agent_routes(""),
+            *self._agent_routes(KEY_PREFIX),
             Route("/health", self._health),
             Route("/metrics", self._metrics),
         ]
         if self._admin_key is not None:
             routes += admin_routes(self, self._room.store, self._admin_key)
-        handlers = {UpspiralError: error_response, HTTPException: error_response, Exception: error_response}
+        handlers = dict.fromkeys((UpspiralError, HTTPException, RecursionError, Exception), _failed)
         return Starlette(routes=routes, exception_handlers=handlers)
 
-    async def _chat_completions(self, request: Request) -> Response:
+    def _agent_routes(self, prefix: str) -> list[Route]:
+        routes: list[Route] = []
+        for dialect in DIALECTS:
+            for path, read in dialect.answers.items():
+                routes.append(Route(prefix + path, partial(self._answer, dialect, read), methods=["POST"]))
+            for lookup in dialect.lookups:
+                endpoint = partial(self._look_up, lookup)
+                routes.append(Route(prefix + lookup.path, endpoint, methods=[lookup.method]))
+        routes.append(Route(f"{prefix}/v1/models", self._models))
+        routes.append(Route(prefix + "/v1/models/{model:path}", self._model))
+        return routes
+
+    async def _answer(self, dialect: Dialect, read: ReadExchange, request: Request) -> Response:
         try:
-            answered = await self._answer_chat(request)
-        except UpspiralError as error:
-            self._room.metrics.answered(status_and_code(error)[0])
-            raise
+            answered = await self._answer_exchange(dialect, read, request)
+        except (UpspiralError, RecursionError) as error:
+            answered = failure_response(failure_of(error), dialect)
         self._room.metrics.answered(answered.status_code)
         return answered
 
-    async def _answer_chat(self, request: Request) -> Response:
+    async def _answer_exchange(self, dialect: Dialect, read: ReadExchange, request: Request) -> Response:
         session = self._session(request)
-        chat = openai_chat.parse_request(await json_body(request))
-        call = session.begin(chat.request)
-        renderer = self._room.renderer
-        if chat.stream:
-            return EventStreamResponse(call, openai_chat.stream_chunks(call, chat, renderer, self.model_name))
-        await wait_for_answer(call, request)
-        return json_response(openai_chat.response(call, chat, renderer, self.model_name))
+        raw = await raw_body(request)
+        exchange = read(json_object(raw), self._desks[session.rollout.id])
+        digest = hashlib.blake2b(raw, digest_size=16).digest()
+        call = session.begin(exchange.request, hints_of(request_headers(request), digest))
+        if exchange.stream:
+            return AnswerStream(call, exchange.writer(call), dialect)
+        events = await finished_events(call, request)
+        headers = {dialect.request_id_header: new_request_id()}
+        return json_response(exchange.body(call, events), headers=headers)
+
+    async def _look_up(self, lookup: Lookup, request: Request) -> Response:
+        session = self._session(request)
+        body = json_object(await raw_body(request)) if lookup.method == "POST" else {}
+        wanted = WireRequest(body, request.path_params, request.query_params)
+        return json_response(lookup.reply(wanted, self._desks[session.rollout.id]))
 
     def _session(self, request: Request) -> Session:
         """The live rollout that the request's key belongs to."""
-        key = api_key(request)
+        key = request.path_params.get("key") or api_key(request)
         rollout_id = self._rollout_of_key.get(key)
         if rollout_id is None:
             raise UnknownKeyError(self._unknown_key(key))
@@ -159,9 +192,11 @@ class Gateway:
         return f"no rollout has the API key {key[:9]}...; keys are valid for one rollout of the gateway that gave them"
 
     async def _models(self, request: Request) -> Response:
-        del request
-        model = {"id": self.model_name, "object": "model", "created": 0, "owned_by": "upspiral"}
-        return json_response({"object": "list", "data": [model]})
+        return json_response(_dialect_of(request).models([self.model_name]))
+
+    async def _model(self, request: Request) -> Response:
+        """Any name: agents ask for the one that they are set to, and every name is answered by the same model."""
+        return json_response(_dialect_of(request).model(request.path_params["model"]))
 
     async def _health(self, request: Request) -> Response:
         del request
@@ -172,3 +207,12 @@ class Gateway:
         del request
         text = self._room.metrics.exposition(self._room.engine.stats(), len(self._live))
         return Response(text, media_type="text/plain; version=0.0.4")
+
+
+def _dialect_of(request: Request) -> Dialect:
+    return dialect_of(request.url.path, request_headers(request))
+
+
+async def _failed(request: Request, error: Exception) -> Response:
+    """For Starlette's exception handlers: whatever no dialect's own handler caught."""
+    return failure_response(failure_of(error), _dialect_of(request))

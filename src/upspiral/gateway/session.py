@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+from collections import OrderedDict
 from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
 
 from upspiral.engine.base import Engine
 from upspiral.errors import (
     ContextLengthError,
     DeadlineError,
     EngineError,
+    LedgerError,
     RequestError,
     SealedRolloutError,
     UpspiralError,
@@ -18,17 +23,20 @@ from upspiral.errors import (
 from upspiral.gateway.call import Call, CallPlan
 from upspiral.gateway.generation import Generation
 from upspiral.gateway.hints import NO_HINTS, Hints
-from upspiral.gateway.history import History, Prompt
+from upspiral.gateway.history import Answered, History, Prompt
+from upspiral.gateway.lineage import Lineage
 from upspiral.gateway.metrics import GatewayMetrics
 from upspiral.gateway.request import AnswerRequest, SessionPolicy
 from upspiral.rendering.answer import ReadingRules
 from upspiral.rendering.renderer import Renderer
 from upspiral.trajectory.graph import TrajectoryGraph
 from upspiral.trajectory.store import TrajectoryStore
-from upspiral.types import Node, Rollout
+from upspiral.types import Edge, Node, Rollout
 
 SEAL_DEADLINE_S = 30.0
 """How long the engine may take to let go of cancelled generations."""
+REMEMBERED_CALLS = 4
+"""So many of the newest complete calls of a rollout can be sent again to a client that retries."""
 
 
 class MaxCallsError(RequestError):
@@ -59,6 +67,15 @@ class Room:
     metrics: GatewayMetrics
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Asked:
+    """What a call is recorded with, once it ends."""
+
+    prompt: Prompt
+    hints: Hints
+    auxiliary: str
+
+
 class Session:
     """Belongs to one event loop. Looking up and committing do not await, so requests of one rollout cannot come between
     each other; they do sample at the same time."""
@@ -68,8 +85,11 @@ class Session:
         self.key = f"sk-up-{secrets.token_urlsafe(24)}"
         self._room = room
         self._policy = policy
-        self._history = History(rollout.id, room.renderer)
+        self._history = History(rollout.id, room.renderer, keeps_thinking=policy.gateway.thinking == "preserve")
+        self._lineage = Lineage(self._history.graph)
         self._in_flight: set[Call] = set()
+        self._recent: OrderedDict[bytes, Call] = OrderedDict()
+        """The newest calls by the digest of their bodies."""
         self._calls = 0
         self._sealed = False
         self._truncated: str | None = None
@@ -90,21 +110,28 @@ class Session:
         return self._history.graph
 
     def begin(self, request: AnswerRequest, hints: Hints = NO_HINTS) -> Call:
-        """Starts to answer. Raises SealedRolloutError, MaxCallsError, ContextLengthError, TemplateError or EngineError
-        before anything is sampled."""
+        """Starts to answer, or gives the call that a retry repeats. Raises SealedRolloutError, MaxCallsError,
+        ContextLengthError, TemplateError or EngineError before anything is sampled."""
         self._check_open()
-        prompt = self._history.prompt(request.messages, request.tools)
-        room = self._check_context(prompt)
-        self._calls += 1
-        self._room.metrics.prompt(len(prompt.token_ids), prompt.reused_tokens)
-        call = Call(
-            self._room.engine,
-            self._plan(request, prompt, room),
-            lambda call: self._end(call, prompt),
-        )
+        repeated = self._repeated(hints)
+        if repeated is not None:
+            self._room.metrics.replayed()
+            return repeated.join()
+        auxiliary = self._policy.auxiliary(request)
+        self._check_calls(auxiliary)
+        asked = _Asked(self._history.prompt(request.messages, request.tools), hints, auxiliary)
+        plan = self._plan(request, asked.prompt)
+        self._room.metrics.prompt(len(plan.prompt_ids), plan.reused_tokens)
+        call = Call(self._room.engine, plan, lambda call: self._end(call, asked))
         self._in_flight.add(call)
         call.task.add_done_callback(lambda _: self._in_flight.discard(call))
+        self._remember(call, hints)
         return call
+
+    def count(self, request: AnswerRequest) -> int:
+        """Tokens of the prompt that `begin` would send. Changes nothing; raises TemplateError."""
+        prompt = self._history.prompt(request.messages, request.tools)
+        return len(prompt.token_ids) + len(self._opening(request)[0])
 
     async def seal(self) -> SealedRollout:
         """Refuses new requests, cancels those in flight and waits until what they sampled is committed. Afterwards
@@ -127,14 +154,33 @@ class Session:
             raise SealedRolloutError(f"rollout {self.rollout.id} has ended; nothing more is answered or recorded")
         if self._failed is not None:
             raise EngineError(f"rollout {self.rollout.id} cannot go on: {self._failed}")
+
+    def _check_calls(self, auxiliary: str) -> None:
+        """Counts the call, unless it is a side call."""
         limit = self._policy.max_calls
+        if auxiliary:
+            return
         if limit is not None and self._calls >= limit:
             self._truncated = MaxCallsError.code
             raise MaxCallsError(f"rollout {self.rollout.id} has used its {limit} model calls; stop the agent here")
+        self._calls += 1
 
-    def _check_context(self, prompt: Prompt) -> int:
-        """Tokens left for an answer."""
-        limit, length = self._room.engine.context_length, len(prompt.token_ids)
+    def _repeated(self, hints: Hints) -> Call | None:
+        """The call that a client sends again, while it is being answered or if it was."""
+        call = self._recent.get(hints.body_digest) if hints.retry and hints.body_digest else None
+        return call if call is not None and (not call.task.done() or call.delivered) else None
+
+    def _remember(self, call: Call, hints: Hints) -> None:
+        if not hints.body_digest:
+            return
+        self._recent[hints.body_digest] = call
+        self._recent.move_to_end(hints.body_digest)
+        while len(self._recent) > REMEMBERED_CALLS:
+            self._recent.popitem(last=False)
+
+    def _room_left(self, length: int) -> int:
+        """Tokens left for an answer behind a prompt of `length` tokens."""
+        limit = self._room.engine.context_length
         if length >= limit:
             self._truncated = ContextLengthError.code
             raise ContextLengthError(
@@ -143,44 +189,94 @@ class Session:
             )
         return limit - length
 
-    def _plan(self, request: AnswerRequest, prompt: Prompt, room: int) -> CallPlan:
+    def _plan(self, request: AnswerRequest, prompt: Prompt) -> CallPlan:
         renderer, call = self._room.renderer, self._calls
-        rules = ReadingRules(
-            tool_calls=bool(request.tools) and request.tool_choice.mode != "none",
-            parallel_tool_calls=request.parallel_tool_calls,
-            stop_strings=request.stop_strings,
-        )
+        opening, rules = self._opening(request)
+        prompt_ids = [*prompt.token_ids.tolist(), *opening.tolist()]
+        room = self._room_left(len(prompt_ids))
         params = [
             self._policy.sampling(request, room=room, stop_token_ids=renderer.stop_token_ids, call=call, answer=index)
             for index in range(request.answers)
         ]
-        generations = [Generation(index, renderer, rules) for index in range(request.answers)]
-        return CallPlan(f"call {call} of rollout {self.rollout.id}", prompt.token_ids.tolist(), params, generations)
+        generations = [Generation(index, renderer, rules, opening) for index in range(request.answers)]
+        name = f"call {call} of rollout {self.rollout.id}"
+        return CallPlan(name, prompt_ids, params, generations, prompt.reused_tokens)
 
-    def _end(self, call: Call, prompt: Prompt) -> None:
+    def _opening(self, request: AnswerRequest) -> tuple[NDArray[np.int32], ReadingRules]:
+        """What stands before the answer in its turn, and how the answer is read."""
+        renderer, choice, after = self._room.renderer, request.tool_choice, request.messages[-1].role
+        opening, forced_text = renderer.generation_prompt_after(after), ""
+        if request.tools and choice.mode in ("required", "named"):
+            opening = np.concatenate([opening, renderer.forced_prefix(choice.name, after)])
+            forced_text = renderer.forced_text(choice.name, after)
+        rules = ReadingRules(
+            tool_calls=bool(request.tools) and choice.mode != "none",
+            parallel_tool_calls=request.parallel_tool_calls,
+            stop_strings=request.stop_strings,
+            forced_text=forced_text,
+            tools=request.tools,
+            after=after,
+        )
+        return opening, rules
+
+    def _end(self, call: Call, asked: _Asked) -> None:
         """Commits what a call sampled: the new context and its answers in one transaction."""
         if isinstance(call.error, EngineError | DeadlineError):
             self._failed = str(call.error)
         elif call.error is None:
             self._truncated = None
-        generations = [generation for generation in call.plan.generations if generation.token_ids]
-        if not generations:
+        if not any(generation.token_ids for generation in call.plan.generations):
             return
         try:
-            nodes = self._commit(generations, prompt, delivered=call.delivered)
+            nodes = self._commit(call, asked)
         except UpspiralError as error:
             self._failed = str(error)
             raise
-        self._room.metrics.committed(nodes, [error for g in generations for error in g.answer().errors])
+        errors = [error for generation in call.plan.generations for error in generation.answer().errors]
+        self._room.metrics.committed(nodes, errors)
 
-    def _commit(self, generations: list[Generation], prompt: Prompt, *, delivered: bool) -> list[Node]:
-        parent, nodes = self._history.add_context(prompt)
-        for generation in generations:
-            message = generation.answer().message
+    def _commit(self, call: Call, asked: _Asked) -> list[Node]:
+        parent, nodes, edges = self._add_context(asked)
+        for generation in call.plan.generations:
+            if not generation.token_ids:
+                continue
+            before = self._history.answers_below(parent)
+            answered = Answered(generation.answer().message, call.delivered, asked.auxiliary, asked.hints.retry > 0)
             try:
-                tokens = generation.tokens()
-                nodes.append(self._history.add_answer(parent, tokens, message, prompt, delivered=delivered))
+                node = self._history.add_answer(parent, generation.tokens(), answered, asked.prompt)
             except ValueError as error:
                 raise EngineError(f"rollout {self.rollout.id}: the engine's tokens are unusable: {error}") from error
-        self._room.store.commit(self.rollout.id, nodes)
+            if node.reason == "retry":
+                edges.append(self._connected(Edge("retry", before[-1].id, node.id, "header")))
+            self._lineage.answered(node, asked.hints)
+            nodes.append(node)
+        self._check_usage(call, nodes)
+        self._room.store.commit(self.rollout.id, nodes, edges)
         return nodes
+
+    def _add_context(self, asked: _Asked) -> tuple[int | None, list[Node], list[Edge]]:
+        """The prompt's new nodes, and the edges that come with them."""
+        prompt, start, edges = asked.prompt, None, []
+        if self._history.begins_conversation(prompt) and not asked.auxiliary:
+            start = self._lineage.start_of([segment.message for segment in prompt.segments], asked.hints)
+        reason = "auxiliary" if asked.auxiliary else start.reason if start else None
+        parent, nodes = self._history.add_context(prompt, reason)
+        if start is not None and nodes:
+            edges.append(self._connected(self._lineage.started(nodes[0], start)))
+        edges += [self._connected(edge) for edge in self._lineage.joins(nodes)]
+        return parent, nodes, edges
+
+    def _connected(self, edge: Edge) -> Edge:
+        self.graph.connect(edge)
+        return edge
+
+    def _check_usage(self, call: Call, nodes: list[Node]) -> None:
+        """What the agent is told it used is what is recorded."""
+        usage, answers = call.usage, [node for node in nodes if node.num_sampled]
+        recorded = sum(node.num_sampled for node in answers)
+        prompts = {self.graph.length(node.id) - node.num_sampled for node in answers}
+        if recorded != usage.completion_tokens or prompts != {usage.prompt_tokens}:
+            raise LedgerError(
+                f"{call.plan.name}: served usage of {usage.prompt_tokens} + {usage.completion_tokens} tokens, recorded "
+                f"{sorted(prompts)} + {recorded}; this is a bug in the gateway, please report it with trajectories.db"
+            )

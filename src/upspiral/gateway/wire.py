@@ -1,15 +1,16 @@
-"""HTTP around a call: reading bodies, errors in OpenAI's shape, event streams, and noticing that a client left."""
+"""HTTP around a call: reading bodies, failures, event streams, and noticing that a client left."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+import secrets
+from collections.abc import Sequence
 from typing import Any
 
 import orjson
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from upspiral.errors import (
@@ -21,10 +22,13 @@ from upspiral.errors import (
     UpspiralError,
 )
 from upspiral.gateway.call import Call, HungUpError
+from upspiral.gateway.dialects.base import Dialect, EventWriter, Failure, WireEvent
+from upspiral.gateway.dialects.fields import FieldError
+from upspiral.gateway.generation import AnswerEvent
 
 BODY_DEADLINE_S = 60.0
 """How long a client may take to send its request."""
-KEEPALIVE_S = 10.0
+KEEPALIVE_S = 5.0
 """An event stream is never silent for longer, so that no proxy or SDK gives it up."""
 
 _STATUS_CODES: tuple[tuple[type[UpspiralError], int, str], ...] = (
@@ -33,6 +37,7 @@ _STATUS_CODES: tuple[tuple[type[UpspiralError], int, str], ...] = (
     (EngineError, 500, "engine_error"),
     (StoreError, 500, "store_error"),
 )
+_COMMENT = b": keepalive\n\n"
 
 
 def json_response(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
@@ -41,13 +46,22 @@ def json_response(value: Any, status: int = 200, headers: dict[str, str] | None 
 
 async def json_body(request: Request) -> dict[str, Any]:
     """The body as an object. Raises RequestError when it is not one or does not arrive in time."""
+    return json_object(await raw_body(request))
+
+
+async def raw_body(request: Request) -> bytes:
+    """Raises RequestError when the body does not arrive in time."""
     try:
         async with asyncio.timeout(BODY_DEADLINE_S):
-            raw = await request.body()
+            return await request.body()
     except TimeoutError:
         raise RequestError(f"the request's body did not arrive within {BODY_DEADLINE_S:g} s") from None
     except ClientDisconnect:
         raise HungUpError("the client left before it had sent its request") from None
+
+
+def json_object(raw: bytes) -> dict[str, Any]:
+    """Raises RequestError when the text is not a JSON object."""
     try:
         value = orjson.loads(raw)
     except ValueError as error:
@@ -57,79 +71,138 @@ async def json_body(request: Request) -> dict[str, Any]:
     return value
 
 
-def status_and_code(error: UpspiralError) -> tuple[int, str]:
-    if isinstance(error, RequestError):
-        return error.status, error.code
-    return next(((status, code) for kind, status, code in _STATUS_CODES if isinstance(error, kind)), (500, "internal"))
+def request_headers(request: Request) -> dict[str, str]:
+    """By lower-case name. Starlette's own mapping searches the whole list at each look-up."""
+    return {name.decode("latin-1"): value.decode("latin-1") for name, value in request.scope["headers"]}
 
 
-def error_body(message: str, status: int, code: str) -> dict[str, Any]:
-    kind = "invalid_request_error" if status < 500 else "server_error"
-    return {"error": {"message": message, "type": kind, "param": None, "code": code}}
-
-
-async def error_response(request: Request, error: Exception) -> Response:
-    """For Starlette's exception handlers: every error, ours or not, in OpenAI's shape."""
-    del request
+def failure_of(error: Exception) -> Failure:
+    """How any error, ours or not, looks from outside."""
+    request_id = new_request_id()
     if isinstance(error, HTTPException):
-        return json_response(error_body(error.detail, error.status_code, "http_error"), error.status_code)
-    if isinstance(error, UpspiralError):
-        status, code = status_and_code(error)
-        # SDKs repeat 409 and 5xx by themselves. Here a repetition could only waste a model call.
-        return json_response(error_body(str(error), status, code), status, {"x-should-retry": "false"})
-    return json_response(error_body("the gateway has a bug; see its log", 500, "internal"), 500)
+        return Failure(error.status_code, "http_error", error.detail, request_id=request_id)
+    if isinstance(error, RequestError):
+        field = error.field if isinstance(error, FieldError) else None
+        return Failure(error.status, error.code, str(error), field, request_id)
+    if isinstance(error, RecursionError):
+        return Failure(400, "invalid_request", "the request's body is nested too deeply", request_id=request_id)
+    for kind, status, code in _STATUS_CODES:
+        if isinstance(error, kind):
+            return Failure(status, code, str(error), request_id=request_id)
+    return Failure(500, "internal", "the gateway has a bug; see its log", request_id=request_id)
 
 
-async def wait_for_answer(call: Call, request: Request) -> None:
-    """Returns when the call is committed; a client that leaves cancels it. Raises the call's error."""
-    gone = asyncio.create_task(_disconnection(request))
+def failure_response(failure: Failure, dialect: Dialect) -> Response:
+    # SDKs repeat 409 and 5xx by themselves. Here a repetition could only waste a model call.
+    headers = {"x-should-retry": "false", dialect.request_id_header: failure.request_id}
+    return json_response(dialect.error(failure), failure.status, headers)
+
+
+def new_request_id() -> str:
+    return f"req_{secrets.token_hex(12)}"
+
+
+async def finished_events(call: Call, request: Request) -> Sequence[AnswerEvent]:
+    """All events of a call, once it is committed; a client that leaves cancels it. Raises the call's error."""
+    gone = asyncio.create_task(_disconnection(request.receive))
     try:
         # No deadline of its own: the call has one for each of the engine's chunks.
         await asyncio.wait([call.task, gone], return_when=asyncio.FIRST_COMPLETED)
         if not call.task.done():
             raise HungUpError("the client left before the answer was complete")
     finally:
-        call.cancel(HungUpError("the request was abandoned"))
+        leave(call)
         gone.cancel()
-    if call.error is not None:
-        raise call.error
+    return [event async for event in call.events()]
 
 
-async def _disconnection(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
+def leave(call: Call) -> None:
+    """Nobody reads this call's answer here any more. The last reader to leave cancels it, if it is not complete."""
+    call.leave(HungUpError("the client left before the answer was complete"))
+
+
+async def _disconnection(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
         pass
 
 
-class EventStreamResponse(StreamingResponse):
-    """Server-sent events of a call's chunks. Whatever ends the response early cancels the call."""
+class AnswerStream(Response):
+    """Server-sent events of a call: the opening at once, then each event as its text is certain.
 
-    def __init__(self, call: Call, chunks: AsyncIterator[bytes]) -> None:
-        super().__init__(_events(chunks), media_type="text/event-stream", headers={"cache-control": "no-cache"})
+    A client that leaves cancels the call. What breaks after the first byte becomes the last event.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(self, call: Call, writer: EventWriter, dialect: Dialect) -> None:
+        headers = {"cache-control": "no-cache", "x-accel-buffering": "no", dialect.request_id_header: new_request_id()}
+        super().__init__(headers=headers)
+        # The length is not known.
+        self.raw_headers = [pair for pair in self.raw_headers if pair[0] != b"content-length"]
         self._call = call
+        self._writer = writer
+        self._keepalive = _COMMENT if dialect.keepalive is None else framed([dialect.keepalive])
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        sender = _Sender(send)
+        writing = asyncio.create_task(self._write(send, sender))
+        gone = asyncio.create_task(_disconnection(receive))
         try:
-            await super().__call__(scope, receive, send)
+            while not await _any_done([writing, gone], KEEPALIVE_S / 2):
+                if sender.was_silent():
+                    await sender.send(self._keepalive)
         finally:
-            self._call.cancel(HungUpError("the client left before the answer was complete"))
+            leave(self._call)
+            gone.cancel()
+            if not writing.done():
+                writing.cancel()
+        if writing.done():
+            writing.result()
+
+    async def _write(self, send: Send, sender: _Sender) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        await sender.send(framed(self._writer.opening()))
+        try:
+            async for event in self._call.events():
+                if written := self._writer.event(event):
+                    await sender.send(framed(written))
+            last = self._writer.closing()
+        except UpspiralError as error:
+            last = self._writer.failure(failure_of(error))
+        await sender.send(framed(last), more=False)
 
 
-async def _events(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    """Frames chunks and keeps the connection alive in between. An error becomes the last event."""
-    coming: asyncio.Task[bytes] | None = None
-    try:
-        while True:
-            coming = coming or asyncio.ensure_future(anext(chunks))  # pyright: ignore[reportArgumentType]
-            done, _ = await asyncio.wait([coming], timeout=KEEPALIVE_S)
-            if not done:
-                yield b": keepalive\n\n"
-                continue
-            finished, coming = coming, None
-            yield b"data: " + finished.result() + b"\n\n"
-    except StopAsyncIteration:
-        yield b"data: [DONE]\n\n"
-    except UpspiralError as error:
-        yield b"data: " + orjson.dumps(error_body(str(error), *status_and_code(error))) + b"\n\n"
-    finally:
-        if coming is not None:
-            coming.cancel()
+class _Sender:
+    """Sends pieces of a body and remembers whether it did."""
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self._sending = 0
+        self._used = False
+
+    async def send(self, body: bytes, *, more: bool = True) -> None:
+        self._used = True
+        self._sending += 1
+        try:
+            await self._send({"type": "http.response.body", "body": body, "more_body": more})
+        finally:
+            self._sending -= 1
+
+    def was_silent(self) -> bool:
+        """Whether nothing was sent, or still waits for a slow reader, since this was asked before."""
+        silent = not self._used and not self._sending
+        self._used = False
+        return silent
+
+
+async def _any_done(tasks: Sequence[asyncio.Task[None]], timeout_s: float) -> bool:
+    done, _ = await asyncio.wait(tasks, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+    return bool(done)
+
+
+def framed(events: Sequence[WireEvent]) -> bytes:
+    """As server-sent events."""
+    lines: list[bytes] = []
+    for name, data in events:
+        lines.append(b"event: %b\ndata: %b\n\n" % (name.encode(), data) if name else b"data: %b\n\n" % data)
+    return b"".join(lines)

@@ -17,6 +17,7 @@ from upspiral.algorithm.grpo import has_signal
 from upspiral.config.models import RunConfig
 from upspiral.engine.scripted import ScriptedEngine, ScriptLine
 from upspiral.env.base import Task
+from upspiral.errors import LedgerError
 from upspiral.eval.heldout import Judged
 from upspiral.gateway.session import SessionPolicy
 from upspiral.loop.assembly import Parts
@@ -49,7 +50,6 @@ class Collector:
             seed=config.seed,
             tasks_per_step=algorithm.max_groups_per_step,
             candidates=algorithm.task_candidates,
-            group_size=algorithm.group_size,
         )
 
     def abandon_interrupted(self) -> None:
@@ -82,6 +82,8 @@ class Collector:
                     pending.add(self._start_group(step, started, tasks[started]))
                     started += 1
             on_progress(len(groups) * algorithm.group_size, started * algorithm.group_size)
+        for rollouts in groups.values():
+            check_recorded(rollouts)
         self._observe(step, tasks, {name: _rewards(rollouts) for name, rollouts in groups.items()})
         return dict(sorted(groups.items()))
 
@@ -147,6 +149,7 @@ class Collector:
             max_completion_tokens=agent.max_completion_tokens,
             max_calls=agent.max_calls,
             seed=_seed(self._config.seed, name),
+            gateway=self._config.gateway,
         )
 
     async def _gather(self, attempts: Sequence[Attempt], on_progress: OnProgress) -> list[Rollout]:
@@ -173,6 +176,17 @@ class Collector:
 
     def _num_calls(self, rollout: Rollout) -> int:
         return sum(node.num_sampled > 0 for node in self._store.graph(rollout.id).nodes)
+
+
+def check_recorded(rollouts: Sequence[ScoredRollout]) -> None:
+    """Raises LedgerError for a reward that no token earned: an agent that talks to another model than ours would be
+    graded well and teach nothing."""
+    for each in rollouts:
+        if each.rollout.reward is not None and each.graph.num_sampled == 0:
+            raise LedgerError(
+                f"rollout {each.rollout.id} has reward {each.rollout.reward:g} and no sampled token: its agent did not "
+                "call the model at the base URL and key that it was given; point it there and start again"
+            )
 
 
 def _group_id(step: int, index: int) -> str:

@@ -1,9 +1,11 @@
 """Which training tasks a step takes: those whose groups are likely to say something.
 
-A group learns only when its rewards differ. With success probability p of a kind of task, a group of G rollouts does so
-with probability 1 - p^G - (1-p)^G. We keep a Beta posterior of p for each kind, weighted towards recent steps, and draw
-each task from a few candidates with the expected value of that probability as weight. An untried kind has a flat prior,
-hence a high weight, and a kind that was always or never solved comes back as its evidence fades.
+A group learns only when its rewards differ. For each kind of task we count how many of its groups had signal, weighted
+towards recent steps, and draw each task from a few candidates with that share as weight. A kind that was not tried yet
+counts as one half, and a kind that is always or never solved comes back as its evidence fades.
+
+Groups are counted, not successes: a kind of which half the tasks are always solved and half never has a success rate of
+one half and no signal at all.
 
 What it does not do: tell apart tasks of one kind, or change what a held-out task is.
 """
@@ -11,7 +13,6 @@ What it does not do: tell apart tasks of one kind, or change what a held-out tas
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from math import exp, lgamma
 from random import Random
 
 from upspiral.env.base import Task
@@ -23,16 +24,13 @@ MEMORY = 0.8
 class Curriculum:
     """Chooses the tasks of one step after another. The choice follows from the seed and the rewards observed before."""
 
-    def __init__(
-        self, task: Callable[[int], Task], *, seed: int, tasks_per_step: int, candidates: int, group_size: int
-    ) -> None:
+    def __init__(self, task: Callable[[int], Task], *, seed: int, tasks_per_step: int, candidates: int) -> None:
         self._task = task
         self._seed = seed
         self._tasks_per_step = tasks_per_step
         self._candidates = candidates
-        self._group_size = group_size
         self._evidence: dict[str, tuple[float, float]] = {}
-        """Kind -> weighted successes and failures."""
+        """Kind -> weighted groups with signal, and weighted groups."""
 
     def choose(self, step: int) -> list[Task]:
         """`tasks_per_step` different training tasks; with one candidate each, simply the next ones."""
@@ -48,19 +46,13 @@ class Curriculum:
 
     def observe(self, rewards: Iterable[tuple[Task, Sequence[float]]]) -> None:
         """Takes in what a step's groups were rewarded with, once the step is collected."""
-        evidence = {kind: (MEMORY * won, MEMORY * lost) for kind, (won, lost) in self._evidence.items()}
+        evidence = {kind: (MEMORY * told, MEMORY * tried) for kind, (told, tried) in self._evidence.items()}
         for task, of_group in rewards:
-            won, lost = evidence.get(task.kind, (0.0, 0.0))
-            evidence[task.kind] = (won + sum(of_group), lost + sum(1.0 - reward for reward in of_group))
+            told, tried = evidence.get(task.kind, (0.0, 0.0))
+            evidence[task.kind] = (told + (len(set(of_group)) > 1), tried + 1.0)
         self._evidence = evidence
 
     def expected_signal(self, kind: str) -> float:
         """How likely the rewards of a group of this kind differ, by what was observed."""
-        won, lost = self._evidence.get(kind, (0.0, 0.0))
-        a, b = won + 1.0, lost + 1.0
-        return 1.0 - _all_succeed(a, b, self._group_size) - _all_succeed(b, a, self._group_size)
-
-
-def _all_succeed(a: float, b: float, n: int) -> float:
-    """E[p^n] for p ~ Beta(a, b), which is B(a + n, b) / B(a, b)."""
-    return exp(lgamma(a + n) + lgamma(a + b) - lgamma(a) - lgamma(a + b + n))
+        told, tried = self._evidence.get(kind, (0.0, 0.0))
+        return (told + 0.5) / (tried + 1.0)

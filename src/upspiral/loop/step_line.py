@@ -21,8 +21,10 @@ def step_line(
     scored = [one for group in groups.values() for one in group]
     rewards = [one.rollout.reward for one in scored if one.rollout.reward is not None]
     masked = {credit.rollout_id for credit in credits if credit.masked is not None}
+    credited = {(credit.rollout_id, node.node_id) for credit in credits for node in credit.nodes}
     sampled = sum(one.graph.num_sampled for one in scored)
-    trained_tokens = sum(one.graph.num_sampled for one in scored if one.rollout.id not in masked)
+    nodes = [(one.rollout.id, node) for one in scored for node in one.graph.nodes]
+    trained_tokens = sum(node.num_sampled for rollout_id, node in nodes if (rollout_id, node.id) in credited)
     return {
         **trained,
         "mismatch_mean_abs": trained.get("mismatch_abs"),
@@ -37,6 +39,8 @@ def step_line(
         "effective_batch": len(scored) - len(masked),
         "sampled_tokens": sampled,
         "trained_tokens": trained_tokens,
+        "reasons": dict(Counter(node.reason for _, node in nodes)),
+        "edges": dict(Counter(edge.kind for one in scored for edge in one.graph.edges)),
         "masked": dict(Counter(credit.masked for credit in credits if credit.masked is not None)),
         "seconds": dict(seconds),
         "sampled_tokens_per_s": sampled / max(seconds["collect"], 1e-9),

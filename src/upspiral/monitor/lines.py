@@ -40,6 +40,10 @@ class StepLine(TypedDict, total=False):
     trained_tokens: int
     masked: Mapping[str, int]
     """Masked rollouts by reason."""
+    reasons: Mapping[str, int]
+    """Nodes by the reason why they hang where they do (docs/design/004-any-agent.md)."""
+    edges: Mapping[str, int]
+    """Causal edges by kind."""
     loss: float
     grad_norm: float
     entropy: float

@@ -6,10 +6,13 @@ Names and options of the Jinja environment follow transformers' documentation of
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cache
+from itertools import chain
 from typing import Any
 
 from jinja2 import TemplateError as JinjaError
@@ -20,7 +23,36 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from upspiral.errors import TemplateError
 from upspiral.rendering.answer import AnswerParser, CallPiece, ReadingRules
+from upspiral.rendering.formats.base import ToolFormat
+from upspiral.rendering.formats.registry import FORMATS
+from upspiral.rendering.thinking import ThinkingTags, tags_around
 from upspiral.types import Message, ToolCall, ToolSpec
+
+
+@dataclass(frozen=True, slots=True)
+class MessageStyle:
+    """How a template wants to be given messages. Templates differ, and say so only by failing or leaving things out."""
+
+    arguments_as_text: bool = False
+    """Arguments of calls as the text of a JSON object instead of the object."""
+    empty_as_none: bool = False
+    """`content` is none beside tool calls if nothing was said."""
+    short_ids: bool = False
+    """Ids of tool calls have nine letters or digits."""
+    thinking_key: str = "reasoning_content"
+    """The field of the message that holds thinking; "": a part of `content` of type "thinking"."""
+
+
+_STYLES = tuple(
+    MessageStyle(arguments_as_text=as_text, empty_as_none=as_none)
+    for as_text in (False, True)
+    for as_none in (False, True)
+)
+_THINKING_KEYS = ("reasoning_content", "reasoning", "thinking", "")
+_PROBE_TOOL = ToolSpec("probe_tool", "probe", {"type": "object", "properties": {"key": {"type": "string"}}})
+_PROBE_CALL = ToolCall("call00000", _PROBE_TOOL.name, '{"key": "probe_argument"}')
+_LONG_ID = "call_0123456789abcdef"
+_QUESTION, _THOUGHT, _REPLY = "question", "probe_thought", "probe_reply"
 
 
 class ChatTemplate:
@@ -34,6 +66,11 @@ class ChatTemplate:
             self._template = _environment().from_string(source)
         except JinjaError as error:
             raise TemplateError(f"chat template {name} is not valid Jinja: {error}; fix the file") from error
+        self._style = MessageStyle()
+        self._style, self.tool_format = self._probe_style()
+        """`tool_format`: how it writes calls; None when it does not list tools, write calls or render their results."""
+        self._style, self.thinking_tags = self._probe_thinking()
+        """`thinking_tags`: what it puts around the thinking of an answer; None when it leaves thinking out."""
 
     def text(
         self, messages: Sequence[Message], tools: Sequence[ToolSpec] = (), *, generation_prompt: bool = False
@@ -41,7 +78,7 @@ class ChatTemplate:
         """The rendered conversation. Raises TemplateError when the template refuses it."""
         variables = {
             **self._special_tokens,
-            "messages": [template_message(message) for message in messages],
+            "messages": [template_message(message, self._style) for message in messages],
             "tools": [template_tool(tool) for tool in tools] or None,
             "add_generation_prompt": generation_prompt,
         }
@@ -53,35 +90,91 @@ class ChatTemplate:
             raise TemplateError(f"chat template {self.name} cannot render roles [{roles}]: {error}") from error
 
     def knows_tools(self) -> bool:
-        """Whether it lists offered tools, writes calls in the format that we read, and renders their results."""
-        tool = ToolSpec("probe_tool", "probe", {"type": "object", "properties": {}})
-        question = Message("user", "question")
+        """Whether it lists offered tools, writes calls in a format that we read, and renders their results."""
+        return self.tool_format is not None
+
+    def answer_text(self, answer: Message, tools: Sequence[ToolSpec] = ()) -> str:
+        """What it writes for an answer to a question, from behind the generation prompt to the end.
+
+        Where the generation prompt ends cannot be told from it alone, since it may open a thought that a rendered
+        answer does not have; so it is where an answer of plain text begins.
+        """
+        question = Message("user", _QUESTION)
+        plain = self.text([question, Message("assistant", _REPLY)], tools).rpartition(_REPLY)[0]
+        whole = self.text([question, answer], tools)
+        if whole.startswith(plain):
+            return whole[len(plain) :]
+        shared = next(at for at in range(len(plain), -1, -1) if whole.startswith(plain[:at]))
+        # Both may go on with a tag and share its first letters: the cut is behind the last mark or space.
+        return whole[max(map(whole[:shared].rfind, ">] \n\t")) + 1 :]
+
+    def _probe_style(self) -> tuple[MessageStyle, ToolFormat | None]:
+        """The first style in which calls come out readable, and their format."""
+        for style in _STYLES:
+            self._style = style
+            try:
+                found = self._find_format()
+            except TemplateError:
+                continue
+            if found is not None:
+                return replace(style, short_ids=self._refuses(_LONG_ID)), found
+        return MessageStyle(), None
+
+    def _find_format(self) -> ToolFormat | None:
+        """The format that reads a probe call back exactly, if possible one that also writes it the same."""
+        question, call = Message("user", _QUESTION), Message("assistant", tool_calls=(_PROBE_CALL,))
+        listed = self.text([question], [_PROBE_TOOL])
+        answered = self.text([question, call, _result(_PROBE_CALL.id)], [_PROBE_TOOL])
+        if _PROBE_TOOL.name not in listed or "probe_result" not in answered:
+            return None
+        text = self.answer_text(call, [_PROBE_TOOL])
+        readable = [each for each in FORMATS if _reads(each, text)]
+        written = (each for each in readable if each.format_call(_PROBE_CALL) in text)
+        begun = (each for each in readable if each.forced_text(_PROBE_CALL.name) in text)
+        return next(chain(written, begun, readable), None)
+
+    def _refuses(self, call_id: str) -> bool:
+        call = Message("assistant", tool_calls=(replace(_PROBE_CALL, id=call_id),))
         try:
-            if "probe_tool" not in self.text([question], [tool]):
-                return False
-            text = self.text([question, *_probe_exchange()], [tool])
+            self.text([Message("user", _QUESTION), call, _result(call_id)], [_PROBE_TOOL])
         except TemplateError:
-            return False
-        pieces = AnswerParser(ReadingRules()).push(text)
-        calls = [piece.call for piece in pieces if isinstance(piece, CallPiece)]
-        return "probe_result" in text and any("probe_argument" in call.arguments for call in calls)
+            return True
+        return False
+
+    def _probe_thinking(self) -> tuple[MessageStyle, ThinkingTags | None]:
+        style = self._style
+        for key in _THINKING_KEYS:
+            self._style = replace(style, thinking_key=key)
+            try:
+                text = self.text([Message("user", _QUESTION), Message("assistant", _REPLY, thinking=_THOUGHT)])
+            except TemplateError:
+                continue
+            if (tags := tags_around(_THOUGHT, text)) is not None:
+                return self._style, tags
+        return style, None
 
 
-def template_message(message: Message) -> dict[str, Any]:
-    """The dictionary that templates expect. Arguments go in as an object: templates write them with `tojson`."""
-    entry: dict[str, Any] = {"role": message.role, "content": message.text}
-    if message.thinking is not None:
-        entry["reasoning_content"] = message.thinking
+def template_message(message: Message, style: MessageStyle = MessageStyle()) -> dict[str, Any]:
+    """The dictionary that templates expect. Arguments go in as an object: most templates write them with `tojson`."""
+    content: Any = message.text or (None if style.empty_as_none and message.tool_calls else "")
+    entry: dict[str, Any] = {"role": message.role, "content": content}
+    if message.thinking is not None and style.thinking_key:
+        entry[style.thinking_key] = message.thinking
+    elif message.thinking:
+        entry["content"] = [{"type": "thinking", "thinking": message.thinking}, {"type": "text", "text": content or ""}]
     if message.tool_calls:
-        entry["tool_calls"] = [_template_call(call) for call in message.tool_calls]
+        entry["tool_calls"] = [_template_call(call, style) for call in message.tool_calls]
     if message.tool_call_id is not None:
-        entry["tool_call_id"] = message.tool_call_id
+        entry["tool_call_id"] = _call_id(message.tool_call_id, style)
     return entry
 
 
-def _template_call(call: ToolCall) -> dict[str, Any]:
-    function = {"name": call.name, "arguments": _arguments(call.arguments)}
-    return {"id": call.id, "type": "function", "function": function}
+def _template_call(call: ToolCall, style: MessageStyle) -> dict[str, Any]:
+    arguments = _arguments(call.arguments)
+    if style.arguments_as_text:
+        arguments = json.dumps(arguments, ensure_ascii=False)
+    function = {"name": call.name, "arguments": arguments}
+    return {"id": _call_id(call.id, style), "type": "function", "function": function}
 
 
 def template_tool(tool: ToolSpec) -> dict[str, Any]:
@@ -92,6 +185,13 @@ def template_tool(tool: ToolSpec) -> dict[str, Any]:
     return {"type": "function", "function": function}
 
 
+def _call_id(call_id: str, style: MessageStyle) -> str:
+    """The id, or nine characters that stand for it."""
+    if not style.short_ids or (len(call_id) == 9 and call_id.isascii() and call_id.isalnum()):
+        return call_id
+    return hashlib.sha256(call_id.encode()).hexdigest()[:9]
+
+
 def _arguments(text: str) -> Any:
     try:
         return json.loads(text)
@@ -99,9 +199,15 @@ def _arguments(text: str) -> Any:
         raise TemplateError(f"the arguments of a tool call are not valid JSON ({error}): {text[:80]!r}") from error
 
 
-def _probe_exchange() -> list[Message]:
-    call = ToolCall("call00000", "probe_tool", '{"key": "probe_argument"}')
-    return [Message("assistant", tool_calls=(call,)), Message("tool", "probe_result", tool_call_id=call.id)]
+def _result(call_id: str) -> Message:
+    return Message("tool", "probe_result", tool_call_id=call_id)
+
+
+def _reads(tool_format: ToolFormat, text: str) -> bool:
+    parser = AnswerParser(ReadingRules(tools=(_PROBE_TOOL,)), tool_format)
+    pieces = [*parser.push(text), *parser.finish()]
+    calls = [(piece.call.name, piece.call.arguments) for piece in pieces if isinstance(piece, CallPiece)]
+    return calls == [(_PROBE_CALL.name, _PROBE_CALL.arguments)]
 
 
 class _GenerationBlock(Extension):

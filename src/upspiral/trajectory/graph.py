@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from upspiral.types import NOT_SAMPLED_VERSION, FinishReason, Message, Node, Role
+from upspiral.types import NOT_SAMPLED_VERSION, Edge, FinishReason, Message, Node, Role
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -67,6 +67,8 @@ class TrajectoryGraph:
         self.rollout_id = rollout_id
         self._nodes: list[Node] = []
         self._children: dict[int | None, list[int]] = {}
+        self._edges: list[Edge] = []
+        self._lengths: list[int] = []
 
     @property
     def nodes(self) -> Sequence[Node]:
@@ -90,6 +92,7 @@ class TrajectoryGraph:
         reason: str,
         message: Message | None = None,
         delivered: bool = True,
+        auxiliary: str = "",
     ) -> Node:
         """Makes the next node from a run of tokens and appends it. Returns the node."""
         node = Node(
@@ -104,6 +107,7 @@ class TrajectoryGraph:
             message=message,
             finish_reason=tokens.finish_reason,
             delivered=delivered,
+            auxiliary=auxiliary,
         )
         self.append(node)
         return node
@@ -114,8 +118,34 @@ class TrajectoryGraph:
         _check_tokens(node)
         if node.parent is None and bool(node.sampled[0]):
             raise ValueError(f"{self._name(node)}: the first token of a root cannot be sampled; nothing predicts it")
+        before = 0 if node.parent is None else self._lengths[node.parent]
+        self._lengths.append(before + len(node.token_ids))
         self._nodes.append(node)
         self._children.setdefault(node.parent, []).append(node.id)
+
+    @property
+    def edges(self) -> Sequence[Edge]:
+        """Causal edges between nodes, in the order in which they were found."""
+        return self._edges
+
+    def connect(self, edge: Edge) -> None:
+        """Adds a causal edge between two nodes of the graph; one that is there already is not added again."""
+        if not (0 <= edge.source < self.next_id and 0 <= edge.target < self.next_id) or edge.source == edge.target:
+            raise ValueError(f"rollout {self.rollout_id!r}: no edge can join nodes {edge.source} and {edge.target}")
+        if edge not in self._edges:
+            self._edges.append(edge)
+
+    def withheld(self, node: Node) -> str | None:
+        """Why the node's sampled tokens must stay out of the loss whatever the rollout is worth; None: they need not.
+
+        "auxiliary": a side call. "undelivered": nobody received the answer and nothing continues it, so it cannot have
+        earned the reward.
+        """
+        if node.num_sampled == 0:
+            return None
+        if node.auxiliary:
+            return "auxiliary"
+        return None if node.delivered or node.id in self._children else "undelivered"
 
     def children(self, node_id: int | None) -> Sequence[Node]:
         """The children of a node, oldest first; of None, the roots."""
@@ -140,6 +170,10 @@ class TrajectoryGraph:
     def path_ids(self, node_id: int) -> NDArray[np.int32]:
         """All tokens from the root to the end of the node: [T]."""
         return np.concatenate([node.token_ids for node in self.path(node_id)])
+
+    def length(self, node_id: int) -> int:
+        """How many tokens there are from the root to the end of the node."""
+        return self._lengths[node_id]
 
     def longest_prefix(self, token_ids: ArrayLike) -> tuple[Node | None, int]:
         """The node whose whole path is the longest prefix of `token_ids`, and the length of that path.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from upspiral.errors import LedgerError
 from upspiral.trajectory.graph import TrajectoryGraph
 from upspiral.types import Ledger, Rollout, RolloutCredit, RolloutStatus
@@ -22,14 +24,15 @@ def ledger_of(
         return account(graph.num_sampled, 0, default_mask_reason)
     credited = {node.node_id for node in credit.nodes}
     trained = sum(node.num_sampled for node in graph.nodes if node.id in credited)
-    return account(graph.num_sampled, trained, credit.masked)
+    return account(graph.num_sampled, trained, credit.masked, credit.withheld)
 
 
-def account(sampled: int, trained: int, mask_reason: str | None) -> Ledger:
-    """The ledger of a rollout of which `trained` of `sampled` tokens are in the loss, or all are masked."""
+def account(sampled: int, trained: int, mask_reason: str | None, withheld: Mapping[str, int] | None = None) -> Ledger:
+    """The ledger of a rollout of which `trained` of `sampled` tokens are in the loss and `withheld` are kept out by
+    reason, or all are masked."""
     if mask_reason is not None:
         return Ledger(sampled, 0, {mask_reason: sampled})
-    return Ledger(sampled, trained)
+    return Ledger(sampled, trained, dict(withheld or {}))
 
 
 def account_uncredited(rollout: Rollout, sampled: int) -> Ledger:

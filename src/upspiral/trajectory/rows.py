@@ -9,7 +9,7 @@ import numpy as np
 
 from upspiral.types import Message, Node, Rollout, RolloutStatus
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 """Kept in SQLite's user_version. Raise it when a table changes."""
 
 SCHEMA = f"""
@@ -27,12 +27,20 @@ CREATE TABLE IF NOT EXISTS nodes (
     logprobs BLOB NOT NULL,     -- float32, NaN where not sampled
     versions BLOB NOT NULL,     -- int32
     message TEXT,               -- JSON
-    finish_reason TEXT, delivered INTEGER NOT NULL, num_sampled INTEGER NOT NULL,
+    finish_reason TEXT, delivered INTEGER NOT NULL, auxiliary TEXT NOT NULL, num_sampled INTEGER NOT NULL,
     PRIMARY KEY (rollout_id, id)
+);
+CREATE TABLE IF NOT EXISTS edges (
+    rollout_id TEXT NOT NULL, kind TEXT NOT NULL, source INTEGER NOT NULL, target INTEGER NOT NULL,
+    evidence TEXT NOT NULL,
+    PRIMARY KEY (rollout_id, kind, source, target),
+    FOREIGN KEY (rollout_id, source) REFERENCES nodes (rollout_id, id),
+    FOREIGN KEY (rollout_id, target) REFERENCES nodes (rollout_id, id)
 );
 CREATE TABLE IF NOT EXISTS credits (
     rollout_id TEXT PRIMARY KEY REFERENCES rollouts (id), step INTEGER NOT NULL, group_id TEXT NOT NULL,
-    token_weight REAL NOT NULL, masked TEXT
+    token_weight REAL NOT NULL, masked TEXT,
+    withheld TEXT NOT NULL      -- JSON: reason -> sampled tokens
 );
 CREATE INDEX IF NOT EXISTS credits_by_step ON credits (step);
 CREATE TABLE IF NOT EXISTS node_credits (
@@ -48,12 +56,18 @@ COMMIT;
 ROLLOUT_COLUMNS = "id, task_id, group_id, split, step, status, reason, reward, answer, instruction"
 INSERT_ROLLOUT = f"INSERT INTO rollouts ({ROLLOUT_COLUMNS}) VALUES ({', '.join('?' * 10)})"
 
-NODE_COLUMNS = "id, parent, role, reason, token_ids, sampled, logprobs, versions, message, finish_reason, delivered"
-INSERT_NODE = f"INSERT INTO nodes (rollout_id, {NODE_COLUMNS}, num_sampled) VALUES ({', '.join('?' * 13)})"
+NODE_COLUMNS = (
+    "id, parent, role, reason, token_ids, sampled, logprobs, versions, message, finish_reason, delivered, auxiliary"
+)
+INSERT_NODE = f"INSERT INTO nodes (rollout_id, {NODE_COLUMNS}, num_sampled) VALUES ({', '.join('?' * 14)})"
+
+EDGE_COLUMNS = "kind, source, target, evidence"
+INSERT_EDGE = f"INSERT OR IGNORE INTO edges (rollout_id, {EDGE_COLUMNS}) VALUES (?, ?, ?, ?, ?)"
 
 LEDGER_QUERY = f"""
 SELECT {ROLLOUT_COLUMNS}, (SELECT COUNT(*) FROM credits WHERE rollout_id = rollouts.id),
     (SELECT masked FROM credits WHERE rollout_id = rollouts.id),
+    (SELECT withheld FROM credits WHERE rollout_id = rollouts.id),
     (SELECT COALESCE(SUM(num_sampled), 0) FROM nodes WHERE rollout_id = rollouts.id),
     (SELECT COALESCE(SUM(num_sampled), 0) FROM nodes JOIN node_credits
         ON nodes.rollout_id = node_credits.rollout_id AND nodes.id = node_credits.node_id
@@ -82,13 +96,14 @@ def node_row(rollout_id: str, node: Node) -> tuple[Any, ...]:
         node.token_ids.astype("<i4").tobytes(), node.sampled.astype("u1").tobytes(),
         node.logprobs.astype("<f4").tobytes(), node.versions.astype("<i4").tobytes(),
         None if node.message is None else msgspec.json.encode(node.message).decode(),
-        node.finish_reason, node.delivered, node.num_sampled,
+        node.finish_reason, node.delivered, node.auxiliary, node.num_sampled,
     )  # fmt: skip
 
 
 def node_of(row: tuple[Any, ...]) -> Node:
     """Raises ValueError for a row that cannot have been written by `node_row`."""
-    node_id, parent, role, reason, token_ids, sampled, logprobs, versions, message, finish_reason, delivered = row
+    node_id, parent, role, reason, token_ids, sampled, logprobs, versions, message, *ending = row
+    finish_reason, delivered, auxiliary = ending
     return Node(
         id=node_id,
         parent=parent,
@@ -101,4 +116,5 @@ def node_of(row: tuple[Any, ...]) -> Node:
         message=None if message is None else msgspec.json.decode(message, type=Message),
         finish_reason=finish_reason,
         delivered=bool(delivered),
+        auxiliary=auxiliary,
     )

@@ -6,6 +6,7 @@ cut may lose the last moments but never corrupts). Arrays are little-endian blob
 
 from __future__ import annotations
 
+import json
 import sqlite3
 import threading
 from collections.abc import Iterator, Sequence
@@ -17,7 +18,7 @@ from upspiral.errors import StoreError
 from upspiral.trajectory import rows
 from upspiral.trajectory.graph import TrajectoryGraph
 from upspiral.trajectory.ledger import account, account_uncredited
-from upspiral.types import Ledger, Node, NodeCredit, Rollout, RolloutCredit, RolloutStatus
+from upspiral.types import Edge, Ledger, Node, NodeCredit, Rollout, RolloutCredit, RolloutStatus
 
 BUSY_TIMEOUT_S = 10.0
 """How long a write waits for another process that is writing to the same file."""
@@ -46,10 +47,12 @@ class TrajectoryStore:
         with self._transaction(f"create rollout {rollout.id!r}") as connection:
             connection.execute(rows.INSERT_ROLLOUT, rows.rollout_row(rollout))
 
-    def commit(self, rollout_id: str, nodes: Sequence[Node]) -> None:
-        """Adds nodes to a rollout: all or none."""
+    def commit(self, rollout_id: str, nodes: Sequence[Node], edges: Sequence[Edge] = ()) -> None:
+        """Adds nodes and causal edges to a rollout: all or none."""
         with self._transaction(f"commit nodes of rollout {rollout_id!r}") as connection:
             connection.executemany(rows.INSERT_NODE, [rows.node_row(rollout_id, node) for node in nodes])
+            values = [(rollout_id, edge.kind, edge.source, edge.target, edge.evidence) for edge in edges]
+            connection.executemany(rows.INSERT_EDGE, values)
 
     def finish_rollout(
         self,
@@ -95,7 +98,17 @@ class TrajectoryStore:
         with self._explained(f"read rollout {rollout_id!r}"):
             for row in self._select(query, (rollout_id,)):
                 graph.append(rows.node_of(row))
+            edges = f"SELECT {rows.EDGE_COLUMNS} FROM edges WHERE rollout_id = ? ORDER BY rowid"
+            for row in self._select(edges, (rollout_id,)):
+                graph.connect(Edge(*row))
         return graph
+
+    def shape(self) -> tuple[dict[str, int], dict[str, int]]:
+        """How many nodes of all rollouts hang where they do for each reason, and how many causal edges of each kind
+        join them."""
+        reasons = self._select("SELECT reason, COUNT(*) FROM nodes GROUP BY reason ORDER BY 2 DESC", ())
+        kinds = self._select("SELECT kind, COUNT(*) FROM edges GROUP BY kind ORDER BY 2 DESC", ())
+        return dict(reasons), dict(kinds)
 
     def record_step(self, step: int, credits: Sequence[RolloutCredit]) -> None:
         """Records what each rollout gave to a step: all or nothing, replacing what the step had recorded before (a
@@ -118,11 +131,11 @@ class TrajectoryStore:
         for owner, node_id, positive, negative in node_rows:
             nodes.setdefault(owner, []).append(NodeCredit(node_id, positive, negative))
         credit_rows = self._select(
-            f"SELECT rollout_id, group_id, token_weight, masked FROM credits{where} ORDER BY rowid", values
+            f"SELECT rollout_id, group_id, token_weight, masked, withheld FROM credits{where} ORDER BY rowid", values
         )
         return [
-            RolloutCredit(owner, group_id, tuple(nodes.get(owner, ())), token_weight, masked)
-            for owner, group_id, token_weight, masked in credit_rows
+            RolloutCredit(owner, group_id, tuple(nodes.get(owner, ())), token_weight, masked, json.loads(withheld))
+            for owner, group_id, token_weight, masked, withheld in credit_rows
         ]
 
     def ledger(self, *, step: int | None = None, split: str | None = None) -> Ledger:
@@ -132,8 +145,11 @@ class TrajectoryStore:
         found = self._select(rows.LEDGER_QUERY.format(where=where), values)
         total = Ledger()
         for row in found:
-            rollout, (credited, masked, sampled, trained) = rows.rollout_of(row[:-4]), row[-4:]
-            total += account(sampled, trained, masked) if credited else account_uncredited(rollout, sampled)
+            rollout, (credited, masked, withheld, sampled, trained) = rows.rollout_of(row[:-5]), row[-5:]
+            if credited:
+                total += account(sampled, trained, masked, json.loads(withheld))
+            else:
+                total += account_uncredited(rollout, sampled)
         return total
 
     def close(self) -> None:
@@ -158,9 +174,13 @@ class TrajectoryStore:
     def _insert_credit(self, connection: sqlite3.Connection, step: int, credit: RolloutCredit) -> None:
         try:
             connection.execute(
-                "INSERT INTO credits (rollout_id, step, group_id, token_weight, masked) VALUES (?, ?, ?, ?, ?)",
-                (credit.rollout_id, step, credit.group_id, credit.token_weight, credit.masked),
-            )
+                "INSERT INTO credits (rollout_id, step, group_id, token_weight, masked, withheld) "
+                "VALUES (?, ?, ?, ?, ?, ?)",
+                (
+                    credit.rollout_id, step, credit.group_id, credit.token_weight, credit.masked,
+                    json.dumps(dict(credit.withheld)),
+                ),
+            )  # fmt: skip
         except sqlite3.IntegrityError as error:
             raise StoreError(
                 f"rollout {credit.rollout_id!r} cannot be credited at step {step}: it is unknown to {self.path} or has "

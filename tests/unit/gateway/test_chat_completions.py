@@ -15,6 +15,9 @@ import pytest
 from openai import AsyncOpenAI
 
 from tests.fixtures.live_gateway import BASH, LiveGateway, live_gateway
+from upspiral.gateway.dialects.base import RolloutDesk
+from upspiral.gateway.dialects.openai_chat import read_exchange
+from upspiral.gateway.request import AnswerRequest, ToolChoice
 from upspiral.types import Rollout
 
 CALL = '<tool_call>\n{"name": "bash", "arguments": {"command": "ls"}}\n</tool_call>'
@@ -337,6 +340,75 @@ def test_a_broken_tool_call_arrives_as_text_with_the_reason(tmp_path: Path) -> N
     asyncio.run(main())
 
 
+def choose(name: str) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name}}
+
+
+def allow(mode: str, *names: str) -> dict[str, Any]:
+    return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": [choose(name) for name in names]}}
+
+
+def test_tool_choice_in_all_its_forms() -> None:
+    second = {"type": "function", "function": {"name": "edit"}}
+    for choice, expected, names in [
+        (None, ToolChoice("auto"), ["bash", "edit"]),
+        ("auto", ToolChoice("auto"), ["bash", "edit"]),
+        ("none", ToolChoice("none"), ["bash", "edit"]),
+        ("required", ToolChoice("required"), ["bash", "edit"]),
+        (choose("edit"), ToolChoice("named", "edit"), ["bash", "edit"]),
+        (allow("auto", "edit"), ToolChoice("auto"), ["edit"]),
+        (allow("required", "edit", "bash"), ToolChoice("required"), ["bash", "edit"]),
+    ]:
+        request = read({"tools": [BASH, second], "tool_choice": choice})
+        assert request.tool_choice == expected and [tool.name for tool in request.tools] == names
+
+
+def read(body: dict[str, Any]) -> AnswerRequest:
+    desk = RolloutDesk("tiny", decode=lambda ids: "", count=lambda request: 0)
+    return read_exchange({"model": "any", "messages": ASK, **body}, desk).request
+
+
+def test_messages_in_all_their_forms() -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    request = read(
+        {
+            "messages": [
+                {"role": "developer", "content": "D"},
+                {"role": "user", "content": parts, "name": "me"},
+                {"role": "system", "content": "mid-list"},
+                {"role": "assistant", "content": [{"type": "refusal", "refusal": "No."}]},
+                {"role": "user", "content": "Why?"},
+                {"role": "assistant", "content": None, "refusal": "Because.", "reasoning_content": "hm"},
+                {"role": "user", "content": "Then?"},
+            ]
+        }
+    )
+    assert [(m.role, m.text, m.thinking) for m in request.messages] == [
+        ("system", "D", None),
+        ("user", "ab", None),
+        ("system", "mid-list", None),
+        ("assistant", "No.", None),
+        ("user", "Why?", None),
+        ("assistant", "Because.", "hm"),
+        ("user", "Then?", None),
+    ]
+    assert request.model == "any"
+
+
+def test_top_k_filters_unless_the_owner_decides(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with live_gateway(tmp_path, ["one"] * 3) as live:
+            for name, policy, extra in [
+                ("a", {}, {"top_k": 5}),
+                ("b", {}, {"top_k": -1}),
+                ("c", {"top_p": 1.0}, {"top_k": 5}),
+            ]:
+                await ask(live.open(name, **policy), ASK, extra_body=extra)
+            assert [call.params.top_k for call in live.engine.calls] == [5, 0, 0]
+
+    asyncio.run(main())
+
+
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
@@ -347,7 +419,24 @@ def test_a_broken_tool_call_arrives_as_text_with_the_reason(tmp_path: Path) -> N
         ({"messages": [{"role": "user"}]}, r"messages\[0\].content is missing"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "only text parts"),
         ({"messages": [{"role": "tool", "content": "x"}]}, r"messages\[0\].tool_call_id must be"),
-        ({"tool_choice": "required"}, "tool_choice = 'required' is not supported"),
+        ({"tool_choice": "required"}, "tool_choice asks for a tool call, but tools offers none"),
+        ({"tool_choice": "some"}, "tool_choice = 'some' is not supported"),
+        ({"tool_choice": {"type": "function"}}, r"tool_choice\.function\.name must be"),
+        (
+            {"tools": [BASH], "tool_choice": choose("sh")},
+            r"tool_choice\.function\.name names 'sh', and tools offers bash",
+        ),
+        ({"tools": [BASH], "tool_choice": allow("auto", "sh")}, r"tool_choice\.allowed_tools\.tools names 'sh'"),
+        ({"tools": [BASH], "tool_choice": allow("auto")}, r"tool_choice\.allowed_tools\.tools allows no tool"),
+        ({"tools": [BASH], "tool_choice": allow("some", "bash")}, r"tool_choice\.allowed_tools\.mode is 'some'"),
+        ({"functions": [{"name": "f"}]}, "functions is the deprecated form of tools"),
+        ({"function_call": "auto"}, "function_call is the deprecated form of tool_choice"),
+        ({"messages": [{"role": "assistant", "function_call": {"name": "f"}}]}, r"messages\[0\]\.function_call"),
+        ({"messages": [{"role": "assistant", "reasoning_content": 3}]}, r"messages\[0\]\.reasoning_content must be"),
+        ({"tools": [{"type": "custom", "custom": {"name": "c"}}]}, r"tools\[0\]\.type is 'custom'"),
+        ({"stream_options": {"include_usage": 1}}, r"stream_options\.include_usage must be true or false"),
+        ({"model": 3}, "model must be a string"),
+        ({"top_k": -2}, "top_k must be an integer of at least -1"),
         ({"tools": [{"type": "function", "function": {}}]}, r"tools\[0\].function.name must be"),
         ({"tools": [3]}, r"tools\[0\] must be an object"),
         ({"n": 0}, "n must be an integer from 1 to 128"),
@@ -367,6 +456,7 @@ def test_bad_requests_name_the_field(tmp_path: Path, change: dict[str, Any], com
             status, body = await post(live, {"model": "m", "messages": ASK, **change}, key)
             assert status == 400
             assert body["error"]["type"] == "invalid_request_error" and body["error"]["code"] == "invalid_request"
+            assert body["error"]["message"].startswith(body["error"]["param"])
             assert re.search(complaint, body["error"]["message"]), body
             assert live.engine.calls == [] and live.nodes() == []
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from itertools import pairwise
 
-import pytest
-
 from upspiral.env.base import Task
 from upspiral.loop.curriculum import Curriculum
 
@@ -20,7 +18,7 @@ def task(index: int) -> Task:
 
 
 def curriculum(candidates: int, seed: int = 0) -> Curriculum:
-    return Curriculum(task, seed=seed, tasks_per_step=12, candidates=candidates, group_size=GROUP)
+    return Curriculum(task, seed=seed, tasks_per_step=12, candidates=candidates)
 
 
 def rewards(chosen: Task) -> list[float]:
@@ -66,9 +64,14 @@ def test_a_restart_that_is_told_the_past_chooses_the_same() -> None:
 
 def test_the_expected_signal_of_a_kind() -> None:
     subject = curriculum(candidates=1)
-    # A flat prior: every number of successes out of n is equally likely, and two of the n + 1 have no signal.
-    assert subject.expected_signal("never seen") == pytest.approx(1 - 2 / (GROUP + 1))
+    assert subject.expected_signal("never seen") == 0.5
     subject.observe((task(index), rewards(task(index))) for index in range(30))
-    assert subject.expected_signal("easy") < 0.15
-    assert subject.expected_signal("hopeless") < 0.15
-    assert subject.expected_signal("middling") > 0.95
+    assert subject.expected_signal("easy") < 0.1
+    assert subject.expected_signal("hopeless") < 0.1
+    assert subject.expected_signal("middling") > 0.9
+
+
+def test_a_kind_of_sure_successes_and_sure_failures_has_no_signal() -> None:
+    subject = curriculum(candidates=1)
+    subject.observe((task(0), [float(index % 2)] * GROUP) for index in range(20))
+    assert subject.expected_signal("easy") < 0.1

@@ -1,35 +1,41 @@
 """OpenAI chat completions: request bodies to AnswerRequest, calls to responses and stream chunks.
 
 Source: the OpenAI API reference of /v1/chat/completions. What would change the answer and is not supported is refused,
-never ignored; fields without influence on sampling (user, metadata, store ...) are let through.
+never ignored; fields without influence on sampling (user, metadata, store ...) are let through. Thinking travels as
+`reasoning_content`, as vLLM and DeepSeek serve it.
 """
 
 from __future__ import annotations
 
-import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import orjson
 
-from upspiral.errors import RequestError
 from upspiral.gateway.call import Call
+from upspiral.gateway.dialects.base import Failure, RolloutDesk, WireEvent
 from upspiral.gateway.dialects.fields import (
+    FieldError,
+    arguments_field,
+    choice_field,
     flag_field,
     list_field,
     number_field,
     object_field,
+    optional_text,
+    refuse_unsupported,
     shown,
     text_field,
     whole_field,
 )
+from upspiral.gateway.dialects.openai_shapes import model_entry, model_list, openai_error
+from upspiral.gateway.dialects.tool_choice import allowed_tools, named_choice, required_choice
 from upspiral.gateway.generation import AnswerEnd, AnswerEvent, Generation
 from upspiral.gateway.request import AnswerRequest, ToolChoice
-from upspiral.rendering.answer import CallPiece, TextPiece, ThinkingPiece
-from upspiral.rendering.renderer import Renderer
+from upspiral.rendering.answer import CallPiece, Piece, TextPiece
 from upspiral.types import Message, Role, ToolCall, ToolSpec
 
 _ROLES: Mapping[str, Role] = {
@@ -43,8 +49,6 @@ _MOST_ANSWERS = 128
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "audio": (),
     "frequency_penalty": (0,),
-    "function_call": (),
-    "functions": ([],),
     "logit_bias": ({},),
     "min_p": (0,),
     "modalities": (["text"],),
@@ -52,140 +56,126 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "presence_penalty": (0,),
     "repetition_penalty": (1,),
     "response_format": ({"type": "text"},),
-    "top_k": (0, -1),
     "top_logprobs": (0,),
     "web_search_options": (),
 }
 """Fields that we do not support, with the values that ask for nothing."""
+_DEPRECATED = {"functions": "tools", "function_call": "tool_choice"}
+
+
+class OpenAIChat:
+    """The dialect of /v1/chat/completions."""
+
+    mark = ""
+    request_id_header = "x-request-id"
+    keepalive = None
+    lookups = ()
+
+    def __init__(self) -> None:
+        self.answers = {"/v1/chat/completions": read_exchange}
+
+    def error(self, failure: Failure) -> Mapping[str, Any]:
+        return openai_error(failure)
+
+    def model(self, model_id: str) -> Mapping[str, Any]:
+        return model_entry(model_id)
+
+    def models(self, model_ids: Sequence[str]) -> Mapping[str, Any]:
+        return model_list(model_ids)
 
 
 @dataclass(frozen=True, slots=True)
-class ChatRequest:
+class ChatExchange:
     """A chat completion request: what to answer, and how to write the answer down."""
 
     request: AnswerRequest
     stream: bool
     include_usage: bool
     logprobs: bool
+    desk: RolloutDesk
+
+    def body(self, call: Call, events: Sequence[AnswerEvent]) -> Mapping[str, Any]:
+        del events  # a chat message has one place for text, whatever stood between its calls
+        choices: list[dict[str, Any]] = []
+        errors: list[str] = []
+        for generation in call.plan.generations:
+            answer = generation.answer()
+            errors.extend(answer.errors)
+            message = _wire_message(answer.message)
+            logprobs = _logprobs(generation, 0, len(generation.token_ids), self.desk) if self.logprobs else None
+            choices.append(
+                {
+                    "index": generation.index,
+                    "message": message,
+                    "finish_reason": generation.end,
+                    "logprobs": logprobs,
+                }
+            )
+        body = {**_envelope("chat.completion", self.desk.model_name), "choices": choices, "usage": _usage(call)}
+        # An extension: clients ignore it, and whoever debugs an agent sees why a tool call arrived as text.
+        return {**body, "upspiral": {"parse_errors": errors}} if errors else body
+
+    def writer(self, call: Call) -> _ChunkWriter:
+        return _ChunkWriter(self, call)
 
 
-def parse_request(body: Mapping[str, Any]) -> ChatRequest:
+def read_exchange(body: Mapping[str, Any], desk: RolloutDesk) -> ChatExchange:
     """Raises RequestError naming the field that is wrong."""
-    for key, neutral in _NEUTRAL.items():
-        if body.get(key) is not None and body[key] not in neutral:
-            raise RequestError(f"{key} = {shown(body[key])} is not supported; leave {key} out")
+    for key, instead in _DEPRECATED.items():
+        if body.get(key):
+            raise FieldError(key, f"is the deprecated form of {instead}, which is supported; use {instead}")
+    refuse_unsupported(body, _NEUTRAL)
+    stream_options = object_field(body, "stream_options", "")
+    return ChatExchange(
+        request=_request(body),
+        stream=flag_field(body, "stream", False),
+        include_usage=flag_field(stream_options, "include_usage", False, "stream_options"),
+        logprobs=flag_field(body, "logprobs", False),
+        desk=desk,
+    )
+
+
+def _request(body: Mapping[str, Any]) -> AnswerRequest:
     messages = tuple(_message(entry, f"messages[{i}]") for i, entry in enumerate(list_field(body, "messages", "")))
     if not messages:
-        raise RequestError("messages must be a list with at least one message")
-    max_tokens = whole_field(body, "max_completion_tokens", least=1) or whole_field(body, "max_tokens", least=1)
-    request = AnswerRequest(
+        raise FieldError("messages", "must be a list with at least one message")
+    tools = tuple(_tool(entry, f"tools[{i}]") for i, entry in enumerate(list_field(body, "tools", "")))
+    choice, tools = _tool_choice(body, tools)
+    return AnswerRequest(
         messages=messages,
-        tools=tuple(_tool(entry, f"tools[{i}]") for i, entry in enumerate(list_field(body, "tools", ""))),
-        tool_choice=_tool_choice(body.get("tool_choice")),
+        tools=tools,
+        tool_choice=choice,
         parallel_tool_calls=flag_field(body, "parallel_tool_calls", True),
         answers=whole_field(body, "n", least=1, most=_MOST_ANSWERS) or 1,
         stop_strings=_stop_strings(body.get("stop")),
-        max_tokens=max_tokens,
+        max_tokens=whole_field(body, "max_completion_tokens", least=1) or whole_field(body, "max_tokens", least=1),
         temperature=number_field(body, "temperature", least=0),
         top_p=number_field(body, "top_p", least=1e-6, most=1),
+        # vLLM's extension, where -1 means all.
+        top_k=whole_field(body, "top_k", least=-1),
         seed=whole_field(body, "seed", least=-(2**63)),
+        model=optional_text(body, "model"),
     )
-    stream_options = object_field(body, "stream_options", "body")
-    return ChatRequest(
-        request=request,
-        stream=flag_field(body, "stream", False),
-        include_usage=flag_field(stream_options, "include_usage", False),
-        logprobs=flag_field(body, "logprobs", False),
-    )
-
-
-def response(call: Call, chat: ChatRequest, renderer: Renderer, model_name: str) -> dict[str, Any]:
-    """The body of a finished call's answer."""
-    choices = []
-    errors: list[str] = []
-    for generation in call.plan.generations:
-        answer = generation.answer()
-        errors.extend(answer.errors)
-        choice = {"index": generation.index, "message": _wire_message(answer.message), "finish_reason": generation.end}
-        choice["logprobs"] = _logprobs(generation, 0, len(generation.token_ids), renderer) if chat.logprobs else None
-        choices.append(choice)
-    body = {**_envelope("chat.completion", model_name), "choices": choices, "usage": _usage(call)}
-    # An extension: clients ignore it, and whoever debugs an agent sees why a tool call arrived as text.
-    return {**body, "upspiral": {"parse_errors": errors}} if errors else body
-
-
-async def stream_chunks(call: Call, chat: ChatRequest, renderer: Renderer, model_name: str) -> AsyncIterator[bytes]:
-    """JSON of each chunk, as soon as its text is certain. Raises the call's error after the last chunk."""
-    writer = _ChunkWriter(_envelope("chat.completion.chunk", model_name), chat, call, renderer)
-    for index in range(chat.request.answers):
-        yield writer.chunk(index, {"role": "assistant", "content": ""})
-    async for event in call.events():
-        for chunk in writer.chunks(event):
-            yield chunk
-    if chat.include_usage:
-        yield writer.usage()
-
-
-class _ChunkWriter:
-    def __init__(self, envelope: dict[str, Any], chat: ChatRequest, call: Call, renderer: Renderer) -> None:
-        self._envelope = {**envelope, "usage": None} if chat.include_usage else envelope
-        self._logprobs = chat.logprobs
-        self._call = call
-        self._renderer = renderer
-        self._tool_calls = [0] * chat.request.answers
-        self._tokens = [0] * chat.request.answers
-
-    def chunks(self, event: AnswerEvent) -> list[bytes]:
-        deltas = [self._delta(event.answer, piece) for piece in event.pieces]
-        entries = self._entries(event) if self._logprobs and event.tokens else None
-        if entries and not deltas:
-            deltas = [{}]
-        # All log-probabilities of an event go with its first delta: the text of some is still held back.
-        written = [self.chunk(event.answer, delta, entries if i == 0 else None) for i, delta in enumerate(deltas)]
-        return [*written, self.chunk(event.answer, {}, end=event.end)] if event.end else written
-
-    def chunk(
-        self, index: int, delta: dict[str, Any], logprobs: dict[str, Any] | None = None, end: AnswerEnd | None = None
-    ) -> bytes:
-        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": end}
-        return orjson.dumps({**self._envelope, "choices": [choice]})
-
-    def usage(self) -> bytes:
-        return orjson.dumps({**self._envelope, "choices": [], "usage": _usage(self._call)})
-
-    def _entries(self, event: AnswerEvent) -> dict[str, Any]:
-        start = self._tokens[event.answer]
-        self._tokens[event.answer] += event.tokens
-        return _logprobs(self._call.plan.generations[event.answer], start, start + event.tokens, self._renderer)
-
-    def _delta(self, answer: int, piece: TextPiece | ThinkingPiece | CallPiece) -> dict[str, Any]:
-        if isinstance(piece, TextPiece):
-            return {"content": piece.text}
-        if isinstance(piece, ThinkingPiece):
-            return {"reasoning_content": piece.text}
-        index = self._tool_calls[answer]
-        self._tool_calls[answer] += 1
-        return {"tool_calls": [{"index": index, **_wire_call(piece.call)}]}
 
 
 def _message(entry: Mapping[str, Any], where: str) -> Message:
     role = _ROLES.get(str(entry.get("role")))
     if role is None:
-        raise RequestError(f"{where}.role is {shown(entry.get('role'))}; known roles are {', '.join(_ROLES)}")
+        raise FieldError(f"{where}.role", f"is {shown(entry.get('role'))}; known roles are {', '.join(_ROLES)}")
     text = _text(entry.get("content"), where)
     if role == "tool":
         return Message(role, text, tool_call_id=text_field(entry, "tool_call_id", where))
     if role != "assistant":
         if entry.get("content") is None:
-            raise RequestError(f"{where}.content is missing")
+            raise FieldError(f"{where}.content", "is missing")
         return Message(role, text)
     if entry.get("function_call") is not None:
-        raise RequestError(f"{where}.function_call is not supported; use tool_calls")
+        raise FieldError(f"{where}.function_call", "is not supported; use tool_calls")
+    refusal = optional_text(entry, "refusal", where)
     calls = tuple(
         _tool_call(call, f"{where}.tool_calls[{i}]") for i, call in enumerate(list_field(entry, "tool_calls", where))
     )
-    thinking = entry.get("reasoning_content")
-    return Message(role, text, thinking if isinstance(thinking, str) and thinking else None, calls)
+    return Message(role, text or refusal, optional_text(entry, "reasoning_content", where) or None, calls)
 
 
 def _text(content: Any, where: str) -> str:
@@ -193,54 +183,130 @@ def _text(content: Any, where: str) -> str:
     if content is None or isinstance(content, str):
         return content or ""
     if not isinstance(content, list):
-        raise RequestError(f"{where}.content must be a string or a list of text parts, not {shown(content)}")
+        raise FieldError(f"{where}.content", f"must be a string or a list of text parts, not {shown(content)}")
     texts: list[str] = []
     for index, part in enumerate(content):
         kind = part.get("type") if isinstance(part, dict) else None
         text = part.get(kind) if kind in ("text", "refusal") else None
         if not isinstance(text, str):
-            raise RequestError(f"{where}.content[{index}] is {shown(part)}; only text parts are supported")
+            raise FieldError(f"{where}.content[{index}]", f"is {shown(part)}; only text parts are supported")
         texts.append(text)
     return "".join(texts)
 
 
 def _tool_call(entry: Mapping[str, Any], where: str) -> ToolCall:
-    if entry.get("type", "function") != "function":
-        raise RequestError(f"{where}.type is {shown(entry.get('type'))}; only function calls are supported")
-    function = object_field(entry, "function", where)
-    name = text_field(function, "name", f"{where}.function")
-    arguments = function.get("arguments") or "{}"
-    try:
-        parsed = json.loads(arguments)
-    except (TypeError, ValueError) as error:
-        raise RequestError(f"{where}.function.arguments of {name!r} is not valid JSON: {error}") from error
-    if not isinstance(parsed, dict):
-        raise RequestError(f"{where}.function.arguments of {name!r} must be a JSON object, not {shown(parsed)}")
-    return ToolCall(text_field(entry, "id", where), name, arguments)
+    _check_function(entry, where, "calls of functions")
+    function, place = object_field(entry, "function", where), f"{where}.function"
+    name = text_field(function, "name", place)
+    return ToolCall(text_field(entry, "id", where), name, arguments_field(function, "arguments", place))
 
 
 def _tool(entry: Mapping[str, Any], where: str) -> ToolSpec:
-    if entry.get("type", "function") != "function":
-        raise RequestError(f"{where}.type is {shown(entry.get('type'))}; only functions are supported")
-    function = object_field(entry, "function", where)
-    description = function.get("description") or ""
-    if not isinstance(description, str):
-        raise RequestError(f"{where}.function.description must be a string, not {shown(description)}")
-    parameters = object_field(function, "parameters", f"{where}.function")
-    return ToolSpec(text_field(function, "name", f"{where}.function"), description, parameters)
+    _check_function(entry, where, "functions")
+    function, place = object_field(entry, "function", where), f"{where}.function"
+    parameters = object_field(function, "parameters", place)
+    return ToolSpec(text_field(function, "name", place), optional_text(function, "description", place), parameters)
 
 
-def _tool_choice(value: Any) -> ToolChoice:
-    if value not in (None, "auto", "none"):
-        raise RequestError(f'tool_choice = {shown(value)} is not supported; use "auto" or "none"')
-    return ToolChoice("none" if value == "none" else "auto")
+def _check_function(entry: Mapping[str, Any], where: str, supported: str) -> None:
+    kind = entry.get("type", "function")
+    if kind != "function":
+        raise FieldError(f"{where}.type", f"is {shown(kind)}; only {supported} are supported")
+
+
+def _tool_choice(body: Mapping[str, Any], tools: tuple[ToolSpec, ...]) -> tuple[ToolChoice, tuple[ToolSpec, ...]]:
+    """The choice, and the tools that the model may know of."""
+    value = body.get("tool_choice")
+    if value is None or value == "auto" or value == "none":
+        return ToolChoice("none" if value == "none" else "auto"), tools
+    if value == "required":
+        return required_choice(tools, "tool_choice"), tools
+    kind = value.get("type") if isinstance(value, dict) else None
+    if kind == "function":
+        name = text_field(object_field(value, "function", "tool_choice"), "name", "tool_choice.function")
+        return named_choice(name, tools, "tool_choice.function.name"), tools
+    if kind != "allowed_tools":
+        raise FieldError(
+            "tool_choice",
+            f'= {shown(value)} is not supported; use "auto", "none", "required", a function or allowed_tools',
+        )
+    where = "tool_choice.allowed_tools"
+    allowed = object_field(value, "allowed_tools", "tool_choice")
+    mode = choice_field(allowed, "mode", ("auto", "required"), where)
+    entries = list_field(allowed, "tools", where)
+    names = [
+        text_field(object_field(entry, "function", f"{where}.tools[{i}]"), "name", f"{where}.tools[{i}].function")
+        for i, entry in enumerate(entries)
+    ]
+    tools = allowed_tools(names, tools, f"{where}.tools")
+    return ToolChoice("required" if mode == "required" else "auto"), tools
 
 
 def _stop_strings(value: Any) -> tuple[str, ...]:
     strings = [value] if isinstance(value, str) else value or []
     if not isinstance(strings, list) or not all(isinstance(text, str) and text for text in strings):
-        raise RequestError(f"stop must be a non-empty string or a list of them, not {shown(value)}")
+        raise FieldError("stop", f"must be a non-empty string or a list of them, not {shown(value)}")
     return tuple(strings)
+
+
+class _ChunkWriter:
+    """Chunks in the order of the API: a role for each answer, deltas, a finish reason for each answer, usage."""
+
+    def __init__(self, exchange: ChatExchange, call: Call) -> None:
+        envelope = _envelope("chat.completion.chunk", exchange.desk.model_name)
+        self._envelope = {**envelope, "usage": None} if exchange.include_usage else envelope
+        self._exchange = exchange
+        self._call = call
+        self._tool_calls = [0] * exchange.request.answers
+        self._has_text = [False] * exchange.request.answers
+        self._tokens = [0] * exchange.request.answers
+
+    def opening(self) -> list[WireEvent]:
+        # What the content will be is not known yet: an answer of calls alone has none.
+        first = {"role": "assistant", "content": None}
+        return [self._chunk(index, first) for index in range(self._exchange.request.answers)]
+
+    def event(self, event: AnswerEvent) -> list[WireEvent]:
+        deltas = [self._delta(event.answer, piece) for piece in event.pieces]
+        entries = self._entries(event) if self._exchange.logprobs and event.tokens else None
+        if entries and not deltas:
+            deltas = [{}]
+        # All log-probabilities of an event go with its first delta: the text of some is still held back.
+        written = [self._chunk(event.answer, delta, entries if i == 0 else None) for i, delta in enumerate(deltas)]
+        if not event.end:
+            return written
+        last = {} if self._tool_calls[event.answer] or self._has_text[event.answer] else {"content": ""}
+        return [*written, self._chunk(event.answer, last, end=event.end)]
+
+    def closing(self) -> list[WireEvent]:
+        usage = {**self._envelope, "choices": [], "usage": _usage(self._call)}
+        last = [("", orjson.dumps(usage))] if self._exchange.include_usage else []
+        return [*last, ("", b"[DONE]")]
+
+    def failure(self, failure: Failure) -> list[WireEvent]:
+        return [("", orjson.dumps(openai_error(failure)))]
+
+    def _chunk(
+        self, index: int, delta: dict[str, Any], logprobs: dict[str, Any] | None = None, end: AnswerEnd | None = None
+    ) -> WireEvent:
+        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": end}
+        return "", orjson.dumps({**self._envelope, "choices": [choice]})
+
+    def _entries(self, event: AnswerEvent) -> dict[str, Any]:
+        start = self._tokens[event.answer]
+        self._tokens[event.answer] += event.tokens
+        generation = self._call.plan.generations[event.answer]
+        return _logprobs(generation, start, start + event.tokens, self._exchange.desk)
+
+    def _delta(self, answer: int, piece: Piece) -> dict[str, Any]:
+        if isinstance(piece, CallPiece):
+            index = self._tool_calls[answer]
+            self._tool_calls[answer] += 1
+            return {"tool_calls": [{"index": index, **_wire_call(piece.call)}]}
+        if isinstance(piece, TextPiece):
+            self._has_text[answer] = True
+            return {"content": piece.text}
+        return {"reasoning_content": piece.text}
 
 
 def _wire_message(message: Message) -> dict[str, Any]:
@@ -257,10 +323,10 @@ def _wire_call(call: ToolCall) -> dict[str, Any]:
     return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
 
 
-def _logprobs(generation: Generation, start: int, stop: int, renderer: Renderer) -> dict[str, Any]:
-    entries = []
+def _logprobs(generation: Generation, start: int, stop: int, desk: RolloutDesk) -> dict[str, Any]:
+    entries: list[dict[str, Any]] = []
     for index in range(start, stop):
-        text = renderer.decode([generation.token_ids[index]])
+        text = desk.decode([generation.token_ids[index]])
         logprob = float(generation.logprobs[index])
         entries.append({"token": text, "logprob": logprob, "bytes": list(text.encode()), "top_logprobs": []})
     return {"content": entries, "refusal": None}

@@ -1,0 +1,127 @@
+"""Responses that a rollout may come back to, by `previous_response_id`, by item reference, or to read them again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from upspiral.errors import RequestError
+from upspiral.gateway.dialects.base import RolloutDesk, WireRequest
+from upspiral.gateway.dialects.fields import FieldError, choice_field, shown
+from upspiral.gateway.dialects.memory import Memory
+from upspiral.gateway.dialects.openai_responses.items import Item
+from upspiral.types import Message
+
+_PREFIX = "response:"
+_MOST_LISTED, _LISTED = 100, 20
+
+
+class UnknownResponseError(FieldError):
+    """No response of this rollout has this id."""
+
+    status = 404
+    code = "response_not_found"
+
+
+class PreviousResponseError(UnknownResponseError):
+    """`previous_response_id` names none."""
+
+    code = "previous_response_not_found"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StoredResponse:
+    body: Mapping[str, Any]
+    inputs: Sequence[Item]
+    """Everything it was answered from, responses before it included."""
+
+    @property
+    def items(self) -> list[Item]:
+        """What a response that follows it starts from."""
+        return [*self.inputs, *self.body["output"]]
+
+
+def keep(memory: Memory, response: StoredResponse, messages: Sequence[Message]) -> None:
+    memory.keep(_PREFIX + response.body["id"], response, sum(_size_bytes(message) for message in messages))
+
+
+def _size_bytes(message: Message) -> int:
+    """About what a message's items take in memory."""
+    arguments = sum(len(call.arguments) for call in message.tool_calls)
+    return 500 + len(message.text) + len(message.thinking or "") + arguments
+
+
+def previous_items(memory: Memory, value: Any) -> list[Item]:
+    """The items behind `previous_response_id`; [] without one."""
+    if value is None:
+        return []
+    response = memory.find(f"{_PREFIX}{value}")
+    if response is None:
+        raise PreviousResponseError(
+            "previous_response_id",
+            f"= {shown(value)} names no stored response: it was made with store=false, by another rollout, or too long "
+            "ago; send the whole input",
+        )
+    return response.items
+
+
+def find_item(memory: Memory, item_id: str) -> Item | None:
+    for response in memory.newest_first():
+        for item in response.items:
+            if item.get("id") == item_id:
+                return item
+    return None
+
+
+def retrieve(wanted: WireRequest, desk: RolloutDesk) -> Mapping[str, Any]:
+    if wanted.query.get("stream") == "true":
+        raise FieldError("stream", "= true is not supported for a stored response; read it whole")
+    return _stored(wanted, desk).body
+
+
+def delete(wanted: WireRequest, desk: RolloutDesk) -> Mapping[str, Any]:
+    name = _stored(wanted, desk).body["id"]
+    desk.memory.forget(_PREFIX + name)
+    return {"id": name, "object": "response", "deleted": True}
+
+
+def cancel(wanted: WireRequest, desk: RolloutDesk) -> Mapping[str, Any]:
+    response = _stored(wanted, desk)
+    raise RequestError(f"response {response.body['id']} is complete; only background responses can be cancelled")
+
+
+def list_input_items(wanted: WireRequest, desk: RolloutDesk) -> Mapping[str, Any]:
+    """A page of what a response was answered from, newest first unless `order` says otherwise."""
+    items = [_shown_item(item, index) for index, item in enumerate(_stored(wanted, desk).inputs)]
+    if choice_field(wanted.query, "order", ("asc", "desc")) != "asc":
+        items.reverse()
+    after = wanted.query.get("after")
+    if after is not None:
+        start = next((index + 1 for index, item in enumerate(items) if item["id"] == after), None)
+        if start is None:
+            raise FieldError("after", f"= {shown(after)} is no input item of this response")
+        items = items[start:]
+    limit = wanted.query.get("limit", str(_LISTED))
+    if not limit.isascii() or not limit.isdigit() or not 1 <= int(limit[:4]) <= _MOST_LISTED:
+        raise FieldError("limit", f"must be an integer from 1 to {_MOST_LISTED}, not {shown(limit)}")
+    page = items[: int(limit)]
+    first, last = (page[0]["id"], page[-1]["id"]) if page else (None, None)
+    return {"object": "list", "data": page, "first_id": first, "last_id": last, "has_more": len(items) > len(page)}
+
+
+def _shown_item(item: Item, index: int) -> Item:
+    """With the fields that clients may leave out of what they send."""
+    shown_item = {"type": "message", "id": f"item_{index}", **item}
+    if isinstance(shown_item.get("content"), str):
+        kind = "output_text" if shown_item.get("role") == "assistant" else "input_text"
+        shown_item["content"] = [{"type": kind, "text": shown_item["content"]}]
+    return shown_item
+
+
+def _stored(wanted: WireRequest, desk: RolloutDesk) -> StoredResponse:
+    name = wanted.path["response_id"]
+    response = desk.memory.find(_PREFIX + name)
+    if response is None:
+        raise UnknownResponseError("response_id", f"= {shown(name)} names no stored response of this rollout")
+    return response

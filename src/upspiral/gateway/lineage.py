@@ -1,0 +1,122 @@
+"""What caused what between the trees of a rollout: spawn, join, compaction.
+
+Content is the evidence: a conversation whose opening repeats an argument of a tool call was started by that call, one
+that repeats an answer given before goes on from it as a summary, and a tool result that repeats the last answer of a
+started conversation brings it home. Only where content says nothing, headers that name a parent or a purpose decide.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from upspiral.gateway.hints import Hints
+from upspiral.trajectory.graph import TrajectoryGraph
+from upspiral.types import Edge, Message, Node
+
+LEAST_QUOTE = 24
+"""Characters that a repeated text has to have: shorter ones repeat by chance."""
+COMPACTION = "compaction"
+"""What Codex says the purpose of a request is that asks for a summary."""
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """How a new conversation came about. `reason` becomes the reason of its first node."""
+
+    reason: str
+    source: int
+    evidence: str
+
+
+class Lineage:
+    """Of one rollout. Looks at committed nodes only."""
+
+    def __init__(self, graph: TrajectoryGraph) -> None:
+        self._graph = graph
+        self._conversation_of: dict[int, str] = {}
+        """Answer node -> what the agent called its conversation."""
+        self._purpose_of: dict[int, str] = {}
+        self._started: dict[int, int] = {}
+        """First node of a spawned conversation -> the answer that started it."""
+
+    def start_of(self, opening: Sequence[Message], hints: Hints) -> Start | None:
+        """How a conversation that begins with these messages came about; None: nobody in this rollout started it."""
+        text = "\n".join(message.text for message in opening if message.role in ("system", "user"))
+        quotes = [(length, start) for start, length in self._quotes(text)]
+        if quotes:
+            return max(quotes, key=lambda quote: (quote[0], quote[1].source))[1]
+        return self._start_by_header(hints)
+
+    def answered(self, node: Node, hints: Hints) -> None:
+        """Takes in a new answer."""
+        self._conversation_of[node.id] = hints.conversation
+        self._purpose_of[node.id] = hints.purpose
+
+    def started(self, first: Node, start: Start) -> Edge:
+        """The edge of a new conversation whose first node is now in the graph."""
+        if start.reason == "spawn":
+            self._started[first.id] = start.source
+        evidence = "content" if start.evidence == "content" else "header"
+        return Edge("spawn" if start.reason == "spawn" else "compaction", start.source, first.id, evidence)
+
+    def joins(self, nodes: Sequence[Node]) -> list[Edge]:
+        """Edges from spawned conversations to the new nodes whose messages repeat their last answers."""
+        results = [node for node in nodes if node.role in ("tool", "user") and node.message]
+        if not results or not self._started:
+            return []
+        edges = []
+        for first in self._started:
+            last = self._last_answer(first)
+            said = last.message.text.strip() if last is not None and last.message is not None else ""
+            for node in results:
+                if last is not None and said and said in _text(node) and not self._is_below(node, first):
+                    edges.append(Edge("join", last.id, node.id))
+        return edges
+
+    def _quotes(self, text: str) -> Iterator[tuple[Start, int]]:
+        """What the opening repeats of earlier answers, with how much of it."""
+        for node in self._graph.nodes:
+            if node.message is None or node.role != "assistant" or node.auxiliary:
+                continue
+            said = node.message.text.strip()
+            if len(said) >= LEAST_QUOTE and said in text:
+                yield Start("compaction", node.id, "content"), len(said)
+            for call in node.message.tool_calls:
+                longest = max((len(value) for value in _strings(call.arguments) if value in text), default=0)
+                if longest:
+                    yield Start("spawn", node.id, "content"), longest
+
+    def _start_by_header(self, hints: Hints) -> Start | None:
+        newest = sorted(self._conversation_of, reverse=True)
+        asked = next((node for node in newest if self._purpose_of[node] == COMPACTION), None)
+        if asked is not None and self._conversation_of[asked] == hints.conversation and hints.purpose != COMPACTION:
+            return Start("compaction", asked, "header")
+        parent = next((node for node in newest if hints.parent and self._conversation_of[node] == hints.parent), None)
+        return None if parent is None else Start("spawn", parent, "header")
+
+    def _last_answer(self, first: int) -> Node | None:
+        """The newest answer below a node."""
+        below = [node for node in self._conversation_of if self._is_below(self._graph.nodes[node], first)]
+        return self._graph.nodes[max(below)] if below else None
+
+    def _is_below(self, node: Node, ancestor: int) -> bool:
+        current: int | None = node.id
+        while current is not None and current > ancestor:
+            current = self._graph.nodes[current].parent
+        return current == ancestor
+
+
+def _text(node: Node) -> str:
+    return node.message.text if node.message else ""
+
+
+def _strings(arguments: str) -> list[str]:
+    """The texts among a call's arguments that are long enough to tell."""
+    try:
+        value = json.loads(arguments)
+    except ValueError:
+        return []
+    values = value.values() if isinstance(value, dict) else []
+    return [text.strip() for text in values if isinstance(text, str) and len(text.strip()) >= LEAST_QUOTE]
