@@ -43,6 +43,7 @@ def run_command(arguments: Sequence[str]) -> int:
 
 def make_app() -> App:
     """The command tree."""
+    from upspiral.cli.agent import get_agents, list_agents
     from upspiral.cli.doctor import doctor
     from upspiral.cli.export import export
     from upspiral.cli.model import get, list_models
@@ -72,6 +73,10 @@ def make_app() -> App:
     template = App(name="template", help="Look at chat templates.")
     template.command(check)
     app.command(template)
+    agent = App(name="agent", help="Fetch and list the agents that runs can start.")
+    agent.command(get_agents, name="get")
+    agent.command(list_agents, name="list")
+    app.command(agent)
     return app
 
 
