@@ -16,7 +16,7 @@ BIN := .venv/bin
 STAMP := .venv/.upspiral-installed
 PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 
-.PHONY: help setup demo test check bench clean
+.PHONY: help setup agents demo test check bench clean
 
 help: ## list these targets
 	@awk -F':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,6 +33,9 @@ $(STAMP): pyproject.toml constraints.txt
 	  $(PIP_INSTALL) -e '.[train,agents,dev]'; \
 	  touch $@; \
 	  echo "set-up: done in $$((SECONDS - started)) s, .venv is $$(du -sh .venv | cut -f1)"
+
+agents: $(STAMP) ## fetch the agents that runs and tests can start, from npm and PyPI, into the cache
+	@$(BIN)/upspiral agent get
 
 demo: $(STAMP) ## train a real model on this machine (about 15 minutes on 2 cores), then write report.html
 	@$(BIN)/upspiral model get smollm2-135m

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-from upspiral.sandbox.base import Sandbox
+from upspiral.sandbox.base import Sandbox, SandboxSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,10 +24,16 @@ class AgentTask:
     api_key: str
     tools_url: str
     tools_key: str
+    context_length: int = 0
+    """The most tokens that a prompt plus its completion may have; 0: not known."""
 
 
 class AgentRunner(Protocol):
     """Starts agents."""
+
+    def furnish(self, spec: SandboxSpec) -> SandboxSpec:
+        """The spec of a rollout's sandbox with what the agent needs in it."""
+        ...
 
     async def run(self, task: AgentTask, sandbox: Sandbox, *, timeout_s: float) -> str:
         """The agent's answer. Raises AgentError when the agent crashes, DeadlineError when it does not end in time."""

@@ -6,9 +6,11 @@ UPSPIRAL_INSTRUCTION (and on stdin). What it prints to stdout is its answer. Its
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from upspiral.agent.base import AgentTask
 from upspiral.errors import AgentError, DeadlineError
-from upspiral.sandbox.base import Sandbox
+from upspiral.sandbox.base import Sandbox, SandboxSpec
 
 GATEWAY_PORT = 8417
 """Loopback port inside the sandbox that leads to the gateway."""
@@ -19,6 +21,9 @@ class CommandAgent:
 
     def __init__(self, command: str) -> None:
         self._command = command
+
+    def furnish(self, spec: SandboxSpec) -> SandboxSpec:
+        return spec
 
     async def start(self) -> None:
         return
@@ -33,12 +38,17 @@ class CommandAgent:
             "OPENAI_MODEL": task.model,
             "UPSPIRAL_INSTRUCTION": task.instruction,
         }
-        result = await sandbox.exec(
-            self._command, timeout_s=timeout_s, stdin=task.instruction.encode(), env=environment
-        )
-        if result.timed_out:
-            raise DeadlineError(f"the agent's command did not end within {timeout_s:g} s")
-        if result.exit_code != 0:
-            last_words = result.stderr.decode(errors="replace").strip()[-500:] or "it printed nothing to stderr"
-            raise AgentError(f"the agent's command exited with {result.exit_code}: {last_words}")
-        return result.stdout.decode(errors="replace").strip()
+        return await answer_of(self._command, task, environment, sandbox, timeout_s)
+
+
+async def answer_of(
+    command: str, task: AgentTask, environment: Mapping[str, str], sandbox: Sandbox, timeout_s: float
+) -> str:
+    """What a command prints that gets the task's instruction on stdin. Raises what AgentRunner.run raises."""
+    result = await sandbox.exec(command, timeout_s=timeout_s, stdin=task.instruction.encode(), env=environment)
+    if result.timed_out:
+        raise DeadlineError(f"the agent's command did not end within {timeout_s:g} s")
+    if result.exit_code != 0:
+        last_words = result.stderr.decode(errors="replace").strip()[-500:] or "it printed nothing to stderr"
+        raise AgentError(f"the agent's command exited with {result.exit_code}: {last_words}")
+    return result.stdout.decode(errors="replace").strip()

@@ -17,7 +17,7 @@ from typing import Any
 
 from upspiral.agent.base import AgentTask
 from upspiral.errors import AgentError, DeadlineError
-from upspiral.sandbox.base import Sandbox
+from upspiral.sandbox.base import Sandbox, SandboxSpec
 
 START_TIMEOUT_S = 60.0
 CANCEL_GRACE_S = 2.0
@@ -147,6 +147,9 @@ class WorkerPool:
         self._agent_file = agent_file
         self._workers = [_WorkerProcess(agent_file) for _ in range(workers)]
         self._replacing = asyncio.Lock()
+
+    def furnish(self, spec: SandboxSpec) -> SandboxSpec:
+        return spec  # the agent runs outside
 
     async def start(self) -> None:
         """Raises AgentError when the file cannot be imported or defines no `async def agent(task)`."""

@@ -21,7 +21,7 @@ def switched_off(config: RunConfig) -> dict[str, str]:
     if config.env.kind != "shell":
         for name in ("levels", "kinds", "shapes"):
             off[f"env.{name}"] = 'only env.kind = "shell" has a ladder; drop this key'
-    if config.agent.command is not None:
+    if config.agent.file is None:
         off["agent.workers"] = "only agent.file has worker processes; drop this key"
     return off
 

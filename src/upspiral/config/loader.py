@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -164,11 +166,20 @@ def _describe(detail: ErrorDetails, given: _Given) -> Iterator[str]:
     elif location in all_keys() and location not in given.under(location):
         yield from (f"{given.show(key)}: no such key; {location} is not a section" for key in given.under(location))
     else:
-        yield f"{given.show(location)}: {message[:1].lower()}{message[1:]}"
+        yield f"{given.show(location)}: {message[:1].lower()}{message[1:]}{_nearest_value(detail)}"
+
+
+def _nearest_value(detail: ErrorDetails) -> str:
+    """Where only certain words are allowed: the one that was most likely meant."""
+    if detail["type"] != "literal_error" or not isinstance(detail["input"], str):
+        return ""
+    allowed = re.findall(r"'([^']*)'", detail.get("ctx", {}).get("expected", ""))
+    close = get_close_matches(detail["input"], allowed, n=1)
+    return f"; did you mean {toml_value(close[0])}?" if close else ""
 
 
 def _what_it_needs(section: str) -> str:
-    needed = {"agent": "set agent.file or agent.command"}
+    needed = {"agent": "set agent.file, agent.command or agent.kind"}
     return needed.get(section, "add it")
 
 

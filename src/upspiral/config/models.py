@@ -80,13 +80,28 @@ class EnvConfig(_Section):
         return self
 
 
+AgentKind = Literal[
+    "claude-code",
+    "codex",
+    "opencode",
+    "qwen-code",
+    "mini-swe-agent",
+    "smolagents",
+    "openai-agents",
+    "pydantic-ai",
+    "langgraph",
+]
+
+
 class AgentConfig(_Section):
-    """The program that acts. Exactly one of `file` and `command`."""
+    """The program that acts. Exactly one of `file`, `command` and `kind`."""
 
     file: str | None = None
     """A Python file with `async def agent(task)`; a path relative to the run file."""
     command: str | None = None
     """A command line started inside the sandbox instead."""
+    kind: AgentKind | None = None
+    """An agent from `upspiral agent list`, started unmodified inside the sandbox instead."""
     workers: PositiveInt = 1
     """Warm worker processes for `file`."""
     concurrency: PositiveInt = 64
@@ -100,9 +115,10 @@ class AgentConfig(_Section):
 
     @model_validator(mode="after")
     def _one_agent(self) -> AgentConfig:
-        if (self.file is None) == (self.command is None):
-            given = "both" if self.file is not None else "neither"
-            raise ValueError(f"set exactly one of agent.file and agent.command; {given} is set")
+        given = [f"agent.{name}" for name in ("file", "command", "kind") if getattr(self, name) is not None]
+        if len(given) != 1:
+            found = " and ".join(given) or "none"
+            raise ValueError(f"set exactly one of agent.file, agent.command and agent.kind; {found} is set")
         return self
 
 

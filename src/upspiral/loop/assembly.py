@@ -13,6 +13,7 @@ from starlette.routing import Mount
 
 from upspiral.agent.base import AgentRunner
 from upspiral.agent.command import GATEWAY_PORT, CommandAgent
+from upspiral.agent.launched import LaunchedAgent
 from upspiral.agent.pool import WorkerPool
 from upspiral.config.models import RunConfig
 from upspiral.engine.embedded.engine import EmbeddedEngine
@@ -88,7 +89,9 @@ def num_lanes(config: RunConfig) -> int:
 def _agents(config: RunConfig) -> AgentRunner:
     if config.agent.command is not None:
         return CommandAgent(config.agent.command)
-    assert config.agent.file is not None, "the config has exactly one of agent.file and agent.command"
+    if config.agent.kind is not None:
+        return LaunchedAgent(config.agent.kind)
+    assert config.agent.file is not None, "the config has exactly one of agent.file, agent.command and agent.kind"
     return WorkerPool(Path(config.agent.file), workers=config.agent.workers)
 
 
@@ -109,7 +112,8 @@ async def _serve(config: RunConfig, folder: RunFolder, stage: Stage, stack: Asyn
     app = Starlette(routes=[Mount("/agent", app=stage.tools.app), Mount("/", app=stage.gateway.app)])
     url = await stack.enter_async_context(serve_app(app, host="127.0.0.1", port=0))
     sockets: tuple[tuple[int, str], ...] = ()
-    if config.agent.command is not None:
+    if config.agent.file is None:
         await stack.enter_async_context(serve_app(app, unix_socket=folder.gateway_socket))
         sockets = ((GATEWAY_PORT, str(folder.gateway_socket)),)
-    return Addresses(f"{url}/v1", f"{url}/agent/tools", config.model.path, sockets)
+    window = config.engine.context_length
+    return Addresses(f"{url}/v1", f"{url}/agent/tools", config.model.path, sockets, window)

@@ -32,6 +32,8 @@ class Addresses:
     model: str
     forward_sockets: tuple[tuple[int, str], ...] = ()
     """For agents inside the sandbox: loopback port inside -> unix socket of the gateway."""
+    context_length: int = 0
+    """Of the model, for agents that manage their context; 0: not known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +90,7 @@ class RolloutRunner:
         key = self._stage.gateway.open_rollout(rollout, policy=attempt.policy, engine=attempt.engine)
         spec = SandboxSpec(files=attempt.task.files, forward_sockets=dict(self._addresses.forward_sockets))
         try:
-            async with self._stage.sandboxes.acquire(spec) as sandbox:
+            async with self._stage.sandboxes.acquire(self._stage.agents.furnish(spec)) as sandbox:
                 acted = await self._act(attempt, key, sandbox)
                 if acted.status is RolloutStatus.FAILED:
                     return acted
@@ -135,6 +137,7 @@ class RolloutRunner:
             api_key=key,
             tools_url=self._addresses.tools_url,
             tools_key=tools_key,
+            context_length=self._addresses.context_length,
         )
 
 

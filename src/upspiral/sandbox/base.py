@@ -16,6 +16,10 @@ class Limits:
     """What one sandbox may use."""
 
     memory_mb: int = 512
+    """Of each process."""
+    memory_counts: Literal["mapped", "writable"] = "mapped"
+    """"mapped": all address space counts. "writable": only private memory that may be written counts, for programs
+    such as Node that reserve many gigabytes of address space and touch a small part."""
     processes: int = 64
     file_mb: int = 64
     """The largest single file that may be written."""
@@ -35,6 +39,8 @@ class SandboxSpec:
     network: Literal["none"] = "none"
     forward_sockets: Mapping[int, str] = field(default_factory=dict)
     """Loopback port inside -> path of a unix socket on the host. The only way out of a sandbox."""
+    mounts: Mapping[str, str] = field(default_factory=dict)
+    """Folder or file on the host -> where it is seen inside, read-only; a path below /opt."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -58,7 +58,10 @@ def test_the_agent_file_is_found_beside_the_run_file(folder: Path) -> None:
         ("", {"trainer.lr": "fast"}, 'trainer.lr = "fast" on the command line: input should be a valid number'),
         ("steps = 0", {}, "steps = 0 in demo.toml: input should be greater than 0"),
         ("trainer = 3", {}, "trainer = 3 in demo.toml: it is a section"),
-        ("[agent]\ntimeout_s = 9", {}, "set exactly one of agent.file and agent.command; neither is set"),
+        ("[agent]\ntimeout_s = 9", {}, "set exactly one of agent.file, agent.command and agent.kind; none is set"),
+        ("[agent]\nkind = 'codex'\ncommand = 'x'", {}, "agent.command and agent.kind is set"),
+        ("[agent]\nkind = 'claude'", {}, 'did you mean "claude-code"?'),
+        ("[agent]\nkind = 'codex'\nworkers = 2", {}, "agent.workers = 2 in demo.toml does nothing"),
         ("[agent]\nfile = 'gone.py'", {}, "agent.file"),
         ("[env]\nkind = 'python'\nfile = 'gone.py'", {}, 'env.file = "gone.py" in demo.toml: no file at'),
         ("[env]\nkind = 'python'", {}, 'env.file belongs to env.kind = "python"'),
@@ -88,7 +91,7 @@ def test_a_missing_run_file_and_a_missing_agent_section_are_named(tmp_path: Path
     with pytest.raises(ConfigError, match="no run file at"):
         load_run_config(tmp_path / "nothing.toml")
     (tmp_path / "bare.toml").write_text("steps = 1\n")
-    with pytest.raises(ConfigError, match=r"set agent\.file or agent\.command"):
+    with pytest.raises(ConfigError, match=r"set agent\.file, agent\.command or agent\.kind"):
         load_run_config(tmp_path / "bare.toml")
 
 

@@ -70,6 +70,24 @@ def test_an_exhausted_script_says_how_long_it_was() -> None:
         play(engine)
 
 
+def test_a_line_waits_for_the_prompt_that_contains_its_text() -> None:
+    script = [ScriptLine(text="1"), ScriptLine(text="t", when="title"), ScriptLine(text="2")]
+    engine = ScriptedEngine(script, encode=lambda t: [ord(c) for c in t], decode=lambda ids: "".join(map(chr, ids)))
+    said = [play(engine, prompt=tuple(map(ord, prompt))) for prompt in ("task", "a title", "task and title")]
+    assert ["".join(map(chr, ids(chunks)[:-1])) for chunks in said] == ["1", "t", "2"]
+    assert [call.answer_ids for call in engine.calls] == [(ord(c), STOP) for c in "1t2"]
+
+
+def test_lines_for_other_prompts_are_not_played() -> None:
+    line = ScriptLine(text="t", when="title")
+    with pytest.raises(ConfigError, match="needs `decode`"):
+        engine_of(line)
+    engine = ScriptedEngine([line], encode=lambda text: [9], decode=lambda ids: "task")
+    with pytest.raises(EngineError, match="has 0 lines and 1 for other prompts, and answer 1 was asked for"):
+        play(engine)
+    assert engine.remaining == 1
+
+
 def test_closing_cancels() -> None:
     engine = engine_of(ScriptLine(text="hello world"))
 
@@ -85,9 +103,10 @@ def test_closing_cancels() -> None:
 
 def test_reading_a_file(tmp_path: Path) -> None:
     path = tmp_path / "script.jsonl"
-    path.write_text('{"text": "a\u2028b"}\n\n{"token_ids": [1, 2]}\n')
-    assert read_script(path) == [ScriptLine(text="a\u2028b"), ScriptLine(token_ids=(1, 2))]
-    engine = ScriptedEngine.from_file(path, encode=lambda text: [len(text)])
+    path.write_text('{"text": "a\u2028b"}\n\n{"token_ids": [1, 2]}\n{"text": "b", "when": "c"}')
+    assert read_script(path)[:2] == [ScriptLine(text="a\u2028b"), ScriptLine(token_ids=(1, 2))]
+    assert read_script(path)[2] == ScriptLine(text="b", when="c")
+    engine = ScriptedEngine.from_file(path, encode=lambda text: [len(text)], decode=lambda ids: "")
     assert ids(play(engine)) == [3, STOP]
 
 
@@ -97,6 +116,8 @@ def test_reading_a_file(tmp_path: Path) -> None:
         ('{"text": 1}', r'line 2: "text" must be a string'),
         ('{"token_ids": [1, true]}', 'line 2: "token_ids" must be a list of integers'),
         ('{"txt": "a"}', "line 2: a script line is"),
+        ('{"when": "a"}', "line 2: a script line is"),
+        ('{"text": "a", "when": 1}', 'line 2: "when" must be a string'),
         ('{"text": "a", "token_ids": []}', "line 2: a script line is"),
         ("{", "line 2: Expecting"),
     ],

@@ -168,6 +168,26 @@ def test_memory_bomb(root: Path) -> None:
     assert done.exit_code != 0
 
 
+def test_reserved_memory_need_not_count(root: Path) -> None:
+    """As a JavaScript engine does it: 32 GB reserved, little of it written."""
+    reserve = "python3 -c 'import mmap; mmap.mmap(-1, 32 << 30, prot=mmap.PROT_READ, flags=34); print(b\"x\" * 3)'"
+    assert run_one(reserve, root).exit_code != 0
+    limits = Limits(memory_counts="writable")
+    assert run_one(reserve, root, SandboxSpec(limits=limits)).stdout == b"b'xxx'\n"
+    done = run_one("x=$(head -c 600M /dev/zero | tr '\\0' x)", root, SandboxSpec(limits=limits))
+    assert done.exit_code != 0
+
+
+def test_mounts_can_be_read_and_not_written(root: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder = tmp_path_factory.mktemp("tool")
+    folder.chmod(0o755)
+    (folder / "file").write_text("content")
+    spec = SandboxSpec(mounts={str(folder): "/opt/tool"})
+    done = run_one("cat /opt/tool/file; echo x > /opt/tool/file; ls /opt; ls -d /tmp/*", root, spec)
+    assert done.stdout.split() == [b"content", b"tool"] and b"Read-only file system" in done.stderr
+    assert (folder / "file").read_text() == "content"
+
+
 def test_disk_flood(root: Path) -> None:
     done = run_one("head -c 10M /dev/zero > big; stat -c %s big", root, SandboxSpec(limits=Limits(file_mb=2)))
     assert done.stdout.split() == [str(2 << 20).encode()]
@@ -425,9 +445,11 @@ def test_forwarded_sockets_reach_the_host(root: Path, echo_socket: str) -> None:
 def test_a_spec_that_cannot_be_honoured_is_refused(root: Path) -> None:
     async def check() -> None:
         backend = NamespaceBackend(root)
-        for sockets in ({80: "/no/such/socket"}, {0: "/"}, {70000: "/"}):
+        bad = [SandboxSpec(forward_sockets=each) for each in ({80: "/no/such/socket"}, {0: "/"}, {70000: "/"})]
+        bad += [SandboxSpec(mounts=each) for each in ({"/no/such/folder": "/opt/x"}, {"/": "/etc"}, {"/": "/opt/../x"})]
+        for spec in bad:
             with pytest.raises(CapabilityError):
-                async with backend.acquire(SandboxSpec(forward_sockets=sockets)):
+                async with backend.acquire(spec):
                     pass
         await backend.stop()
 

@@ -210,6 +210,11 @@ def _check(spec: SandboxSpec) -> None:
             raise CapabilityError(f"forward_sockets: {port} is not a port; use 1 to 65535")
         if not os.path.exists(path):
             raise CapabilityError(f"forward_sockets[{port}]: there is no socket at {path}")
+    for path, inside in spec.mounts.items():
+        if not os.path.exists(path):
+            raise CapabilityError(f"mounts: there is nothing at {path} to be mounted at {inside}")
+        if os.path.normpath(inside) != inside or not inside.startswith("/opt/"):
+            raise CapabilityError(f"mounts[{path}]: {inside!r} is no path below /opt; use one such as /opt/agent")
 
 
 def _descriptor(open_files: contextlib.ExitStack, content: bytes) -> int:

@@ -129,6 +129,8 @@ def arguments(spec: SandboxSpec, identity: Identity, places: Places) -> list[str
     for folder in ("/dev/shm", "/tmp", "/var/tmp"):
         result += ["--perms", "1777", "--size", str(_TMP_BYTES), "--tmpfs", folder]
     result += _forwarding(spec.forward_sockets)
+    for path, inside in spec.mounts.items():
+        result += ["--ro-bind", os.path.realpath(path), inside]
     result += ["--bind", str(places.workspace), HOME, "--chdir", HOME]
     return result
 
@@ -187,15 +189,18 @@ def script_arguments(descriptor: int) -> list[str]:
 
 def _limits(limits: Limits) -> str:
     kib = 1024
+    # RLIMIT_DATA counts private writable memory since Linux 4.7, and not what is merely reserved.
+    mapped = limits.memory_counts == "mapped"
+    flag, memory = ("v", resource.RLIMIT_AS) if mapped else ("d", resource.RLIMIT_DATA)
     wanted: Sequence[tuple[str, int, int, int]] = (
-        ("v", resource.RLIMIT_AS, limits.memory_mb * kib, kib),
+        (flag, memory, limits.memory_mb * kib, kib),
         ("f", resource.RLIMIT_FSIZE, limits.file_mb * kib, kib),
         ("u", resource.RLIMIT_NPROC, limits.processes, 1),
         ("t", resource.RLIMIT_CPU, limits.cpu_s, 1),
         ("n", resource.RLIMIT_NOFILE, 1024, 1),
         ("c", resource.RLIMIT_CORE, 0, 1),
     )
-    options = " ".join(f"-{letter} {_at_most(kind, value, unit)}" for letter, kind, value, unit in wanted)
+    options = " ".join(f"-{flag} {_at_most(kind, value, unit)}" for flag, kind, value, unit in wanted)
     return f"ulimit {options}"
 
 

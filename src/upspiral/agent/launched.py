@@ -1,0 +1,53 @@
+"""An agent that others made, started inside the rollout's sandbox with a home of its own.
+
+The sandbox has no network but the gateway, nothing of this machine's environment, and the agent's packages read-only.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from dataclasses import replace
+
+from upspiral.agent.base import AgentTask
+from upspiral.agent.command import answer_of
+from upspiral.agent.launchers.base import AGENT_LIMITS, FOLDER
+from upspiral.agent.launchers.registry import launcher_of
+from upspiral.agent.packages import require_agent
+from upspiral.sandbox.base import Sandbox, SandboxSpec
+
+_HOME = "/tmp/home"
+
+
+class LaunchedAgent:
+    """Satisfies AgentRunner. The sandbox must forward GATEWAY_PORT to the gateway's unix socket.
+
+    Raises AgentError when there is no agent of that name or its packages are not in the cache.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._launcher = launcher_of(name)
+        self._packages = require_agent(name)
+
+    def furnish(self, spec: SandboxSpec) -> SandboxSpec:
+        return replace(spec, mounts={**spec.mounts, str(self._packages): FOLDER}, limits=AGENT_LIMITS)
+
+    async def start(self) -> None:
+        return
+
+    async def stop(self) -> None:
+        return
+
+    async def run(self, task: AgentTask, sandbox: Sandbox, *, timeout_s: float) -> str:
+        launch = self._launcher.launch(task)
+        command = f"{_lay_out(launch.files)}{launch.command}"
+        return await answer_of(command, task, {**launch.env, "HOME": _HOME}, sandbox, timeout_s)
+
+
+def _lay_out(files: Mapping[str, str]) -> str:
+    """A script that makes the home. It is not in the workspace, where the agent and the verifier would meet it."""
+    lines = [f"mkdir -p {_HOME}"]
+    for path, content in files.items():
+        target = shlex.quote(f"{_HOME}/{path}")
+        lines.append(f'mkdir -p "$(dirname {target})" && printf %s {shlex.quote(content)} > {target}')
+    return " && ".join(lines) + " || exit 1\n"

@@ -1,0 +1,76 @@
+"""Agents that others made, unmodified, in the sandbox: four tool calls each, and every token where it belongs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.agents.stage import ANSWER, check_done, check_exact, play
+from upspiral.agent.launchers.registry import LAUNCHERS
+from upspiral.rendering.answer import format_tool_call
+
+Call = tuple[str, Mapping[str, Any]]
+SHELL_COMMANDS = (
+    "mkdir -p notes && echo 'buy bread' > notes/plan.txt",
+    "sed -i s/bread/cheese/ notes/plan.txt && cat notes/plan.txt",
+    "ls -R",
+    "cat harbour.txt",
+)
+
+
+def shell_calls(tool: str, argument: str, **others: Any) -> list[Call]:
+    return [(tool, {argument: command, **others}) for command in SHELL_COMMANDS]
+
+
+CALLS: Mapping[str, Sequence[Call]] = {
+    "claude-code": [
+        ("Write", {"file_path": "/work/notes/plan.txt", "content": "buy bread\n"}),
+        ("Edit", {"file_path": "/work/notes/plan.txt", "old_string": "bread", "new_string": "cheese"}),
+        ("Bash", {"command": "ls -R", "description": "List the folder"}),
+        ("Read", {"file_path": "/work/harbour.txt"}),
+    ],
+    "codex": shell_calls("exec_command", "cmd"),
+    "opencode": [
+        ("write", {"filePath": "/work/notes/plan.txt", "content": "buy bread\n"}),
+        ("edit", {"filePath": "/work/notes/plan.txt", "oldString": "bread", "newString": "cheese"}),
+        ("bash", {"command": "ls -R", "description": "List the folder"}),
+        ("read", {"filePath": "/work/harbour.txt"}),
+    ],
+    "qwen-code": [
+        ("write_file", {"file_path": "/work/notes/plan.txt", "content": "buy bread\n"}),
+        ("edit", {"file_path": "/work/notes/plan.txt", "old_string": "bread", "new_string": "cheese"}),
+        ("list_directory", {"path": "/work"}),
+        ("read_file", {"file_path": "/work/harbour.txt"}),
+    ],
+    "mini-swe-agent": [
+        *shell_calls("bash", "command"),
+        ("bash", {"command": f"echo COMPLETE_TASK_AND_SUBMIT_FINAL_OUTPUT && echo '{ANSWER}'"}),
+    ],
+    "smolagents": [*shell_calls("shell", "command"), ("final_answer", {"answer": ANSWER})],
+    "openai-agents": shell_calls("shell", "command"),
+    "pydantic-ai": shell_calls("shell", "command"),
+    "langgraph": shell_calls("shell", "command"),
+}
+ENDS_WITH_A_CALL = {"mini-swe-agent", "smolagents"}
+
+
+def script(agent: str) -> list[str]:
+    calls = [format_tool_call({"name": name, "arguments": arguments}) for name, arguments in CALLS[agent]]
+    return calls if agent in ENDS_WITH_A_CALL else [*calls, ANSWER]
+
+
+def test_every_agent_is_here() -> None:
+    assert set(CALLS) == set(LAUNCHERS)
+
+
+@pytest.mark.parametrize("agent", CALLS)
+def test_an_unmodified_agent_does_a_task_and_no_token_is_lost(tmp_path: Path, agent: str) -> None:
+    played = play(tmp_path, agent, script(agent))
+    check_done(played)
+    check_exact(played)
+    assert len(played.calls) == len(script(agent))
+    assert [node.reason for node in played.graph.roots()] == ["root"]
+    assert len(played.graph.leaves()) == 1
