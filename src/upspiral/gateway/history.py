@@ -161,7 +161,9 @@ class History:
             fork="edited" if edited else "",
         )
 
-    def _by_tokens(self, segments: Sequence[Segment], keys: Sequence[MessageKey], tools_key: bytes, fork: str) -> Prompt:
+    def _by_tokens(
+        self, segments: Sequence[Segment], keys: Sequence[MessageKey], tools_key: bytes, fork: str
+    ) -> Prompt:
         """Hangs a whole prompt below the longest stored path with exactly its tokens."""
         anchor, stored, rest = self._stored_path(segments, keys)
         if not fork and anchor is not None and any(segment.role == "assistant" for segment in rest):
