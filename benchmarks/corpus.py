@@ -51,36 +51,44 @@ class AnswerMaker:
         self._vocabulary = tokenizer.get_vocab(with_added_tokens=False)
 
     def text(self) -> Sampled:
-        return self._answer(self._thinking() + self._words(1, 14))
+        return self._answer(self._thinking() + self._words(1, 14), calls=False)
 
     def calls(self) -> Sampled:
         """One to three calls, with or without text before them."""
         lead = self._random.choice(["", "", self._words(1, 6), self._words(1, 4) + "\n\n"])
         count = self._random.choice((1, 1, 1, 2, 3))
-        return self._answer(self._thinking() + lead + "\n".join(self._call() for _ in range(count)))
+        return self._answer(self._thinking() + lead + "\n".join(self._call() for _ in range(count)), calls=True)
 
     def spawn(self) -> Sampled:
         """A call of the tool that starts a sub-agent."""
-        return self._answer(self._written_call("task", {"prompt": "Please " + self._words(3, 9)}))
+        return self._answer(self._written_call("task", {"prompt": "Please " + self._words(3, 9)}), calls=True)
 
     def broken(self) -> Sampled:
         """A call that cannot be read, or ids that are no text at all."""
         if self._random.random() < 0.5:
-            return self._answer(self._call().replace("}", "", 1))
+            return self._answer(self._call().replace("}", "", 1), calls=False)
         ids = self._random.choices(sorted(self._vocabulary.values()), k=self._random.randint(1, 12))
         stops = self._renderer.stop_token_ids
-        return Sampled((*(index for index in ids if index not in stops), stops[0]), "stop")
+        return Sampled((*(index for index in ids if index not in stops), self._stop(calls=False)), "stop")
 
     def truncated(self) -> Sampled:
         """An answer that ends at the token limit, anywhere."""
         whole = self._random.choice([self.text, self.calls])().token_ids
         return Sampled(whole[: self._random.randint(1, max(1, len(whole) - 1))], "length")
 
-    def _answer(self, text: str) -> Sampled:
+    def _answer(self, text: str, *, calls: bool) -> Sampled:
         ids = self._renderer.encode_answer(text)
         if self._random.random() < 0.35:
             ids = self._split(ids, text)
-        return Sampled((*ids, self._renderer.stop_token_ids[0]), "stop")
+        return Sampled((*ids, self._stop(calls=calls)), "stop")
+
+    def _stop(self, *, calls: bool) -> int:
+        """What ends an answer. Where nothing closes a turn, it is what opens the next one."""
+        stops = self._renderer.stop_token_ids
+        if self._renderer.end_of_turn is not None:
+            return stops[0]
+        wanted = "observation" if calls else "user"
+        return next((stop for stop in stops if wanted in self._renderer.spell([stop])), stops[0])
 
     def _split(self, ids: Sequence[int], text: str) -> list[int]:
         """The same text in other tokens: some are cut in two, also inside a character."""
@@ -95,7 +103,8 @@ class AnswerMaker:
     def _thinking(self) -> str:
         if self._random.random() < 0.6:
             return ""
-        return f"<think>{self._words(1, 8)}</think>" + self._random.choice(["", "\n", "\n\n"])
+        tags = self._renderer.thinking_tags
+        return f"{tags.open}{self._words(1, 8)}{tags.close}" + self._random.choice(["", "\n", "\n\n"])
 
     def _words(self, least: int, most: int) -> str:
         text = " ".join(self._random.choices(_WORDS, k=self._random.randint(least, most)))
@@ -124,7 +133,9 @@ class AnswerMaker:
         return self._random.choice(kinds)()
 
     def _written_call(self, name: str, arguments: dict[str, Any]) -> str:
-        """A call in Hermes format, with the freedom that a model takes."""
+        """A call in the model's format; in Hermes format with the freedom that a model takes."""
+        if self._renderer.format.name != "hermes":
+            return self._renderer.format_tool_call({"name": name, "arguments": arguments})
         entry: dict[str, Any] = {"name": name, "arguments": arguments}
         if self._random.random() < 0.2:
             entry = {"arguments": arguments, "name": name}

@@ -6,8 +6,9 @@ The corpus is generated from the seed (corpus.py): tool turns, several calls at 
 nothing in arguments, truncated answers, edited history, branches, changed tools, compaction, sub-agents, requests sent
 again after a hang-up or after an answer, several answers to one request. A third of the answers are token sequences
 that the tokenizer itself would not make of their text, some split inside a character, and a few are no text at all.
-Agents repeat answers as SDKs do: other call ids, other JSON spacing, 1 for 1.0, "" for null, no thinking. With the tiny
-tokenizer half of the conversations have a chat template that drops thinking from the history.
+Agents repeat answers as SDKs do: other call ids, other JSON spacing, 1 for 1.0, "" for null, no thinking. Without `--model` the
+conversations take turns with the tests' tokenizers and templates in the formats of nine model families, and with one
+that drops all thinking from the history.
 
 - `ours`: the agents talk HTTP to the gateway; what the engine got and gave is compared with the graph that is read back
   from the store.
@@ -48,6 +49,7 @@ from upspiral.engine.scripted import SCRIPTED_LOGPROB
 from upspiral.errors import EngineError
 from upspiral.gateway.http import serve_app
 from upspiral.gateway.server import Gateway
+from upspiral.rendering.answer import ReadingRules
 from upspiral.rendering.renderer import Renderer
 from upspiral.trajectory.graph import TrajectoryGraph
 from upspiral.trajectory.store import TrajectoryStore
@@ -58,7 +60,7 @@ THINKING_LINES = """        {%- if message.reasoning_content %}
             {{- "<think>" + message.reasoning_content + "</think>" }}
         {%- endif %}
 """
-TARGETS = {"ours.retokenized": 0, "ours.lost": 0, "ours.trained_twice": 0}
+TARGETS = {"ours": {"retokenized": 0, "lost": 0, "trained_twice": 0}}
 
 
 @dataclass(eq=False)
@@ -225,17 +227,18 @@ class Plain:
         messages = [_message(entry.message) for entry in request.entries]
         tools = [ToolSpec(**_tool(entry["function"])) for entry in request.body.get("tools", [])]
         segments = [segment.token_ids for segment in self._renderer.render(messages, tools)]
-        prompt_ids = np.concatenate([*segments, self._renderer.generation_prompt])
+        rules = ReadingRules(tool_calls=bool(tools), tools=tuple(tools), after=messages[-1].role)
+        prompt_ids = np.concatenate([*segments, self._renderer.generation_prompt_after(rules.after)])
         if request.lost_after is not None:
             part = list(request.script[0].token_ids[: request.lost_after])
             self.recordings.append(Recording(request.number, 0, prompt_ids, part, delivered=False))
         for _ in range(2 if request.repeated else 1):
             for index, sampled in enumerate(request.script):
                 self.recordings.append(Recording(request.number, index, prompt_ids, list(sampled.token_ids)))
-        return [self._wire(sampled) for sampled in request.script]
+        return [self._wire(sampled, rules) for sampled in request.script]
 
-    def _wire(self, sampled: Sampled) -> dict[str, Any]:
-        message = self._renderer.parse(sampled.token_ids, sampled.finish).message
+    def _wire(self, sampled: Sampled, rules: ReadingRules) -> dict[str, Any]:
+        message = self._renderer.parse(sampled.token_ids, sampled.finish, rules).message
         wire: dict[str, Any] = {"role": "assistant", "content": message.text}
         if message.thinking is not None:
             wire["reasoning_content"] = message.thinking
@@ -401,19 +404,20 @@ async def measure(models: Sequence[Path], folder: Path, seed: int, conversations
     }
 
 
-def tiny_models(folder: Path) -> list[Path]:
-    """The tests' tokenizer, with a template that keeps thinking in the history and with one that drops it."""
+def small_models(folder: Path) -> list[Path]:
+    """Tokenizers and templates in the formats of the model families, and one whose template drops all thinking."""
     import sys
 
     sys.path.insert(0, str(ROOT))
+    from tests.fixtures.model_families import FAMILIES, make_family
     from tests.fixtures.tiny_model import make_tokenizer
 
-    keeps, drops = make_tokenizer(folder / "tiny"), make_tokenizer(folder / "tiny-drops-thinking")
+    drops = make_tokenizer(folder / "drops-thinking")
     shipped = resources.files("upspiral.rendering").joinpath("templates/chatml_tools.jinja").read_text("utf-8")
     if THINKING_LINES not in shipped:
         raise RuntimeError("the shipped template has changed; look where it renders thinking")
     (drops / "chat_template.jinja").write_text(shipped.replace(THINKING_LINES, ""), encoding="utf-8")
-    return [keeps, drops]
+    return [drops, *(make_family(folder / name, name) for name in FAMILIES)]
 
 
 def main() -> None:
@@ -425,9 +429,9 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="upspiral-exactness-") as temporary:
         folder = Path(temporary)
-        models = tiny_models(folder) if options.model is None else [_resolved(options.model)]
+        models = small_models(folder) if options.model is None else [_resolved(options.model)]
         figures = asyncio.run(measure(models, folder, options.seed, options.conversations))
-    report("exactness", {**figures, "model": options.model or "tiny"}, TARGETS, save=options.save)
+    report("exactness", {**figures, "model": options.model or "families"}, TARGETS, save=options.save)
 
 
 def _resolved(model: str) -> Path:

@@ -13,6 +13,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
+from urllib.parse import quote
 
 import pytest
 from hypothesis import HealthCheck, event, given, settings
@@ -22,7 +23,7 @@ from starlette.routing import Route
 from tests.fixtures.tiny_model import make_tokenizer
 from upspiral.engine.scripted import ScriptedEngine, ScriptLine
 from upspiral.gateway.http import serve_app
-from upspiral.gateway.server import Gateway
+from upspiral.gateway.server import KEY_PREFIX, Gateway
 from upspiral.rendering.renderer import Renderer
 from upspiral.trajectory.store import TrajectoryStore
 from upspiral.types import Rollout
@@ -64,19 +65,88 @@ CHAT: dict[str, Any] = {
 }
 
 
+ITEMS = [
+    {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "How many files?"}]},
+    {"type": "reasoning", "id": "rs_1", "summary": [{"type": "summary_text", "text": "hm"}]},
+    {"type": "function_call", "call_id": "call_1", "name": "bash", "arguments": '{"command": "ls"}'},
+    {"type": "function_call_output", "call_id": "call_1", "output": "a b c"},
+    {"role": "user", "content": "Well?"},
+]
+RESPONSES: dict[str, Any] = {
+    "model": "m",
+    "instructions": "Be brief.",
+    "input": ITEMS,
+    "tools": [{"type": "function", **TOOL["function"], "strict": False}],
+    "tool_choice": "auto",
+    "parallel_tool_calls": True,
+    "max_output_tokens": 20,
+    "temperature": 0.7,
+    "top_p": 0.9,
+    "reasoning": {"effort": "low", "summary": "auto"},
+    "include": ["reasoning.encrypted_content"],
+    "text": {"format": {"type": "text"}, "verbosity": "low"},
+    "truncation": "disabled",
+    "metadata": {"a": "b"},
+    "store": True,
+}
+MESSAGES: dict[str, Any] = {
+    "model": "m",
+    "system": [{"type": "text", "text": "Be brief.", "cache_control": {"type": "ephemeral"}}],
+    "messages": [
+        {"role": "user", "content": "How many files?"},
+        {
+            "role": "assistant",
+            "content": [
+                {"type": "thinking", "thinking": "hm", "signature": ""},
+                {"type": "text", "text": "Looking."},
+                {"type": "tool_use", "id": "toolu_1", "name": "bash", "input": {"command": "ls", "n": [1]}},
+            ],
+        },
+        {
+            "role": "user",
+            "content": [
+                {"type": "tool_result", "tool_use_id": "toolu_1", "content": [{"type": "text", "text": "a b c"}]},
+                {"type": "text", "text": "Well?"},
+            ],
+        },
+    ],
+    "tools": [{"name": "bash", "description": "Run.", "input_schema": TOOL["function"]["parameters"]}],
+    "tool_choice": {"type": "auto", "disable_parallel_tool_use": False},
+    "max_tokens": 20,
+    "stop_sequences": ["END"],
+    "temperature": 0.7,
+    "top_p": 0.9,
+    "top_k": 5,
+    "thinking": {"type": "enabled", "budget_tokens": 1024},
+    "metadata": {"user_id": "somebody"},
+}
+
+
 @dataclass(frozen=True)
 class Example:
-    """What a route takes when all is well."""
+    """What a route takes when all is well. `{id}` in a path is the rollout, `{response_id}` a stored response of it."""
 
     key: Literal["rollout", "admin", "none"]
     bodies: Sequence[Mapping[str, Any]] = ()
+    status: int = 200
 
 
 EXAMPLES: dict[tuple[str, str], Example] = {
     ("POST", "/v1/chat/completions"): Example(
         "rollout", [CHAT, {**CHAT, "stream": True, "stream_options": {"include_usage": True}, "logprobs": True}]
     ),
+    ("POST", "/v1/responses"): Example("rollout", [RESPONSES, {**RESPONSES, "stream": True}, {"input": "hi"}]),
+    ("POST", "/v1/responses/compact"): Example("rollout", [{"model": "m", "input": ITEMS}]),
+    ("POST", "/v1/responses/input_tokens"): Example("rollout", [RESPONSES]),
+    ("GET", "/v1/responses"): Example("rollout", status=400),
+    ("GET", "/v1/responses/{response_id}"): Example("rollout"),
+    ("DELETE", "/v1/responses/{response_id}"): Example("rollout"),
+    ("GET", "/v1/responses/{response_id}/input_items"): Example("rollout"),
+    ("POST", "/v1/responses/{response_id}/cancel"): Example("rollout", [{}], status=400),
+    ("POST", "/v1/messages"): Example("rollout", [MESSAGES, {**MESSAGES, "stream": True}]),
+    ("POST", "/v1/messages/count_tokens"): Example("rollout", [MESSAGES]),
     ("GET", "/v1/models"): Example("rollout"),
+    ("GET", "/v1/models/{model:path}"): Example("rollout"),
     ("GET", "/health"): Example("none"),
     ("GET", "/metrics"): Example("none"),
     ("GET", "/admin/rollouts"): Example("admin"),
@@ -106,6 +176,9 @@ class Case:
     key: str
     headers: tuple[tuple[bytes, bytes], ...]
     body: bytes
+    response: Literal["own", "other", "unknown"] = "own"
+    """Whose stored response `{response_id}` is."""
+    key_in_path: bool = False
     expects: str | None = None
     """When it is refused, the message has to name this."""
 
@@ -154,7 +227,7 @@ def cases(draw: st.DrawFn) -> Case:
     expects: list[str | None] = []
     if example.bodies:
         body = copy.deepcopy(dict(draw(st.sampled_from(list(example.bodies)))))
-        for _ in range(draw(st.sampled_from([0, 1, 1, 1, 1, 2, 4]))):
+        for _ in range(draw(st.sampled_from([0, 1, 1, 1, 1, 2, 4])) if body else 0):
             expects.append(draw_mutation(draw, body))
         case = replace(case, body=json_text(body).encode("utf-8", "surrogatepass"))
     if draw(st.integers(0, 9)) == 0:
@@ -167,6 +240,9 @@ def cases(draw: st.DrawFn) -> Case:
     if draw(st.integers(0, 9)) == 0:
         case = replace(case, method=draw(METHODS), key=draw(KEYS))
         expects.append(None)
+    if draw(st.integers(0, 4)) == 0:
+        in_path = draw(st.booleans()) and example.key == "rollout"
+        case = replace(case, key_in_path=in_path, response=draw(st.sampled_from(["own", "other", "unknown"])))
     return replace(case, expects=expects[0] if len(expects) == 1 else None)
 
 
@@ -235,6 +311,7 @@ class Stage:
     store: TrajectoryStore
     url: str
     keys: dict[str, str]
+    other_response: str = ""
     rollouts: int = 0
     secrets: list[bytes] = field(default_factory=list)
 
@@ -262,18 +339,29 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
 
 
 async def talk_about_the_secret(stage: Stage) -> None:
+    stage.other_response = await stored_response(stage, "other", SECRET)
     body = json.dumps({"messages": [{"role": "user", "content": SECRET}]}).encode()
-    case = Case("POST", "/v1/chat/completions", "", "other", (), body)
-    status, _, answer = await send(stage, case, "other")
+    status, _, answer = await send(stage, Case("POST", "/v1/chat/completions", "", "other", (), body), {})
     assert status == 200, answer
 
 
-async def send(stage: Stage, case: Case, rollout: str) -> tuple[int, bytes, bytes]:
+async def stored_response(stage: Stage, key: str, text: str) -> str:
+    body = json.dumps({"input": text}).encode()
+    status, _, answer = await send(stage, Case("POST", "/v1/responses", "", key, (), body), {})
+    assert status == 200, answer
+    return json.loads(answer)["id"]
+
+
+async def send(stage: Stage, case: Case, places: Mapping[str, str]) -> tuple[int, bytes, bytes]:
     """Status, headers and body of the answer, in time and on a connection of its own."""
     host, _, port = stage.url.removeprefix("http://").partition(":")
-    key = stage.keys.get(case.key, case.key)
-    lines = [f"{case.method} {case.path.replace('{id}', rollout)}{case.query} HTTP/1.1\r\nhost: x\r\n".encode()]
-    if case.key != "none":
+    key, path = stage.keys.get(case.key, case.key), case.path.replace("{model:path}", "any/model")
+    for name, value in places.items():
+        path = path.replace(f"{{{name}}}", value)
+    if case.key_in_path:
+        path = f"/r/{quote(key) or '-'}{path}"
+    lines = [f"{case.method} {path}{case.query} HTTP/1.1\r\nhost: x\r\n".encode()]
+    if case.key != "none" and not case.key_in_path:
         lines.append(b"authorization: Bearer " + key.encode("latin-1") + b"\r\n")
     lines += [name + b": " + value + b"\r\n" for name, value in case.headers]
     lines.append(b"content-length: %d\r\nconnection: close\r\n\r\n" % len(case.body))
@@ -303,7 +391,7 @@ def unchunked(body: bytes) -> bytes:
 
 def test_every_route_is_fuzzed(stage: Stage) -> None:
     served = {
-        (method, route.path)
+        (method, route.path.removeprefix(KEY_PREFIX))
         for route in stage.gateway.app.routes
         if isinstance(route, Route)
         for method in (route.methods or set()) - {"HEAD"}
@@ -316,7 +404,7 @@ def test_the_examples_are_valid(stage: Stage) -> None:
         for body in example.bodies or [None]:
             raw = b"" if body is None else json.dumps(body).encode()
             status, _, answer = stage.runner.run(in_a_new_rollout(stage, Case(method, path, "", example.key, (), raw)))
-            assert status == 200, (path, answer)
+            assert status == example.status, (path, answer)
 
 
 @settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
@@ -370,8 +458,11 @@ async def in_a_new_rollout(stage: Stage, case: Case) -> tuple[int, bytes, bytes]
     stage.rollouts += 1
     name = f"r{stage.rollouts}"
     stage.keys["rollout"] = stage.gateway.open_rollout(Rollout(name, "t", "g"))
+    places = {"id": name, "response_id": {"other": stage.other_response, "unknown": "resp_%00"}.get(case.response, "")}
+    if "{response_id}" in case.path and case.response == "own":
+        places["response_id"] = await stored_response(stage, "rollout", "hello")
     try:
-        return await send(stage, case, name)
+        return await send(stage, case, places)
     finally:
         if stage.gateway.is_live(name):
             await stage.gateway.seal_rollout(name)
