@@ -15,8 +15,6 @@ _SHORT = 8
 """Conversations of so many messages are rendered part by part."""
 _LAST = "last_words"
 _CALL = ToolCall("call00000", SENTINEL, "{}")
-_Kind = tuple[Role, bool]
-"""A role, and whether the message calls tools."""
 
 
 class Boundaries:
@@ -24,8 +22,8 @@ class Boundaries:
 
     A message ends where the conversation up to it ends. Where the whole conversation changes the end of the shorter one
     (tool results that share a turn), it ends where the two part. Where the whole changes more, because a template drops
-    old thinking or moves the tools to the last question, the shorter one is rendered as if a question followed: that
-    changes it in the same way, and what the question adds can be cut off again.
+    old thinking or moves the tools to the last question, the shorter one is rendered as if something followed: that
+    changes it in the same way, and what the followers add can be cut off again.
     """
 
     def __init__(
@@ -35,13 +33,14 @@ class Boundaries:
         self._messages = messages
         self._tools = tools
         self._whole = whole
-        self._added: dict[tuple[_Kind, bool], str] = {}
+        self._added: dict[tuple[Role, bool, int, bool], str] = {}
 
     def ends(self) -> list[int]:
         """One end for each message; 0 where the template renders no part of the conversation that ends with it.
 
-        Rendering every part of a long conversation takes time that grows with its square. So an answer and what follows
-        it are first rendered alone, behind a short conversation; if that is found in the whole text, the ends are in it.
+        Rendering every part of a long conversation takes time that grows with its square. So an answer and what
+        follows it are first rendered alone, behind a short conversation; if the whole text has the same there, the ends
+        are known.
         """
         if len(self._messages) <= _SHORT:
             return self.ends_by_parts()
@@ -63,48 +62,44 @@ class Boundaries:
         alone = [*asked, *self._messages[first:stop]]
         try:
             head = self._template.text(asked)
-            texts = [self._template.text(alone), self._past(alone, ())]
         except TemplateError:
             return None
-        for text in texts:
+        for text in self._texts(alone, ()):
             if len(text) > len(head) and text.startswith(head) and self._whole.startswith(text[len(head) :], start):
                 ends = Boundaries(self._template, alone, (), text).ends_by_parts()
                 return [start + end - len(head) for end in ends[len(asked) :]]
         return None
 
     def _end(self, index: int) -> int:
-        part = self._messages[: index + 1]
-        try:
-            text = self._template.text(part, self._tools)
-        except TemplateError:
-            return self._end_if_followed(part)
-        if self._whole.startswith(text):
-            return len(text)
-        return max(shared_length(text, self._whole), self._end_if_followed(part))
+        end = 0
+        for text in self._texts(self._messages[: index + 1], self._tools):
+            if self._whole.startswith(text):
+                return len(text)
+            end = max(end, shared_length(text, self._whole))
+        return end
 
-    def _end_if_followed(self, part: Sequence[Message]) -> int:
-        try:
-            return shared_length(self._past(part, self._tools), self._whole)
-        except TemplateError:
-            return 0
+    def _texts(self, part: Sequence[Message], tools: Sequence[ToolSpec]) -> Iterator[str]:
+        """The ways in which a part of the conversation may stand in the whole: as its end, or as if others followed."""
+        followers = _followers(part[-1])
+        for number in range(len(followers) + 1):
+            try:
+                added = self._text_added(part[-1], followers[:number], tools) if number else ""
+                text = self._template.text([*part, *followers[:number]], tools)
+            except TemplateError:
+                continue
+            if text.endswith(added) and (added or not number):
+                yield text.removesuffix(added)
 
-    def _past(self, part: Sequence[Message], tools: Sequence[ToolSpec]) -> str:
-        """The text of a conversation as it stands before a question; "": it cannot be told. Raises TemplateError."""
-        kind = (part[-1].role, bool(part[-1].tool_calls))
-        if (kind, bool(tools)) not in self._added:
-            self._added[kind, bool(tools)] = self._text_added_behind(kind, tools)
-        added = self._added[kind, bool(tools)]
-        followed = self._template.text([*part, *_followers(kind)], tools)
-        past = followed.removesuffix(added)
-        return past if added and past != followed else ""
-
-    def _text_added_behind(self, kind: _Kind, tools: Sequence[ToolSpec]) -> str:
-        """What the followers add to a conversation that ends with such a message. Raises TemplateError."""
-        system = [message for message in self._messages[:1] if message.role == "system" and kind[0] != "system"]
-        part = [*system, *_ending_with(kind)]
-        closed = self._template.text(part, tools).rpartition(_LAST)[2]
-        added = self._template.text([*part, *_followers(kind)], tools).rpartition(_LAST)[2]
-        return added.removeprefix(closed) if added.startswith(closed) else ""
+    def _text_added(self, message: Message, followers: Sequence[Message], tools: Sequence[ToolSpec]) -> str:
+        """What the followers add to a conversation that ends with such a message; "": that cannot be told."""
+        key = (message.role, bool(message.tool_calls), len(followers), bool(tools))
+        if key not in self._added:
+            system = [each for each in self._messages[:1] if each.role == "system" != message.role]
+            part = [*system, *_ending_like(message)]
+            closed = self._template.text(part, tools).rpartition(_LAST)[2]
+            added = self._template.text([*part, *followers], tools).rpartition(_LAST)[2]
+            self._added[key] = added.removeprefix(closed) if added.startswith(closed) else ""
+        return self._added[key]
 
 
 def _groups(messages: Sequence[Message]) -> Iterator[tuple[int, int]]:
@@ -113,21 +108,20 @@ def _groups(messages: Sequence[Message]) -> Iterator[tuple[int, int]]:
     yield from zip(starts, [*starts[1:], len(messages)], strict=True)
 
 
-def _followers(kind: _Kind) -> list[Message]:
+def _followers(message: Message) -> list[Message]:
     """What may follow such a message, up to a question."""
-    role, has_calls = kind
-    result = [Message("tool", SENTINEL, tool_call_id=_CALL.id)] if has_calls else []
-    answer = [Message("assistant", SENTINEL)] if has_calls or role != "assistant" else []
+    result = [Message("tool", SENTINEL, tool_call_id=_CALL.id)] if message.tool_calls else []
+    answer = [Message("assistant", SENTINEL)] if message.tool_calls or message.role != "assistant" else []
     return [*result, *answer, Message("user", SENTINEL)]
 
 
-def _ending_with(kind: _Kind) -> list[Message]:
-    role, has_calls = kind
-    question, last = Message("user", QUESTION), Message(role, _LAST)
-    if has_calls:
+def _ending_like(message: Message) -> list[Message]:
+    """A short conversation that ends with such a message, which says or calls `_LAST`."""
+    question, last = Message("user", QUESTION), Message(message.role, _LAST)
+    if message.tool_calls:
         return [question, Message("assistant", tool_calls=(replace(_CALL, name=_LAST),))]
-    if role == "assistant":
+    if message.role == "assistant":
         return [question, last]
-    if role == "tool":
+    if message.role == "tool":
         return [question, Message("assistant", tool_calls=(_CALL,)), replace(last, tool_call_id=_CALL.id)]
     return [last]

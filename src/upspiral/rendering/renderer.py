@@ -49,7 +49,7 @@ class Renderer:
     ) -> None:
         self._template = template
         self._encoder = Encoder(tokenizer, trust_contents=trust_contents)
-        self._turns = Turns(template, self._encoder)
+        self._turns = Turns(template, self._encoder, eos_ids)
         self._tail = TailRenderer(template, self._encoder, self._turns)
         self.format: ToolFormat = template.tool_format or HERMES
         """How the model writes tool calls."""

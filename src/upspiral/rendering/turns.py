@@ -22,16 +22,15 @@ ThinkingRule = Literal["always", "since_last_user", "never", "other"]
 class Turns:
     """Raises TemplateError when the template changes the conversation as it adds the generation prompt."""
 
-    def __init__(self, template: ChatTemplate, encoder: Encoder) -> None:
+    def __init__(self, template: ChatTemplate, encoder: Encoder, eos_ids: Collection[int]) -> None:
         self._template = template
         self._encoder = encoder
         self._generation_texts: dict[Role, str] = {}
         self._leads: dict[Role, str] = {}
         self.end_of_turn = self._find_end_of_turn()
         """The token that the template closes an answer with. None: the next turn's first token ends it."""
-        self.openers = () if self.end_of_turn is not None else self._find_openers()
-        """Special tokens that open the turns after an answer, where nothing closes it: they are what the model stops
-        with."""
+        self.openers = () if self.end_of_turn is not None else self._find_openers(eos_ids)
+        """Where nothing closes an answer: the special tokens that open the next turn, if the model stops with them."""
         self.thinking_tags = template.thinking_tags or self._tags_of_generation_text() or self._tags_of_vocabulary()
         self.thinking_rule = self._find_thinking_rule()
 
@@ -71,7 +70,7 @@ class Turns:
         after_answer = self._encoder.ids(closed.rpartition(SENTINEL)[2])
         return next((index for index in after_answer if index in self._encoder.special), None)
 
-    def _find_openers(self) -> tuple[int, ...]:
+    def _find_openers(self, eos_ids: Collection[int]) -> tuple[int, ...]:
         call = ToolCall("call00000", SENTINEL, "{}")
         tails = [
             [Message("assistant", SENTINEL), Message("user", SENTINEL)],
@@ -85,7 +84,7 @@ class Turns:
             except TemplateError:
                 continue
             first = next(iter(self._encoder.ids(text[len(before) :])), None) if text.startswith(before) else None
-            if first in self._encoder.special:
+            if first in self._encoder.special and first in eos_ids:
                 openers.append(first)
         return tuple(dict.fromkeys(openers))
 

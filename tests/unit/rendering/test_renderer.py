@@ -78,7 +78,7 @@ def test_a_template_that_ignores_tools_is_replaced_by_ours(renderer: Renderer) -
 
 
 def test_the_shipped_template_word_by_word(renderer: Renderer) -> None:
-    texts = [renderer._tokenizer.decode(list(s.token_ids), False) for s in renderer.render(CONVERSATION, [BASH])]
+    texts = [renderer.spell(s.token_ids.tolist()) for s in renderer.render(CONVERSATION, [BASH])]
     assert texts[0] == (
         "<|im_start|>system\nBe brief.\n\n"
         'To use a tool, write <tool_call>\n{"name": ..., "arguments": {...}}\n</tool_call>\nTools:\n'
@@ -96,7 +96,7 @@ def test_the_shipped_template_word_by_word(renderer: Renderer) -> None:
 def test_without_a_system_message_the_tools_stand_in_the_first_segment(renderer: Renderer) -> None:
     segments = renderer.render(CONVERSATION[1:], [BASH])
     assert [s.role for s in segments] == [m.role for m in CONVERSATION[1:]]
-    text = renderer._tokenizer.decode(list(segments[0].token_ids), False)
+    text = renderer.spell(segments[0].token_ids.tolist())
     assert text.startswith("<|im_start|>system\nTo use a tool") and "How many files" in text
 
 
@@ -128,13 +128,13 @@ def test_results_that_share_a_turn_still_get_a_segment_each(tmp_path: Path) -> N
     assert renderer.template_name.endswith("chat_template.jinja")
     tail = [Message("tool", "one", tool_call_id="a"), Message("tool", "two", tool_call_id="b")]
     segments = renderer.render_tail(tail, after="stop")
-    text = renderer._tokenizer.decode(joined(segments), False)
+    text = renderer.spell(joined(segments))
     expected = (
         "\n<|im_start|>user\n<tool_response>\none\n</tool_response>\n<tool_response>\ntwo\n</tool_response><|im_end|>\n"
     )
     assert text == expected
     assert len(segments) == 2
-    assert joined(renderer.render(CONVERSATION, [BASH])) == renderer._encode(
+    assert joined(renderer.render(CONVERSATION, [BASH])) == renderer.encode_answer(
         renderer._template.text(CONVERSATION, [BASH])
     )
 

@@ -33,7 +33,12 @@ class DeepSeek(ToolFormat):
         self._fenced = fenced
 
     def find_call(self, text: str, *, boundary: bool) -> Found:
-        return find_tag(text, (CALLS_BEGIN, CALL_BEGIN, CALLS_END) if boundary else (CALLS_BEGIN, CALL_BEGIN))
+        body = text.lstrip()
+        if boundary and body.startswith(CALLS_END):
+            return Found(len(text) - len(body), True)
+        if boundary and CALLS_END.startswith(body):
+            return Found(0, False)
+        return find_tag(text, (CALLS_BEGIN, CALL_BEGIN))
 
     def read(self, text: str, tools: Sequence[ToolSpec] = (), *, final: bool = False) -> Reading | None:
         if text.startswith(CALLS_END):

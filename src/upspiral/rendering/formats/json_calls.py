@@ -12,6 +12,8 @@ from upspiral.types import ToolCall
 
 _TOKEN = re.compile(r'[^"{}\[\]]+|"[^"\\]*(?:\\.[^"\\]*)*"|[{}\[\]]', re.DOTALL)
 
+_BRACKET = re.compile(r"[{\[]")
+
 
 def json_end(text: str, start: int = 0) -> int | None:
     """Where the object or list that begins at `start` ends; None when its brackets are not balanced yet."""
@@ -19,9 +21,9 @@ def json_end(text: str, start: int = 0) -> int | None:
 
 
 def ends_inside_string(text: str) -> bool:
-    """Whether the JSON object in a text breaks off inside a string."""
-    start = text.find("{")
-    return start >= 0 and _scan(text, start)[1]
+    """Whether the JSON in a text, from the first bracket on, breaks off inside a string."""
+    bracket = _BRACKET.search(text)
+    return bracket is not None and _scan(text, bracket.start())[1]
 
 
 def load_json(text: str) -> Any:
