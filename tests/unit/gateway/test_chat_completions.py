@@ -332,10 +332,13 @@ def test_one_call_when_parallel_calls_are_off_and_none_without_tools(tmp_path: P
 
 def test_a_broken_tool_call_arrives_as_text_with_the_reason(tmp_path: Path) -> None:
     async def main() -> None:
-        async with live_gateway(tmp_path, ["<tool_call>{oops</tool_call>"]) as live:
-            response = await ask(live.open(), ASK, tools=[BASH])
+        async with live_gateway(tmp_path, ["<tool_call>{oops</tool_call>"] * 2) as live:
+            client = live.open()
+            response = await ask(client, ASK, tools=[BASH])
             assert response.choices[0].message.content == "<tool_call>{oops</tool_call>"
             assert "tool call 1 is not valid JSON" in response.model_extra["upspiral"]["parse_errors"][0]
+            chunks = [chunk async for chunk in await ask(client, ASK, tools=[BASH], stream=True)]
+            assert chunks[-1].model_extra == response.model_extra
 
     asyncio.run(main())
 

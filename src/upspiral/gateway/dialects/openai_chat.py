@@ -112,8 +112,7 @@ class ChatExchange:
                 }
             )
         body = {**_envelope("chat.completion", self.desk.model_name), "choices": choices, "usage": _usage(call)}
-        # An extension: clients ignore it, and whoever debugs an agent sees why a tool call arrived as text.
-        return {**body, "upspiral": {"parse_errors": errors}} if errors else body
+        return _with_errors(body, errors)
 
     def writer(self, call: Call) -> _ChunkWriter:
         return _ChunkWriter(self, call)
@@ -290,7 +289,8 @@ class _ChunkWriter:
         self, index: int, delta: dict[str, Any], logprobs: dict[str, Any] | None = None, end: AnswerEnd | None = None
     ) -> WireEvent:
         choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": end}
-        return "", orjson.dumps({**self._envelope, "choices": [choice]})
+        errors = self._call.plan.generations[index].answer().errors if end else ()
+        return "", orjson.dumps(_with_errors({**self._envelope, "choices": [choice]}, errors))
 
     def _entries(self, event: AnswerEvent) -> dict[str, Any]:
         start = self._tokens[event.answer]
@@ -330,6 +330,11 @@ def _logprobs(generation: Generation, start: int, stop: int, desk: RolloutDesk) 
         logprob = float(generation.logprobs[index])
         entries.append({"token": text, "logprob": logprob, "bytes": list(text.encode()), "top_logprobs": []})
     return {"content": entries, "refusal": None}
+
+
+def _with_errors(body: dict[str, Any], errors: Sequence[str]) -> dict[str, Any]:
+    """An extension: clients ignore it, and whoever debugs an agent sees why a tool call arrived as text."""
+    return {**body, "upspiral": {"parse_errors": list(errors)}} if errors else body
 
 
 def _usage(call: Call) -> dict[str, int]:
