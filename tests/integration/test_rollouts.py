@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from starlette.applications import Starlette
@@ -40,7 +41,7 @@ class Scene:
     live: LiveGateway
     runner: RolloutRunner
 
-    async def run(self, **policy: int) -> Rollout:
+    async def run(self, **policy: Any) -> Rollout:
         rollout = Rollout("r1", TASK.id, "g1", instruction=TASK.instruction)
         return await self.runner.run(Attempt(TASK, rollout, SessionPolicy(**policy)))
 

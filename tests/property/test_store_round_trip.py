@@ -9,10 +9,15 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from upspiral.algorithm.base import ScoredRollout
+from upspiral.algorithm.grpo import grpo_credit
+from upspiral.config.models import AlgorithmConfig
 from upspiral.trajectory.graph import TokenRun, TrajectoryGraph
+from upspiral.trajectory.ledger import check_closed, ledger_of
 from upspiral.trajectory.store import TrajectoryStore
-from upspiral.types import Message, Role, Rollout, ToolCall
+from upspiral.types import Edge, Message, Role, Rollout, ToolCall
 
+kinds = st.sampled_from(["spawn", "join", "compaction", "retry"])
 GIVEN_ROLES: list[Role] = ["user", "tool", "system"]
 
 token = st.integers(0, 2**31 - 1)
@@ -42,8 +47,44 @@ def graphs(draw: st.DrawFn) -> TrajectoryGraph:
             role: Role = "assistant"
         else:
             tokens, role = TokenRun.given(given_ids), draw(st.sampled_from(GIVEN_ROLES))
-        graph.add(parent, tokens, role=role, reason=draw(text), message=draw(message), delivered=draw(st.booleans()))
+        graph.add(
+            parent, tokens, role=role, reason=draw(text), message=draw(message),
+            delivered=draw(st.booleans()), auxiliary=draw(text),
+        )  # fmt: skip
+    ends = st.integers(0, graph.next_id - 1)
+    for edge in draw(st.lists(st.builds(Edge, kinds, ends, ends, st.sampled_from(["content", "header"])), max_size=4)):
+        known = [(each.kind, each.source, each.target) for each in graph.edges]
+        if edge.source != edge.target and (edge.kind, edge.source, edge.target) not in known:
+            graph.connect(edge)
     return graph
+
+
+@settings(max_examples=60, deadline=None)
+@given(graphs())
+def test_every_sampled_token_is_trained_or_withheld_for_a_reason(graph: TrajectoryGraph) -> None:
+    other = TrajectoryGraph("other")
+    other.add(None, TokenRun.answer([1], [2], [-1.0], [0], "stop"), role="assistant", reason="root")
+    group = [
+        ScoredRollout(Rollout(one.rollout_id, "t", "g", reward=reward), one)
+        for one, reward in ((graph, 1.0), (other, 0.0))
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        store = TrajectoryStore(Path(folder) / "trajectories.db")
+        for each in group:
+            store.create_rollout(each.rollout)
+            store.commit(each.rollout.id, each.graph.nodes, each.graph.edges)
+        credits = grpo_credit({"g": group}, AlgorithmConfig())
+        store.record_step(1, credits)
+        ledger = store.ledger()
+        assert store.credits(step=1) == credits
+        store.close()
+    assert ledger == ledger_of(graph, credits[0]) + ledger_of(other, credits[1])
+    check_closed(ledger, "the step")
+    withheld = {node.id for node in graph.nodes if graph.withheld(node)}
+    assert withheld.isdisjoint(node.node_id for node in credits[0].nodes)
+    assert ledger.sampled == graph.num_sampled + 1 and sum(ledger.masked.values()) == sum(
+        graph.nodes[index].num_sampled for index in withheld
+    )
 
 
 @settings(max_examples=60, deadline=None)
@@ -53,16 +94,17 @@ def test_store_round_trip(graph: TrajectoryGraph, cut: int) -> None:
         store = TrajectoryStore(Path(folder) / "t.db")
         store.create_rollout(Rollout("r", "t", "g"))
         store.commit("r", graph.nodes[:cut])
-        store.commit("r", graph.nodes[cut:])
+        store.commit("r", graph.nodes[cut:], graph.edges)
         store.close()
         store = TrajectoryStore(Path(folder) / "t.db")
         read = store.graph("r")
         store.close()
     assert len(read.nodes) == len(graph.nodes)
+    assert read.edges == graph.edges
     for ours, theirs in zip(graph.nodes, read.nodes, strict=True):
         for name in ("token_ids", "sampled", "logprobs", "versions"):
             np.testing.assert_array_equal(getattr(ours, name), getattr(theirs, name))
-        for name in ("id", "parent", "role", "reason", "message", "finish_reason", "delivered"):
+        for name in ("id", "parent", "role", "reason", "message", "finish_reason", "delivered", "auxiliary"):
             assert getattr(ours, name) == getattr(theirs, name)
 
 

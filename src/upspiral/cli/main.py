@@ -1,6 +1,7 @@
 """`upspiral`: the commands, and the one place where an error becomes a line for people and an exit code.
 
-Exit codes: 0 done; 1 `doctor` found something missing; 2 an error, which the message explains; 130 interrupted.
+Exit codes: 0 done; 1 `doctor` found something missing, or `template check` a template that cannot be trained on; 2 an
+error, which the message explains; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ def make_app() -> App:
     from upspiral.cli.model import get, list_models
     from upspiral.cli.run import run
     from upspiral.cli.serve import serve
+    from upspiral.cli.template import check
     from upspiral.cli.view import view
 
     app = App(
@@ -68,6 +70,9 @@ def make_app() -> App:
     model.command(get)
     model.command(list_models, name="list")
     app.command(model)
+    template = App(name="template", help="Look at chat templates.")
+    template.command(check)
+    app.command(template)
     agent = App(name="agent", help="Fetch and list the agents that runs can start.")
     agent.command(get_agents, name="get")
     agent.command(list_agents, name="list")

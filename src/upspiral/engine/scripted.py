@@ -17,6 +17,7 @@ from upspiral.engine.base import EngineStats, GenerationChunk
 from upspiral.errors import ConfigError, ContextLengthError, EngineError
 from upspiral.types import FinishReason, SamplingParams
 
+_LONGEST_PAUSE_S = 3600
 SCRIPTED_LOGPROB = -1.0
 """The log-probability of every token that the script plays."""
 
@@ -30,26 +31,31 @@ class ScriptLine:
     token_ids: tuple[int, ...] | None = None
     when: str | None = None
 
+    pause_s: float = 0.0
+    """How long each of its chunks takes, beside the engine's own pause."""
+
     def __post_init__(self) -> None:
         if (self.text is None) == (self.token_ids is None):
             raise ConfigError('a script line has exactly one of "text" and "token_ids"')
 
     @classmethod
     def from_json(cls, value: Any) -> ScriptLine:
-        """From `{"text": ...}` or `{"token_ids": [...]}`, either with a "when". Raises ConfigError saying what is
-        wrong."""
-        if not isinstance(value, dict) or {*value} - {"when"} not in ({"text"}, {"token_ids"}):
+        """From `{"text": ...}` or `{"token_ids": [...]}`, either with "when" and "pause_s". Raises ConfigError saying
+        what is wrong."""
+        if not isinstance(value, dict) or {*value} - {"when", "pause_s"} not in ({"text"}, {"token_ids"}):
             raise ConfigError(f'a script line is {{"text": ...}} or {{"token_ids": [...]}}, not {value!r}'[:300])
         for key in ("text", "when"):
             if key in value and not isinstance(value[key], str):
                 raise ConfigError(f'"{key}" must be a string, not {value[key]!r}'[:300])
-        when = value.get("when")
+        when, pause_s = value.get("when"), value.get("pause_s", 0)
+        if isinstance(pause_s, bool) or not isinstance(pause_s, int | float) or not 0 <= pause_s <= _LONGEST_PAUSE_S:
+            raise ConfigError(f'"pause_s" must be a number from 0 to {_LONGEST_PAUSE_S}, not {pause_s!r}'[:300])
         if "text" in value:
-            return cls(text=value["text"], when=when)
+            return cls(text=value["text"], when=when, pause_s=pause_s)
         ids = value["token_ids"]
         if not isinstance(ids, list) or not all(type(index) is int and index >= 0 for index in ids):
             raise ConfigError(f'"token_ids" must be a list of integers from 0 on, not {ids!r}'[:300])
-        return cls(token_ids=tuple(ids), when=when)
+        return cls(token_ids=tuple(ids), when=when, pause_s=pause_s)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +70,7 @@ class ScriptedCall:
 
 class ScriptedEngine:
     """Plays one line per generation, in order; a prompt that contains the `when` of a line takes the first such line.
+    An `endless` one begins again after the last and remembers no calls, for benchmarks.
 
     `encode` turns text into token ids: only rendering tokenizes, so the owner of a Renderer hands in its
     `encode_answer`, and its `decode` for scripts with a `when`, which are refused without. A line of token ids that
@@ -79,17 +86,22 @@ class ScriptedEngine:
         context_length: int = 8192,
         tokens_per_chunk: int = 3,
         pause_s: float = 0.0,
+        endless: bool = False,
     ) -> None:
         self.version = 0
         """Policy version of the tokens played from now on; may be set at any time."""
         self.calls: list[ScriptedCall] = []
-        """Every generation that was started, in order."""
+        """Every generation that was started, in order; empty for an endless engine."""
         self.pause_s = pause_s
         """How long each chunk takes."""
         self._in_order: deque[ScriptLine] = deque()
         self._for_prompts: list[ScriptLine] = []
         for line in script:
             (self._in_order if line.when is None else self._for_prompts).append(line)
+        self._endless = endless
+        self._started = 0
+        self._prefilled = 0
+        self._encoded: dict[str, list[int]] = {}
         self._encode = encode
         self._decode = decode
         self._context_length = context_length
@@ -125,11 +137,16 @@ class ScriptedEngine:
         room = self._context_length - len(prompt_ids)
         if room < 1:
             raise ContextLengthError(f"prompt of {len(prompt_ids)} tokens, context of {self._context_length}")
-        answer, finish = self._next_answer(prompt_ids, params, min(room, params.max_tokens))
+        line = self._take_line(prompt_ids)
+        answer, finish = self._answer(line, params, min(room, params.max_tokens))
+        self._started += 1
+        self._prefilled += len(prompt_ids)
+        if not self._endless:
+            self.calls.append(ScriptedCall(tuple(int(index) for index in prompt_ids), params, tuple(answer)))
         self._running += 1
         try:
             for start in range(0, max(1, len(answer)), self._tokens_per_chunk):
-                await asyncio.sleep(self.pause_s)
+                await asyncio.sleep(self.pause_s + line.pause_s)
                 part = answer[start : start + self._tokens_per_chunk]
                 self._sampled += len(part)
                 last = start + self._tokens_per_chunk >= len(answer)
@@ -143,7 +160,7 @@ class ScriptedEngine:
         return EngineStats(
             running=self._running,
             sampled_tokens=self._sampled,
-            prefilled_tokens=sum(len(call.prompt_ids) for call in self.calls),
+            prefilled_tokens=self._prefilled,
         )
 
     async def start(self) -> None:
@@ -152,19 +169,20 @@ class ScriptedEngine:
     async def stop(self) -> None:
         """Nothing to stop."""
 
-    def _next_answer(
-        self, prompt_ids: Sequence[int], params: SamplingParams, limit: int
-    ) -> tuple[list[int], FinishReason]:
-        line = self._take_line(prompt_ids)
+    def _answer(self, line: ScriptLine, params: SamplingParams, limit: int) -> tuple[list[int], FinishReason]:
         if line.text is not None:
-            answer = [*self._encode(line.text), *params.stop_token_ids[:1]]
+            answer = [*self._encoding(line.text), *params.stop_token_ids[:1]]
         else:
             answer = list(line.token_ids or ())
-        finish: FinishReason = "stop" if answer and answer[-1] in params.stop_token_ids else "length"
         if len(answer) > limit:
-            answer, finish = answer[:limit], "length"
-        self.calls.append(ScriptedCall(tuple(int(index) for index in prompt_ids), params, tuple(answer)))
-        return answer, finish
+            return answer[:limit], "length"
+        return answer, "stop" if answer and answer[-1] in params.stop_token_ids else "length"
+
+    def _encoding(self, text: str) -> list[int]:
+        """Kept, so that a line that is played again and again is encoded once."""
+        if text not in self._encoded:
+            self._encoded[text] = list(self._encode(text))
+        return self._encoded[text]
 
     def _take_line(self, prompt_ids: Sequence[int]) -> ScriptLine:
         if self._for_prompts and self._decode is not None:
@@ -173,8 +191,11 @@ class ScriptedEngine:
                 if line.when is not None and line.when in prompt:
                     return self._for_prompts.pop(index)
         if self._in_order:
-            return self._in_order.popleft()
-        played = len(self.calls)
+            line = self._in_order.popleft()
+            if self._endless:
+                self._in_order.append(line)
+            return line
+        played = self._started
         unfit = f" and {len(self._for_prompts)} for other prompts" if self._for_prompts else ""
         raise EngineError(f"the script has {played} lines{unfit}, and answer {played + 1} was asked for; add lines")
 

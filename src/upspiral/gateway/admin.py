@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import secrets
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import msgspec
@@ -22,6 +23,8 @@ from upspiral.trajectory.graph import TrajectoryGraph
 from upspiral.trajectory.ledger import account_uncredited, ledger_of
 from upspiral.trajectory.store import TrajectoryStore
 from upspiral.types import Ledger, Node, Rollout, RolloutStatus
+
+_MOST_LISTED = 1000
 
 
 class RolloutHost(Protocol):
@@ -46,6 +49,7 @@ class UnknownRolloutError(RequestError):
 def admin_routes(host: RolloutHost, store: TrajectoryStore, admin_key: str) -> list[Route]:
     admin = _Admin(host, store, admin_key)
     return [
+        Route("/admin/rollouts", admin.listing, methods=["GET"]),
         Route("/admin/rollouts", admin.open, methods=["POST"]),
         Route("/admin/rollouts/{id}/finish", admin.finish, methods=["POST"]),
         Route("/admin/rollouts/{id}/graph", admin.graph),
@@ -58,20 +62,35 @@ class _Admin:
         self._store = store
         self._admin_key = admin_key
 
+    async def listing(self, request: Request) -> Response:
+        """The newest rollouts, oldest first. Keys are told once, when a rollout is opened."""
+        check_admin_key(request, self._admin_key)
+        wanted = _Listing.of(request.query_params)
+        found = self._store.rollouts(status=wanted.status)
+        sampled = self._store.sampled_tokens()
+        entries = [_rollout_entry(rollout, sampled.get(rollout.id, 0)) for rollout in found[-wanted.limit :]]
+        return json_response({"rollouts": entries, "total": len(found)})
+
     async def open(self, request: Request) -> Response:
         check_admin_key(request, self._admin_key)
         body = await json_body(request)
+        _check_known(body, "task", "group", "instruction")
         task, group = text_field(body, "task", "body"), text_field(body, "group", "body")
-        instruction = body.get("instruction") or ""
-        name = f"r-{secrets.token_hex(6)}"
-        rollout = Rollout(name, task, group, split="served", instruction=str(instruction))
+        instruction = body.get("instruction", "")
+        if not isinstance(instruction, str):
+            raise RequestError(
+                f"body.instruction must be a string, not {shown(instruction)}; it is for people who read"
+            )
+        rollout = Rollout(f"r-{secrets.token_hex(6)}", task, group, split="served", instruction=instruction)
         key = self._host.open_rollout(rollout)
         return json_response({"rollout": rollout.id, "key": key})
 
     async def finish(self, request: Request) -> Response:
         check_admin_key(request, self._admin_key)
         rollout = self._rollout(request)
-        reward = _reward(await json_body(request))
+        body = await json_body(request)
+        _check_known(body, "reward")
+        reward = _reward(body)
         if not self._host.is_live(rollout.id):
             raise SealedRolloutError(f"rollout {rollout.id} has ended before ({rollout.status.value})")
         sealed = await self._host.seal_rollout(rollout.id)
@@ -113,6 +132,30 @@ class _Admin:
         return _ledger_entry(account_uncredited(self._store.rollout(rollout_id), graph.num_sampled))
 
 
+@dataclass(frozen=True, slots=True)
+class _Listing:
+    """The query of a list: which rollouts, and how many at most."""
+
+    status: RolloutStatus | None
+    limit: int
+
+    @classmethod
+    def of(cls, query: Mapping[str, str]) -> _Listing:
+        _check_known(query, "status", "limit", where="query")
+        status, limit = query.get("status"), query.get("limit", str(_MOST_LISTED))
+        if status is not None and status not in list(RolloutStatus):
+            raise RequestError(f"query.status is {shown(status)}; known are {', '.join(RolloutStatus)}")
+        if not (limit.isascii() and limit.isdigit() and len(limit) < 10 and 1 <= int(limit) <= _MOST_LISTED):
+            raise RequestError(f"query.limit must be an integer from 1 to {_MOST_LISTED}, not {shown(limit)}")
+        return cls(None if status is None else RolloutStatus(status), int(limit))
+
+
+def _check_known(fields: Mapping[str, Any], *known: str, where: str = "body") -> None:
+    unknown = next((key for key in fields if key not in known), None)
+    if unknown is not None:
+        raise RequestError(f"{where}.{unknown[:80]} is not known; known are {', '.join(known)}")
+
+
 def _reward(body: Mapping[str, Any]) -> float | None:
     if "reward" not in body:
         raise RequestError('body.reward is missing; send {"reward": 1.0}, or null when nothing judged the rollout')
@@ -130,6 +173,18 @@ def _outcome(sealed: SealedRollout) -> tuple[RolloutStatus, str]:
     if sealed.truncated is not None:
         return RolloutStatus.TRUNCATED, sealed.truncated
     return RolloutStatus.FINISHED, ""
+
+
+def _rollout_entry(rollout: Rollout, tokens: int) -> dict[str, Any]:
+    return {
+        "id": rollout.id,
+        "task": rollout.task_id,
+        "group": rollout.group_id,
+        "status": rollout.status.value,
+        "reason": rollout.reason,
+        "reward": rollout.reward,
+        "tokens": tokens,
+    }
 
 
 def _node_entry(node: Node) -> dict[str, Any]:

@@ -8,11 +8,11 @@ has exactly its tokens. What then remains forks, with a reason.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import orjson
 from numpy.typing import NDArray
 
 from upspiral.errors import TailMismatch
@@ -35,7 +35,7 @@ class Prompt:
     segments: tuple[Segment, ...]
     keys: tuple[MessageKey, ...]
     """[segments]"""
-    tools_key: str
+    tools_key: bytes
     fork: str = ""
     """Why the request does not go on from what it repeats: "tools" (it offers others), "template" (the chat template
     renders the past differently) or "edited" (it holds an answer that was never given); "" when it does."""
@@ -65,7 +65,7 @@ class History:
         """Parent and what a message means -> the nodes there, oldest first."""
         self._context_nodes: dict[tuple[int | None, Role, bytes], int] = {}
         """Parent, role and tokens -> the node there that nobody sampled."""
-        self._answer_tools: dict[int, str] = {}
+        self._answer_tools: dict[int, bytes] = {}
         """Tools that were offered, by answer node. Templates may put them anywhere in the prompt."""
         self._paths: dict[int, NDArray[np.int32]] = {}
         """Tokens up to the end of the newest answers, which is what requests continue."""
@@ -144,7 +144,7 @@ class History:
         """Whether the chat template would drop a thought of theirs."""
         return any(message.thinking for message in messages[: self._renderer.thinking_kept_from(messages)])
 
-    def _extended(self, anchor: Node, tail: Sequence[Message], keys: Sequence[MessageKey], tools_key: str) -> Prompt:
+    def _extended(self, anchor: Node, tail: Sequence[Message], keys: Sequence[MessageKey], tools_key: bytes) -> Prompt:
         stored = self._path_ids(anchor.id)
         after = anchor.finish_reason or "cancelled"
         segments = self._renderer.render_tail(
@@ -161,7 +161,9 @@ class History:
             fork="edited" if edited else "",
         )
 
-    def _by_tokens(self, segments: Sequence[Segment], keys: Sequence[MessageKey], tools_key: str, fork: str) -> Prompt:
+    def _by_tokens(
+        self, segments: Sequence[Segment], keys: Sequence[MessageKey], tools_key: bytes, fork: str
+    ) -> Prompt:
         """Hangs a whole prompt below the longest stored path with exactly its tokens."""
         anchor, stored, rest = self._stored_path(segments, keys)
         if not fork and anchor is not None and any(segment.role == "assistant" for segment in rest):
@@ -212,7 +214,7 @@ class History:
         return None if node_id is None else self.graph.nodes[node_id]
 
     def _find_anchor(
-        self, messages: Sequence[Message], keys: Sequence[MessageKey], tools_key: str
+        self, messages: Sequence[Message], keys: Sequence[MessageKey], tools_key: bytes
     ) -> tuple[Node | None, int, bool]:
         """The deepest answer that the messages repeat with the same tools, how many messages its path covers, and
         whether only other tools stand in the way. Of equals, the path with more answers as they were sampled wins (an
@@ -267,6 +269,6 @@ def _same_thinking(node: Node, message: Message) -> bool:
     return not message.thinking or message.thinking.strip() == (stored or "").strip()
 
 
-def _tools_key(tools: Sequence[ToolSpec]) -> str:
+def _tools_key(tools: Sequence[ToolSpec]) -> bytes:
     entries = [[tool.name, tool.description, dict(tool.parameters)] for tool in tools]
-    return json.dumps(entries, sort_keys=True, default=str)
+    return orjson.dumps(entries, option=orjson.OPT_SORT_KEYS)

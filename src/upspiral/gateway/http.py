@@ -4,28 +4,42 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import ipaddress
+import resource
 import socket
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any, cast
 
 import uvicorn
 from starlette.types import ASGIApp
 
 from upspiral.errors import ConfigError, DeadlineError, UpspiralError
+from upspiral.gateway.connection import Connection
+from upspiral.gateway.limits import LimitedApp, Limits
 
 START_DEADLINE_S = 30.0
 STOP_DEADLINE_S = 5.0
 """How long open requests may go on once the server stops."""
 _BACKLOG = 2048
+_OTHER_DESCRIPTORS = 128
+"""File descriptors that are not for connections: the store, the model's files, pipes."""
 
 
 @asynccontextmanager
 async def serve_app(
-    app: ASGIApp, *, host: str = "127.0.0.1", port: int = 0, unix_socket: Path | None = None
+    app: ASGIApp,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 0,
+    unix_socket: Path | None = None,
+    limits: Limits | None = None,
 ) -> AsyncIterator[str]:
     """Serves `app` while the context is open and gives its URL, without a path. Port 0 takes a free one; with
-    `unix_socket` the app listens there instead. Leaves signals alone.
+    `unix_socket` the app listens there instead. Clients are held to `limits`. Leaves signals and logging alone.
 
     Raises ConfigError when the address cannot be bound, before anything starts.
     """
@@ -35,10 +49,7 @@ async def serve_app(
         url = f"http://{shown_host}:{listener.getsockname()[1]}"
     else:
         listener, url = _bind_unix(unix_socket), f"unix:{unix_socket}"
-    config = uvicorn.Config(
-        app, log_level="warning", access_log=False, lifespan="off", timeout_graceful_shutdown=int(STOP_DEADLINE_S)
-    )
-    server = _QuietServer(config)
+    server = _QuietServer(_config(app, limits or Limits()))
     running = asyncio.create_task(server.serve(sockets=[listener]), name=f"server at {url}")
     try:
         await _until_started(server, running, url)
@@ -55,6 +66,37 @@ async def serve_app(
 def check_address(host: str, port: int) -> None:
     """Raises ConfigError when the address cannot be bound: better to know before a model is loaded."""
     _bind(host, port).close()
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can connect to the address. A name counts when everything that it stands for does."""
+    try:
+        found = socket.getaddrinfo(host or "0.0.0.0", None, type=socket.SOCK_STREAM)
+    except OSError:
+        return False
+    # The scope of a link-local address ("fe80::1%eth0") is not a part of it.
+    return all(ipaddress.ip_address(str(address[0]).partition("%")[0]).is_loopback for *_, address in found)
+
+
+def _config(app: ASGIApp, limits: Limits) -> uvicorn.Config:
+    available, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if available != resource.RLIM_INFINITY:
+        limits = replace(limits, connections=max(1, min(limits.connections, available - _OTHER_DESCRIPTORS)))
+    return uvicorn.Config(
+        LimitedApp(app, limits),
+        http=cast(Any, partial(Connection, limits=limits)),
+        ws="none",
+        lifespan="off",
+        # The process that embeds the server decides about logging. URLs, which may hold keys, are never logged.
+        log_config=None,
+        log_level="warning",
+        access_log=False,
+        # Nobody stands between: what a client says about where it comes from is not believed.
+        proxy_headers=False,
+        server_header=False,
+        timeout_keep_alive=limits.idle_timeout_s,
+        timeout_graceful_shutdown=int(STOP_DEADLINE_S),
+    )
 
 
 class _QuietServer(uvicorn.Server):

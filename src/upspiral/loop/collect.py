@@ -54,8 +54,7 @@ class Collector:
 
     def abandon_interrupted(self) -> None:
         """Marks rollouts that a killed process left running. What they committed stays, and stays out of the loss."""
-        for rollout in self._store.rollouts(status=RolloutStatus.RUNNING):
-            self._store.finish_rollout(rollout.id, status=RolloutStatus.CANCELLED, reason="interrupted")
+        self._store.cancel_running("interrupted")
 
     def recall(self, step: int) -> None:
         """After a restart: takes in what a step that is already trained had sampled."""

@@ -33,7 +33,7 @@ class RunFolder:
         if not resume and resolved.exists():
             raise ConfigError(f"{path} holds a run; go on with it by --resume, or choose another folder by --run")
         path.mkdir(parents=True, exist_ok=True)
-        lock = _lock(path)
+        lock = lock_folder(path)
         if resume:
             _check_same_run(load_run_config(resolved, ()), config, resolved)
         resolved.write_text(dump_toml(config), encoding="utf-8")
@@ -55,7 +55,9 @@ class RunFolder:
         os.close(self.lock)
 
 
-def _lock(path: Path) -> int:
+def lock_folder(path: Path) -> int:
+    """A handle that keeps other processes out of the folder until it is closed or this process dies. Raises ConfigError
+    when another one holds it."""
     handle = os.open(path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

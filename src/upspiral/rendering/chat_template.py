@@ -25,6 +25,7 @@ from upspiral.errors import TemplateError
 from upspiral.rendering.answer import AnswerParser, CallPiece, ReadingRules
 from upspiral.rendering.formats.base import ToolFormat
 from upspiral.rendering.formats.registry import FORMATS
+from upspiral.rendering.segments import shared_length
 from upspiral.rendering.thinking import ThinkingTags, tags_around
 from upspiral.types import Message, ToolCall, ToolSpec
 
@@ -35,8 +36,8 @@ class MessageStyle:
 
     arguments_as_text: bool = False
     """Arguments of calls as the text of a JSON object instead of the object."""
-    empty_as_none: bool = False
-    """`content` is none beside tool calls if nothing was said."""
+    none_beside_calls: bool = False
+    """`content` is none beside tool calls, whatever was said: the template writes either the text or the calls."""
     short_ids: bool = False
     """Ids of tool calls have nine letters or digits."""
     thinking_key: str = "reasoning_content"
@@ -44,7 +45,7 @@ class MessageStyle:
 
 
 _STYLES = tuple(
-    MessageStyle(arguments_as_text=as_text, empty_as_none=as_none)
+    MessageStyle(arguments_as_text=as_text, none_beside_calls=as_none)
     for as_text in (False, True)
     for as_none in (False, True)
 )
@@ -104,7 +105,7 @@ class ChatTemplate:
         whole = self.text([question, answer], tools)
         if whole.startswith(plain):
             return whole[len(plain) :]
-        shared = next(at for at in range(len(plain), -1, -1) if whole.startswith(plain[:at]))
+        shared = shared_length(plain, whole)
         # Both may go on with a tag and share its first letters: the cut is behind the last mark or space.
         return whole[max(map(whole[:shared].rfind, ">] \n\t")) + 1 :]
 
@@ -156,7 +157,7 @@ class ChatTemplate:
 
 def template_message(message: Message, style: MessageStyle = MessageStyle()) -> dict[str, Any]:
     """The dictionary that templates expect. Arguments go in as an object: most templates write them with `tojson`."""
-    content: Any = message.text or (None if style.empty_as_none and message.tool_calls else "")
+    content: Any = None if style.none_beside_calls and message.tool_calls else message.text
     entry: dict[str, Any] = {"role": message.role, "content": content}
     if message.thinking is not None and style.thinking_key:
         entry[style.thinking_key] = message.thinking

@@ -14,15 +14,17 @@ from tokenizers import Tokenizer
 
 from upspiral.errors import TemplateError
 from upspiral.rendering.answer import AnswerParser, AnswerReader, ParsedAnswer, ReadingRules
+from upspiral.rendering.boundaries import Boundaries
 from upspiral.rendering.chat_template import ChatTemplate
 from upspiral.rendering.encoder import Encoded, Encoder
 from upspiral.rendering.formats.base import ToolFormat
 from upspiral.rendering.formats.registry import HERMES
 from upspiral.rendering.model_folder import eos_token_ids, load_template, load_tokenizer
-from upspiral.rendering.segments import Segment, cut_segments, first_difference, shared_length
+from upspiral.rendering.segments import Segment, cut_segments, first_difference
 from upspiral.rendering.tail import TailRenderer
 from upspiral.rendering.text_decoder import TextDecoder
-from upspiral.rendering.turns import SENTINEL, Turns, kept_thoughts, last_index
+from upspiral.rendering.thinking import ThinkingTags
+from upspiral.rendering.turns import SENTINEL, ThinkingRule, Turns, kept_thoughts, last_index
 from upspiral.types import FinishReason, Message, Role, ToolCall, ToolSpec
 
 __all__ = ["Renderer", "Segment"]
@@ -80,6 +82,26 @@ class Renderer:
         """Whether tools can be offered."""
         return self._template.knows_tools()
 
+    @property
+    def end_of_turn(self) -> int | None:
+        """The token that the template closes an answer with; None: the next turn's first token ends it."""
+        return self._turns.end_of_turn
+
+    @property
+    def thinking_tags(self) -> ThinkingTags:
+        """What stands around thinking in answers."""
+        return self._turns.thinking_tags
+
+    @property
+    def thinking_rule(self) -> ThinkingRule:
+        """Of which past answers the template keeps the thinking."""
+        return self._turns.thinking_rule
+
+    @property
+    def guards_contents(self) -> bool:
+        """Whether special tokens inside what users and tools wrote are spelled out."""
+        return self._encoder.guards
+
     def encode_answer(self, text: str) -> list[int]:
         """The ids of an answer that somebody else than the model wrote, without the stop token."""
         return self._encoder.ids(text)
@@ -128,7 +150,7 @@ class Renderer:
             return []
         guarded, marks = self._encoder.guard(messages)
         text = self._template.text(guarded, tools)
-        ends = [*(self._end_of_message(guarded, tools, index, text) for index in range(len(messages) - 1)), len(text)]
+        ends = Boundaries(self._template, guarded, tools, text).ends()
         return cut_segments(self._encoder.encode(text, marks), ends, messages)
 
     def render_tail(
@@ -187,32 +209,44 @@ class Renderer:
     def text_decoder(self) -> TextDecoder:
         return TextDecoder(self.decode)
 
+    def spell(self, token_ids: Sequence[int]) -> str:
+        """The text of ids with all special tokens, for messages to people."""
+        return self._encoder.tokenizer.decode([int(index) for index in token_ids], skip_special_tokens=False)
+
     def check_append_only(self) -> None:
-        """Raises TemplateError, naming the template and the first difference, when a longer conversation does not
-        begin with the tokens of a shorter one. Everything that tokenizes once depends on it."""
+        """Raises TemplateError, naming the template and the first difference, when what stood before an answer is
+        rendered differently once the answer and a tool's result follow, or when something is left out.
+
+        Everything that tokenizes once depends on it. A template may change the past when a new question comes (it drops
+        thinking, or moves the tools); such a conversation is rendered whole.
+        """
         if self._turns.end_of_turn is None and not self._turns.openers:
             raise TemplateError(_no_end_of_turn(self._template.name))
         messages, tools = _probe_conversation()
         tools = tools if self.knows_tools else []
         messages = messages if tools else [m for m in messages if m.role != "tool" and not m.tool_calls]
+        asked = [end for end in range(1, len(messages) + 1) if messages[end - 1].role in ("user", "tool")]
         before: list[int] = []
-        # A system prompt alone is no conversation: some templates refuse it.
-        for end in range(2, len(messages) + 1):
+        for end in asked:
             text = self._template.text(messages[:end], tools)
-            if left_out := next((m.role for m in messages[:end] if m.text not in text), None):
-                raise TemplateError(f"chat template {self._template.name} leaves out what role {left_out} says")
-            after = self._encoder.ids(text)
-            self._check_appended(before, after, messages[:end])
             prompt = self._template.text(messages[:end], tools, generation_prompt=True)
-            if messages[end - 1].role in ("user", "tool"):
-                self._check_appended(after, self._encoder.ids(prompt), messages[:end])
+            after = self._encoder.ids(text)
+            if messages[end - 1].role == "tool" or not tools:
+                self._check_appended(before, after, messages[:end])
+            self._check_appended(after, self._encoder.ids(prompt), messages[:end])
             before = after
+        self._check_complete(messages, tools)
+
+    def _check_complete(self, messages: Sequence[Message], tools: Sequence[ToolSpec]) -> None:
+        text = self._template.text(messages, tools)
+        if left_out := [message.role for message in messages if message.text not in text]:
+            raise TemplateError(f"chat template {self._template.name} leaves out what role {left_out[0]} says")
 
     def _check_appended(self, before: list[int], after: list[int], messages: Sequence[Message]) -> None:
         at = first_difference(before, after)
         if at < len(before):
             role = messages[-1].role
-            was, now = (self._encoder.tokenizer.decode(ids[at : at + 8], False) for ids in (before, after))
+            was, now = (self.spell(ids[at : at + 8]) for ids in (before, after))
             raise TemplateError(
                 f"chat template {self._template.name} is not append-only: message {len(messages)} (role {role}) "
                 f"changes what was rendered before it at token {at}, from {was!r} to {now!r}. Sampled tokens could "
@@ -223,35 +257,13 @@ class Renderer:
         if tools and not self.knows_tools:
             raise TemplateError(
                 f"chat template {self._template.name} ignores tools, or writes calls in no format that upspiral reads; "
-                "the tokenizer has no ChatML tokens for the template that upspiral ships; add a chat_template.jinja that "
-                "renders tools to the model folder"
+                "the tokenizer has no ChatML tokens for the template that upspiral ships; add to the model folder a "
+                "chat_template.jinja that renders tools"
             )
 
     def _encode(self, messages: Sequence[Message], tools: Sequence[ToolSpec]) -> Encoded:
         guarded, marks = self._encoder.guard(messages)
         return self._encoder.encode(self._template.text(guarded, tools), marks)
-
-    def _end_of_message(self, messages: Sequence[Message], tools: Sequence[ToolSpec], index: int, whole: str) -> int:
-        """Where the text of a message ends in that of the whole conversation.
-
-        Where the whole conversation changes the end of a shorter one (a template that joins tool results into one
-        turn), the message ends where the two part. Where it changes more (thinking that is dropped), the shorter one is
-        rendered as if a question followed, which changes it in the same way.
-        """
-        try:
-            text = self._template.text(messages[: index + 1], tools)
-        except TemplateError:
-            return 0
-        if whole.startswith(text) or messages[index].role != "assistant":
-            return shared_length(text, whole)
-        question = Message("user", SENTINEL)
-        try:
-            followed = self._template.text([*messages[: index + 1], question], tools)
-        except TemplateError:
-            return shared_length(text, whole)
-        alone = self._turns.question_text
-        past = followed.removesuffix(alone)
-        return len(past) if alone and past != followed and whole.startswith(past) else shared_length(text, whole)
 
     def _find_hidden_ids(self) -> frozenset[int]:
         """Special tokens that no agent should see. The marks of calls and thinking are read, so they stay visible."""

@@ -36,15 +36,30 @@ def cut_segments(whole: Encoded, ends: Sequence[int], messages: Sequence[Message
     segments: list[Segment] = []
     for index, (message, end) in enumerate(zip(messages, ends, strict=True)):
         left = len(messages) - index - 1
-        stop = len(ids) if left == 0 else min(max(bisect_left(whole.starts, end), start + 1), len(ids) - left)
+        stop = len(ids) if left == 0 else min(max(_token_at(whole.starts, end), start + 1), len(ids) - left)
         segments.append(Segment(message.role, message, ids[start:stop]))
         start = stop
     return segments
 
 
-def shared_length(text: str, longer: str) -> int:
+def _token_at(starts: Sequence[int], end: int) -> int:
+    """The first token that does not end before a character. One that reaches across it belongs to what follows."""
+    index = bisect_left(starts, end)
+    if index < len(starts) and index > 0 and starts[index] > end:
+        index = bisect_left(starts, starts[index - 1])
+    return index
+
+
+def shared_length(text: str, other: str) -> int:
     """How many first characters two texts have in common."""
-    return len(text) if longer.startswith(text) else first_difference(text, longer)
+    low, high = 0, min(len(text), len(other))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if text[low:middle] == other[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
 
 
 def first_difference(a: Sequence[object], b: Sequence[object]) -> int:

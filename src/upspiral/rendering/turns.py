@@ -26,6 +26,7 @@ class Turns:
         self._template = template
         self._encoder = encoder
         self._generation_texts: dict[Role, str] = {}
+        self._leads: dict[Role, str] = {}
         self.end_of_turn = self._find_end_of_turn()
         """The token that the template closes an answer with. None: the next turn's first token ends it."""
         self.openers = () if self.end_of_turn is not None else self._find_openers()
@@ -33,8 +34,6 @@ class Turns:
         with."""
         self.thinking_tags = template.thinking_tags or self._tags_of_generation_text() or self._tags_of_vocabulary()
         self.thinking_rule = self._find_thinking_rule()
-        self.question_text = self._find_question_text()
-        """A question of the sentinel as it stands behind an answer; "": it cannot be told apart."""
 
     def generation_text(self, after: Role) -> str:
         """The generation prompt behind a message of this role."""
@@ -44,6 +43,11 @@ class Turns:
 
     def lead(self, after: Role) -> str:
         """What the template writes between the generation prompt and a call at once: white space, empty thinking."""
+        if after not in self._leads:
+            self._leads[after] = self._find_lead(after)
+        return self._leads[after]
+
+    def _find_lead(self, after: Role) -> str:
         text = self.generation_text(after)
         if self.thinking_tags.opened_by(text):
             return f"\n{self.thinking_tags.close}\n\n"
@@ -52,7 +56,7 @@ class Turns:
         if tool_format is None:
             return ""
         try:
-            asked, answered = _asked(after), Message("assistant", tool_calls=(call,))
+            asked, answered = conversation_ending_with(after), Message("assistant", tool_calls=(call,))
             prompt = self._template.text(asked, generation_prompt=True)
             whole = self._template.text([*asked, answered])
         except TemplateError:
@@ -87,8 +91,8 @@ class Turns:
 
     def _find_generation_text(self, after: Role) -> str:
         try:
-            asked = self._template.text(_asked(after))
-            prompted = self._template.text(_asked(after), generation_prompt=True)
+            asked = self._template.text(conversation_ending_with(after))
+            prompted = self._template.text(conversation_ending_with(after), generation_prompt=True)
         except TemplateError:
             if after == "user":
                 raise
@@ -106,15 +110,6 @@ class Turns:
     def _tags_of_vocabulary(self) -> ThinkingTags:
         known = self._encoder.tokenizer.token_to_id
         return next((tags for tags in KNOWN_TAGS if known(tags.open) is not None), THINK)
-
-    def _find_question_text(self) -> str:
-        """What two conversations have in common at the end that differ in the answer before it."""
-        question = Message("user", SENTINEL)
-        answers = [Message("assistant", text) for text in ("one", "two")]
-        texts = [self._template.text([Message("user", QUESTION), answer, question]) for answer in answers]
-        ends = [text.rpartition(answer.text)[2] for text, answer in zip(texts, answers, strict=True)]
-        closed = self._template.text([Message("user", QUESTION), answers[0]]).rpartition(answers[0].text)[2]
-        return ends[0].removeprefix(closed) if ends[0] == ends[1] and ends[0].startswith(closed) else ""
 
     def _find_thinking_rule(self) -> ThinkingRule:
         if self._template.thinking_tags is None:
@@ -160,8 +155,8 @@ def last_index(messages: Sequence[Message], roles: Collection[Role]) -> int:
     return next((index for index in range(len(messages) - 1, -1, -1) if messages[index].role in roles), -1)
 
 
-def _asked(role: Role) -> list[Message]:
-    """A conversation that ends with a message of this role."""
+def conversation_ending_with(role: Role) -> list[Message]:
+    """The shortest conversation that ends with a message of this role."""
     question = Message("user", QUESTION)
     if role == "tool":
         call = ToolCall("call00000", SENTINEL, "{}")

@@ -110,6 +110,16 @@ class TrajectoryStore:
         kinds = self._select("SELECT kind, COUNT(*) FROM edges GROUP BY kind ORDER BY 2 DESC", ())
         return dict(reasons), dict(kinds)
 
+    def sampled_tokens(self) -> dict[str, int]:
+        """Committed sampled tokens by rollout id; rollouts without nodes are left out."""
+        return dict(self._select("SELECT rollout_id, SUM(num_sampled) FROM nodes GROUP BY rollout_id", ()))
+
+    def cancel_running(self, reason: str) -> int:
+        """Marks every rollout that is still running as cancelled, in one transaction. Returns how many there were."""
+        with self._transaction("cancel the running rollouts") as connection:
+            values = (RolloutStatus.CANCELLED.value, reason, RolloutStatus.RUNNING.value)
+            return connection.execute("UPDATE rollouts SET status = ?, reason = ? WHERE status = ?", values).rowcount
+
     def record_step(self, step: int, credits: Sequence[RolloutCredit]) -> None:
         """Records what each rollout gave to a step: all or nothing, replacing what the step had recorded before (a
         resumed run repeats steps). StoreError when another step has credited one of the rollouts: a sampled token

@@ -8,15 +8,23 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import openai
 import pytest
 
 from tests.fixtures.tiny_model import make_tokenizer
-from upspiral.cli.serve import serve
+from upspiral.cli.main import run_command
+from upspiral.cli.serve import ADMIN_KEY_VARIABLE, INTERRUPTED, Exposure, serve
 from upspiral.errors import ConfigError
+from upspiral.loop.folder import lock_folder
 from upspiral.trajectory.store import TrajectoryStore
+from upspiral.types import Rollout, RolloutStatus
+
+OWN_KEY = "a-key-of-my-own-1234"
 
 
 @pytest.fixture
@@ -33,26 +41,96 @@ def script(tmp_path: Path) -> Path:
     return path
 
 
+@contextmanager
+def serving(tmp_path: Path, **environment: str) -> Iterator[subprocess.Popen[str]]:
+    arguments = ["--model", str(tmp_path / "model"), "--engine", "scripted", "--script", str(tmp_path / "script.jsonl")]
+    command = [sys.executable, "-m", "upspiral", "serve", *arguments, "--run", str(tmp_path / "run"), "--port", "0"]
+    variables = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3] / "src"), **environment}
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, env=variables, text=True) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def ready(process: subprocess.Popen[str]) -> dict[str, str]:
+    assert process.stdout is not None
+    return json.loads(process.stdout.readline())
+
+
+def open_rollout(url: str, admin_key: str) -> dict[str, str]:
+    admin = openai.OpenAI(base_url=f"{url}/admin", api_key=admin_key, timeout=10)
+    opened = admin.post("/rollouts", body={"task": "t", "group": "g"}, cast_to=object)
+    assert isinstance(opened, dict)
+    return opened
+
+
 def test_it_says_when_it_is_ready_and_stops_on_a_signal(tmp_path: Path, model: Path, script: Path) -> None:
-    code = (
-        "from pathlib import Path; from upspiral.cli.serve import serve;"
-        f"serve(model={str(model)!r}, engine='scripted', script=Path({str(script)!r}),"
-        f"run=Path({str(tmp_path / 'run')!r}), port=0)"
-    )
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3] / "src")}
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, env=environment, text=True) as process:
-        assert process.stdout is not None
-        ready = json.loads(process.stdout.readline())
-        assert set(ready) == {"url", "admin_key"}
-        admin = openai.OpenAI(base_url=f"{ready['url']}/admin", api_key=ready["admin_key"], timeout=10)
-        opened = admin.post("/rollouts", body={"task": "t", "group": "g"}, cast_to=object)
-        assert isinstance(opened, dict)
-        client = openai.OpenAI(base_url=f"{ready['url']}/v1", api_key=opened["key"], timeout=10)
+    with serving(tmp_path) as process:
+        assert process.stdout is not None and process.stderr is not None
+        said = ready(process)
+        assert set(said) == {"url", "admin_key"}
+        opened = open_rollout(said["url"], said["admin_key"])
+        client = openai.OpenAI(base_url=f"{said['url']}/v1", api_key=opened["key"], timeout=10)
         answer = client.chat.completions.create(model="m", messages=[{"role": "user", "content": "hi"}])
         assert answer.choices[0].message.content == "3 files"
         process.send_signal(signal.SIGTERM)
         assert process.stdout.read() == "" and process.wait(timeout=20) == 0
-    assert len(TrajectoryStore(tmp_path / "run" / "trajectories.db").graph(opened["rollout"]).nodes) == 2
+        assert "stopped with 1 unfinished rollout in " in process.stderr.read()
+    store = TrajectoryStore(tmp_path / "run" / "trajectories.db")
+    assert len(store.graph(opened["rollout"]).nodes) == 2
+    rollout = store.rollout(opened["rollout"])
+    assert (rollout.status, rollout.reason) == (RolloutStatus.CANCELLED, INTERRUPTED)
+
+
+def test_a_key_of_ones_own_is_used_and_not_printed(tmp_path: Path, model: Path, script: Path) -> None:
+    with serving(tmp_path, **{ADMIN_KEY_VARIABLE: OWN_KEY}) as process:
+        said = ready(process)
+        assert said["admin_key"] is None
+        assert set(open_rollout(said["url"], OWN_KEY)) == {"rollout", "key"}
+
+
+def test_what_a_killed_gateway_left_is_marked(tmp_path: Path, model: Path, script: Path) -> None:
+    store = TrajectoryStore(tmp_path / "run" / "trajectories.db")
+    for number in range(3):
+        store.create_rollout(Rollout(f"r{number}", "t", "g", split="served"))
+    store.finish_rollout("r2", status=RolloutStatus.FINISHED, reward=1.0)
+    with serving(tmp_path) as process:
+        ready(process)
+        with pytest.raises(ConfigError, match="in use by another upspiral process"):
+            serve(model=str(model), engine="scripted", script=script, run=tmp_path / "run", port=0)
+        process.send_signal(signal.SIGTERM)
+        assert process.stderr is not None
+        assert "an earlier gateway left 2 unfinished rollouts in " in process.stderr.read()
+    found = {rollout.id: (rollout.status, rollout.reason) for rollout in store.rollouts()}
+    cancelled = (RolloutStatus.CANCELLED, INTERRUPTED)
+    assert found == {"r0": cancelled, "r1": cancelled, "r2": (RolloutStatus.FINISHED, "")}
+    os.close(lock_folder(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::"])
+def test_others_may_connect_only_with_a_key_that_somebody_chose(
+    host: str, tmp_path: Path, model: Path, script: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.delenv(ADMIN_KEY_VARIABLE, raising=False)
+    arguments = ["--model", str(model), "--engine", "scripted", "--script", str(script), "--run", str(tmp_path / "run")]
+    assert run_command(["serve", *arguments, "--port", "0", "--host", host]) == 2
+    refused = capsys.readouterr().err
+    assert f"--host {host} can be reached from other machines" in refused and ADMIN_KEY_VARIABLE in refused
+    for key in ("short", "sixteen letters!", "é" * 20):
+        monkeypatch.setenv(ADMIN_KEY_VARIABLE, key)
+        with pytest.raises(ConfigError, match=f"{ADMIN_KEY_VARIABLE} must have at least 16") as refusal:
+            serve(
+                model=str(model), engine="scripted", script=script, run=tmp_path, port=0, exposure=Exposure(host=host)
+            )
+        assert key not in str(refusal.value)
+
+
+def test_limits_that_let_nobody_in(tmp_path: Path, model: Path, script: Path) -> None:
+    for exposure in (Exposure(max_body_mb=0), Exposure(max_connections=-1)):
+        with pytest.raises(ConfigError, match=r"--max-(body-mb|connections) \S+ lets nobody in"):
+            serve(model=str(model), engine="scripted", script=script, run=tmp_path, port=0, exposure=exposure)
 
 
 def test_what_cannot_work_is_said_first(tmp_path: Path, model: Path, script: Path) -> None:

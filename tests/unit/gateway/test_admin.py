@@ -65,6 +65,30 @@ def check_nodes(graph: dict[str, Any], live: LiveGateway) -> None:
     assert graph["ledger"]["sampled"] == len(sampled)
 
 
+def test_the_list_of_rollouts(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with live_gateway(tmp_path, ["3 files"]) as live, aiohttp.ClientSession() as session:
+            admin = Admin(live, session)
+            opened = [(await admin.call("POST", body={"task": f"t{i}", "group": "g"}))[1] for i in range(3)]
+            await live.client(opened[1]["key"]).chat.completions.create(model="m", messages=ASK)  # pyright: ignore[reportArgumentType]
+            await admin.call("POST", f"/{opened[1]['rollout']}/finish", {"reward": 1})
+            status, listed = await admin.call("GET")
+            assert status == 200 and listed["total"] == 3
+            assert [entry["id"] for entry in listed["rollouts"]] == [each["rollout"] for each in opened]
+            tokens = len(live.renderer.encode_answer("3 files")) + 1
+            wanted = {"task": "t1", "group": "g", "status": "finished", "reason": "", "reward": 1.0, "tokens": tokens}
+            assert listed["rollouts"][1] == {"id": opened[1]["rollout"], **wanted}
+            assert listed["rollouts"][0]["status"] == "running" and listed["rollouts"][0]["tokens"] == 0
+            assert not any(each["key"] in str(listed) for each in opened)
+            _, running = await admin.call("GET", "?status=running&limit=1")
+            assert [entry["id"] for entry in running["rollouts"]] == [opened[2]["rollout"]] and running["total"] == 2
+            for query in ("status=ended", "limit=0", "limit=1e3", "limit=99999", "stat=running"):
+                status, answer = await admin.call("GET", f"?{query}")
+                assert status == 400 and f"query.{query.partition('=')[0]}" in answer["error"]["message"]
+
+    asyncio.run(main())
+
+
 def test_limits_and_failures_show_in_the_status(tmp_path: Path) -> None:
     async def main() -> None:
         async with live_gateway(tmp_path, context_length=30) as live, aiohttp.ClientSession() as session:
@@ -87,6 +111,8 @@ def test_what_is_refused(tmp_path: Path) -> None:
             for body, complaint in [
                 ({"group": "g"}, "body.task"),
                 ({"task": "t", "group": 3}, "body.group"),
+                ({"task": "t", "group": "g", "instruction": 3}, "body.instruction must be a string"),
+                ({"task": "t", "group": "g", "Reward": 1}, "body.Reward is not known; known are task, group"),
                 ([], "object"),
             ]:
                 status, answer = await admin.call("POST", body=body)
@@ -94,12 +120,12 @@ def test_what_is_refused(tmp_path: Path) -> None:
             status, answer = await admin.call("GET", "/r-none/graph")
             assert status == 404 and "r-none" in answer["error"]["message"]
             _, opened = await admin.call("POST", body={"task": "t", "group": "g"})
-            for body in ({}, {"reward": "good"}, {"reward": True}):
+            for body in ({}, {"reward": "good"}, {"reward": True}, {"reward": 1, "rewards": 2}):
                 status, answer = await admin.call("POST", f"/{opened['rollout']}/finish", body)
                 assert status == 400 and "body.reward" in answer["error"]["message"]
             for key in ("wrong", opened["key"], "é"):
                 stranger = Admin(live, session, key)
-                for method, path in [("POST", ""), ("GET", f"/{opened['rollout']}/graph")]:
+                for method, path in [("GET", ""), ("POST", ""), ("GET", f"/{opened['rollout']}/graph")]:
                     assert (await stranger.call(method, path, {}))[0] == 401
 
     asyncio.run(main())

@@ -352,7 +352,7 @@ def test_errors_have_anthropics_types(tmp_path: Path) -> None:
         return reply.status, reply.body["error"]["type"], reply.body["error"]["message"]
 
     async def main() -> None:
-        async with live_gateway(tmp_path, context_length=30) as live, wire_client(live) as client:
+        async with live_gateway(tmp_path, context_length=20) as live, wire_client(live) as client:
             status, kind, message = await error(client)
             assert (status, kind) == (400, "invalid_request_error") and message.startswith("prompt is too long: ")
             assert (await error(client, "/v1/nothing"))[:2] == (404, "not_found_error")

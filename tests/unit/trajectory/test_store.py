@@ -49,7 +49,7 @@ def fill(store: TrajectoryStore, name: str, **changes: object) -> TrajectoryGrap
 
 def same_node(a: Node, b: Node) -> bool:
     arrays = ("token_ids", "sampled", "logprobs", "versions")
-    plain = ("id", "parent", "role", "reason", "message", "finish_reason", "delivered")
+    plain = ("id", "parent", "role", "reason", "message", "finish_reason", "delivered", "auxiliary")
     return all(
         np.array_equal(getattr(a, x), getattr(b, x), equal_nan=x == "logprobs")
         and getattr(a, x).dtype == getattr(b, x).dtype

@@ -150,10 +150,10 @@ class _EventWriter:
 def usage(call: Call) -> dict[str, int]:
     """Exactly the tokens that are recorded."""
     return {
-        "input_tokens": len(call.plan.prompt_ids),
+        "input_tokens": call.usage.prompt_tokens,
         "cache_creation_input_tokens": 0,
         "cache_read_input_tokens": 0,
-        "output_tokens": sum(len(generation.token_ids) for generation in call.plan.generations),
+        "output_tokens": call.usage.completion_tokens,
     }
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import OrderedDict
 from typing import Any
 
-MOST_ENTRIES = 1024
-MOST_BYTES = 32 * 2**20
+MOST_ENTRIES = 4096
+MOST_BYTES = 8 * 2**20
 """Of all entries together, as their owners estimate them."""
 
 
@@ -30,9 +30,6 @@ class Memory:
     def find(self, key: str) -> Any | None:
         entry = self._entries.get(key)
         return None if entry is None else entry[0]
-
-    def newest_first(self) -> list[Any]:
-        return [value for value, _ in reversed(self._entries.values())]
 
     def forget(self, key: str) -> bool:
         """Whether there was something to forget."""

@@ -334,8 +334,7 @@ def _logprobs(generation: Generation, start: int, stop: int, desk: RolloutDesk) 
 
 def _usage(call: Call) -> dict[str, int]:
     """Exactly the tokens that are recorded."""
-    prompt = len(call.plan.prompt_ids)
-    sampled = sum(len(generation.token_ids) for generation in call.plan.generations)
+    prompt, sampled = call.usage.prompt_tokens, call.usage.completion_tokens
     return {"prompt_tokens": prompt, "completion_tokens": sampled, "total_tokens": prompt + sampled}
 
 

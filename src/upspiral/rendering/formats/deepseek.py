@@ -10,9 +10,11 @@ from upspiral.rendering.formats.base import CallError, Found, Reading, ToolForma
 from upspiral.rendering.formats.json_calls import ends_inside_string, load_json, make_call, same_json
 from upspiral.types import ToolCall, ToolSpec
 
-CALLS_BEGIN, CALLS_END = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"  # noqa: RUF001  (the family's own characters)
-CALL_BEGIN, CALL_END = "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>"  # noqa: RUF001
-SEPARATOR = "<｜tool▁sep｜>"  # noqa: RUF001
+_BAR, _SPACE = "\uff5c", "\u2581"
+CALLS_BEGIN, CALLS_END, CALL_BEGIN, CALL_END, SEPARATOR = (
+    f"<{_BAR}tool{_SPACE}{name}{_BAR}>"
+    for name in (f"calls{_SPACE}begin", f"calls{_SPACE}end", f"call{_SPACE}begin", f"call{_SPACE}end", "sep")
+)
 _FENCED = re.compile(r"\s*([^\n]+)\n```json\n(.*?)\n?```\s*", re.DOTALL)
 
 

@@ -91,7 +91,7 @@ class ResponsesExchange:
             "usage": usage(call, thinking_tokens),
         }
         if self.store:
-            keep(self.desk.memory, StoredResponse(body, self.inputs), self.request.messages)
+            keep(self.desk.memory, StoredResponse(body, self.inputs), self.request)
         return body
 
     def resource(self, call: Call, name: str, status: str) -> dict[str, Any]:
@@ -127,7 +127,8 @@ class _EventWriter:
         self._sequence = 0
 
     def opening(self) -> list[WireEvent]:
-        response = self._exchange.resource(self._call, self._name, "in_progress")
+        # Encoded once: instructions and tools of an agent are tens of kilobytes.
+        response = orjson.Fragment(orjson.dumps(self._exchange.resource(self._call, self._name, "in_progress")))
         self._emit("response.created", response=response)
         self._emit("response.in_progress", response=response)
         return self._taken()
@@ -284,8 +285,7 @@ class _ItemNames:
 
 def usage(call: Call, thinking_tokens: int) -> dict[str, Any]:
     """Exactly the tokens that are recorded."""
-    prompt = len(call.plan.prompt_ids)
-    sampled = sum(len(generation.token_ids) for generation in call.plan.generations)
+    prompt, sampled = call.usage.prompt_tokens, call.usage.completion_tokens
     return {
         "input_tokens": prompt,
         "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},

@@ -11,9 +11,11 @@ from upspiral.gateway.dialects.base import RolloutDesk, WireRequest
 from upspiral.gateway.dialects.fields import FieldError, choice_field, shown
 from upspiral.gateway.dialects.memory import Memory
 from upspiral.gateway.dialects.openai_responses.items import Item
+from upspiral.gateway.request import AnswerRequest
 from upspiral.types import Message
 
-_PREFIX = "response:"
+_RESPONSE, _ITEM = "response:", "item:"
+"""Begin the keys under which they are remembered."""
 _MOST_LISTED, _LISTED = 100, 20
 
 
@@ -42,12 +44,19 @@ class StoredResponse:
         return [*self.inputs, *self.body["output"]]
 
 
-def keep(memory: Memory, response: StoredResponse, messages: Sequence[Message]) -> None:
-    memory.keep(_PREFIX + response.body["id"], response, sum(_size_bytes(message) for message in messages))
+def keep(memory: Memory, response: StoredResponse, request: AnswerRequest) -> None:
+    for item in response.body["output"]:
+        memory.keep(_ITEM + item["id"], item, 0)
+    memory.keep(_RESPONSE + response.body["id"], response, _size_bytes(request))
 
 
-def _size_bytes(message: Message) -> int:
-    """About what a message's items take in memory."""
+def _size_bytes(request: AnswerRequest) -> int:
+    """About what the items and tools of a request take in memory."""
+    tools = sum(2000 + len(tool.description) for tool in request.tools)
+    return tools + sum(_message_bytes(message) for message in request.messages)
+
+
+def _message_bytes(message: Message) -> int:
     arguments = sum(len(call.arguments) for call in message.tool_calls)
     return 500 + len(message.text) + len(message.thinking or "") + arguments
 
@@ -56,7 +65,7 @@ def previous_items(memory: Memory, value: Any) -> list[Item]:
     """The items behind `previous_response_id`; [] without one."""
     if value is None:
         return []
-    response = memory.find(f"{_PREFIX}{value}")
+    response = memory.find(f"{_RESPONSE}{value}")
     if response is None:
         raise PreviousResponseError(
             "previous_response_id",
@@ -67,11 +76,8 @@ def previous_items(memory: Memory, value: Any) -> list[Item]:
 
 
 def find_item(memory: Memory, item_id: str) -> Item | None:
-    for response in memory.newest_first():
-        for item in response.items:
-            if item.get("id") == item_id:
-                return item
-    return None
+    """An item that some stored response gave out."""
+    return memory.find(_ITEM + item_id)
 
 
 def retrieve(wanted: WireRequest, desk: RolloutDesk) -> Mapping[str, Any]:
@@ -81,9 +87,11 @@ def retrieve(wanted: WireRequest, desk: RolloutDesk) -> Mapping[str, Any]:
 
 
 def delete(wanted: WireRequest, desk: RolloutDesk) -> Mapping[str, Any]:
-    name = _stored(wanted, desk).body["id"]
-    desk.memory.forget(_PREFIX + name)
-    return {"id": name, "object": "response", "deleted": True}
+    body = _stored(wanted, desk).body
+    for item in body["output"]:
+        desk.memory.forget(_ITEM + item["id"])
+    desk.memory.forget(_RESPONSE + body["id"])
+    return {"id": body["id"], "object": "response", "deleted": True}
 
 
 def cancel(wanted: WireRequest, desk: RolloutDesk) -> Mapping[str, Any]:
@@ -121,7 +129,7 @@ def _shown_item(item: Item, index: int) -> Item:
 
 def _stored(wanted: WireRequest, desk: RolloutDesk) -> StoredResponse:
     name = wanted.path["response_id"]
-    response = desk.memory.find(_PREFIX + name)
+    response = desk.memory.find(_RESPONSE + name)
     if response is None:
         raise UnknownResponseError("response_id", f"= {shown(name)} names no stored response of this rollout")
     return response
