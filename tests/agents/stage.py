@@ -4,10 +4,12 @@ store, verifier, credit. The task is made of file operations, so that the sandbo
 from __future__ import annotations
 
 import asyncio
+import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -85,6 +87,11 @@ class Played:
 
     def prompt(self, call: int) -> str:
         return self.renderer.decode(self.calls[call].prompt_ids)
+
+
+def hermes(name: str, arguments: Mapping[str, Any]) -> str:
+    """A tool call as the tiny model's template writes it."""
+    return f"<tool_call>\n{json.dumps({'name': name, 'arguments': arguments})}\n</tool_call>"
 
 
 def require(agent: str) -> None:

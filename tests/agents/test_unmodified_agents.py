@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 
-from tests.agents.stage import ANSWER, check_done, check_exact, play
+from tests.agents.stage import ANSWER, check_done, check_exact, hermes, play
 from upspiral.agent.launchers.registry import LAUNCHERS
-from upspiral.rendering.answer import format_tool_call
 
 Call = tuple[str, Mapping[str, Any]]
 SHELL_COMMANDS = (
@@ -58,7 +57,7 @@ ENDS_WITH_A_CALL = {"mini-swe-agent", "smolagents"}
 
 
 def script(agent: str) -> list[str]:
-    calls = [format_tool_call({"name": name, "arguments": arguments}) for name, arguments in CALLS[agent]]
+    calls = [hermes(*call) for call in CALLS[agent]]
     return calls if agent in ENDS_WITH_A_CALL else [*calls, ANSWER]
 
 

@@ -44,13 +44,11 @@ class AgentPackages:
     npm: tuple[str, ...] = ()
     """Exact npm packages. `{cpu}` stands for this machine's processor in npm's words."""
     pypi: tuple[str, ...] = ()
-    """Exact requirements."""
-    pins: tuple[str, ...] = ()
-    """Constraints on what the requirements bring along."""
+    """Exact requirements, complete: what they depend on is among them."""
 
     @property
     def digest(self) -> str:
-        return hashlib.sha256(repr((self.npm, self.pypi, self.pins)).encode()).hexdigest()[:16]
+        return hashlib.sha256(repr((self.npm, self.pypi)).encode()).hexdigest()[:16]
 
 
 @cache
@@ -133,13 +131,11 @@ def _install_from_npm(packages: AgentPackages, made: Path, work: Path) -> None:
 
 
 def _install_from_pypi(packages: AgentPackages, made: Path, work: Path) -> None:
-    constraints = work / "constraints.txt"
-    constraints.write_text("\n".join(packages.pins) + "\n")
-    _run(
-        [sys.executable, "-m", "venv", "--without-pip", str(made)], f"making a virtual environment for {packages.name}"
-    )
+    del work
+    venv = [sys.executable, "-m", "venv", "--without-pip", str(made)]
+    _run(venv, f"making a virtual environment for {packages.name}")
     pip = [sys.executable, "-m", "pip", "--python", str(made / "bin" / "python"), "--disable-pip-version-check"]
-    options = ["--quiet", "--no-cache-dir", "--only-binary", ":all:", "--constraint", str(constraints)]
+    options = ["--quiet", "--no-cache-dir", "--no-deps", "--only-binary", ":all:"]
     _run([*pip, "install", *options, *packages.pypi], f"pip install {packages.name}")
 
 

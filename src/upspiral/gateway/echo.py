@@ -1,15 +1,17 @@
 """When a message that an agent sends back is the one it was served.
 
-Clients rewrite what means the same: JSON spacing and key order in arguments, None for "", white space around a text,
-the ids of tool calls, and many drop the thinking. Equal after that, the sampled tokens stand; anything else is an edit.
+Clients rewrite what means the same: JSON spacing and key order in arguments, arguments that were left out and have a
+default in the tool's schema, None for "", white space around a text, the ids of tool calls, and many drop the thinking.
+Equal after that, the sampled tokens stand; anything else is an edit.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from upspiral.types import Message
+from upspiral.types import Message, ToolSpec
 
 MessageKey = tuple[object, ...]
 """Equal for messages that mean the same."""
@@ -19,7 +21,19 @@ class EchoKeys:
     """Keys of messages. Remembers what it canonicalised: an agent sends its whole history with every request."""
 
     def __init__(self) -> None:
-        self._canonical: dict[str, str] = {}
+        self._canonical: dict[tuple[str, str], str] = {}
+        self._defaults: dict[str, dict[str, Any]] = {}
+        """Tool -> arguments that its schema gives a default."""
+
+    def offered(self, tools: Sequence[ToolSpec]) -> None:
+        """Learns what the tools take for granted: some agents write that into the calls they send back."""
+        for tool in tools:
+            properties = tool.parameters.get("properties")
+            fields = properties.items() if isinstance(properties, Mapping) else ()
+            defaults = {name: each["default"] for name, each in fields if isinstance(each, Mapping) and "default" in each}
+            if self._defaults.get(tool.name, {}) != defaults:
+                self._defaults[tool.name] = defaults
+                self._canonical.clear()
 
     def of(self, messages: Sequence[Message]) -> list[MessageKey]:
         """One key per message. A tool result is tied to its call by the call's position, because clients rename ids."""
@@ -29,23 +43,32 @@ class EchoKeys:
             position, calls, text = None, (), message.text
             if message.role == "assistant":
                 call_ids = [call.id for call in message.tool_calls]
-                calls = tuple((call.name, self._arguments(call.arguments)) for call in message.tool_calls)
+                calls = tuple((call.name, self._arguments(call.name, call.arguments)) for call in message.tool_calls)
                 text = text.strip()
             elif message.tool_call_id in call_ids:
                 position = call_ids.index(message.tool_call_id)
             keys.append((message.role, text, calls, position))
         return keys
 
-    def _arguments(self, text: str) -> str:
-        known = self._canonical.get(text)
+    def _arguments(self, tool: str, text: str) -> str:
+        known = self._canonical.get((tool, text))
         if known is None:
-            known = self._canonical[text] = canonical_json(text)
+            known = self._canonical[tool, text] = canonical_json(text, self._defaults.get(tool, {}))
         return known
 
 
-def canonical_json(text: str) -> str:
-    """The same text for JSON that differs only in spacing, escapes or key order; other text unchanged."""
+def canonical_json(text: str, defaults: Mapping[str, Any] | None = None) -> str:
+    """The same text for JSON that differs only in spacing, escapes, key order or members that equal their default;
+    other text unchanged."""
     try:
-        return json.dumps(json.loads(text), sort_keys=True, separators=(",", ":"))
+        value = json.loads(text)
     except ValueError:
         return text
+    if defaults and isinstance(value, dict):
+        value = {name: each for name, each in value.items() if not _is_default(name, each, defaults)}
+    return json.dumps(value, sort_keys=True, separators=(",", ":"))
+
+
+def _is_default(name: str, value: Any, defaults: Mapping[str, Any]) -> bool:
+    """As JSON has it: false is not 0."""
+    return name in defaults and type(value) is type(defaults[name]) and value == defaults[name]

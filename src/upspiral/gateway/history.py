@@ -61,6 +61,7 @@ class History:
         self._renderer = renderer
         self._keeps_thinking = keeps_thinking
         self._echo = EchoKeys()
+        self._last_tools = b""
         self._by_key: dict[tuple[int | None, MessageKey], list[int]] = {}
         """Parent and what a message means -> the nodes there, oldest first."""
         self._context_nodes: dict[tuple[int | None, Role, bytes], int] = {}
@@ -72,7 +73,11 @@ class History:
 
     def prompt(self, messages: Sequence[Message], tools: Sequence[ToolSpec]) -> Prompt:
         """Builds the prompt for a request. Changes nothing that a reader could see."""
-        keys, tools_key = self._echo.of(messages), _tools_key(tools)
+        tools_key = _tools_key(tools)
+        if tools_key != self._last_tools:
+            self._echo.offered(tools)
+            self._last_tools = tools_key
+        keys = self._echo.of(messages)
         anchor, depth, tools_changed = self._find_anchor(messages, keys, tools_key)
         fork = "tools" if tools_changed else ""
         if anchor is not None:

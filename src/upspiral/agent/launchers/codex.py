@@ -35,5 +35,5 @@ class Codex:
         # A JSON string is a TOML string.
         config = _CONFIG.format(model=json.dumps(task.model), window=window, url=GATEWAY_URL)
         flags = "--skip-git-repo-check --dangerously-bypass-approvals-and-sandbox"
-        binary = f"{FOLDER}/node_modules/@openai/codex-linux-*/vendor/*/codex/codex"
+        binary = f"{FOLDER}/node_modules/@openai/codex-linux-*/vendor/*/bin/codex"
         return Launch(f"exec {binary} exec {flags} -", {"OPENAI_API_KEY": task.api_key}, {".codex/config.toml": config})

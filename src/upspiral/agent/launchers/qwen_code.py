@@ -25,7 +25,7 @@ class QwenCode:
     def launch(self, task: AgentTask) -> Launch:
         node = f"{FOLDER}/node_modules/node-linux-*/bin/node"
         return Launch(
-            f"exec {node} {FOLDER}/node_modules/@qwen-code/qwen-code/cli.js --approval-mode yolo",
+            f"exec {node} {FOLDER}/node_modules/@qwen-code/qwen-code/cli-entry.js --approval-mode yolo",
             {"OPENAI_BASE_URL": GATEWAY_URL, "OPENAI_API_KEY": task.api_key, "OPENAI_MODEL": task.model},
             {".qwen/settings.json": json.dumps(_SETTINGS)},
         )

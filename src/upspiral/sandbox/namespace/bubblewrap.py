@@ -130,7 +130,7 @@ def arguments(spec: SandboxSpec, identity: Identity, places: Places) -> list[str
         result += ["--perms", "1777", "--size", str(_TMP_BYTES), "--tmpfs", folder]
     result += _forwarding(spec.forward_sockets)
     for path, inside in spec.mounts.items():
-        result += ["--ro-bind", os.path.realpath(path), inside]
+        result += _mounted(os.path.realpath(path), inside)
     result += ["--bind", str(places.workspace), HOME, "--chdir", HOME]
     return result
 
@@ -155,8 +155,14 @@ def _forwarding(sockets: Mapping[int, str]) -> list[str]:
         result += ["--ro-bind", os.path.abspath(path), _inner_socket(port)]
     python = os.path.realpath(sys.base_prefix)
     if not python.startswith("/usr"):
-        result += ["--ro-bind", python, python]
+        result += _mounted(python, python)
     return result
+
+
+def _mounted(path: str, inside: str) -> list[str]:
+    """bubblewrap makes missing folders above a mount for their owner alone, who is root here; `--dir` for everybody."""
+    above = [str(folder) for folder in reversed(Path(inside).parents) if str(folder) != "/"]
+    return [*(part for folder in above for part in ("--dir", folder)), "--ro-bind", path, inside]
 
 
 def _inner_socket(port: int) -> str:
