@@ -72,7 +72,8 @@ class _Broken(Exception):
 
     def __init__(self, found: str, advice: str, *, verdict: Verdict = "costs", is_fork: bool = False) -> None:
         super().__init__(found)
-        self.found, self.advice, self.verdict, self.is_fork = found, advice, verdict, is_fork
+        self.found, self.advice, self.is_fork = found, advice, is_fork
+        self.verdict: Verdict = verdict
 
 
 def _append_only(renderer: Renderer) -> Finding:

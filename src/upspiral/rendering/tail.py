@@ -18,8 +18,9 @@ from upspiral.rendering.segments import Segment, cut_segments, shared_length
 from upspiral.rendering.turns import QUESTION, SENTINEL, Turns
 from upspiral.types import FinishReason, Message, Role, ToolCall, ToolSpec
 
-_Shape = tuple[tuple[Role, int], ...]
-"""Role and number of tool calls of each message."""
+_Shape = tuple[bool, tuple[tuple[Role, int], ...]]
+"""Whether the tools' names are known, and of each message its role and number of tool calls."""
+_MAX_VERDICTS = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +113,7 @@ class TailRenderer:
 
     def _check_shape(self, messages: Sequence[Message], *, with_names: bool) -> None:
         """Raises TailMismatch when messages of these roles are rendered differently behind different beginnings."""
-        shape = ((_NAMED if with_names else _NAMELESS), *((m.role, len(m.tool_calls)) for m in messages))
+        shape: _Shape = (with_names, tuple((message.role, len(message.tool_calls)) for message in messages))
         if shape not in self._verdicts:
             if len(self._verdicts) >= _MAX_VERDICTS:
                 self._verdicts.clear()
@@ -147,11 +148,6 @@ class TailRenderer:
 
     def _mismatch(self, what: str) -> TailMismatch:
         return TailMismatch(f"chat template {self._template.name} {what}; the conversation must be rendered whole")
-
-
-_MAX_VERDICTS = 1024
-_NAMED: tuple[Role, int] = ("assistant", -1)
-_NAMELESS: tuple[Role, int] = ("assistant", -2)
 
 
 def _dummy_exchange(tail: Sequence[Message], calls: Sequence[ToolCall]) -> list[Message]:

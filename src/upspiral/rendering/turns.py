@@ -32,7 +32,7 @@ class Turns:
         self.openers = () if self.end_of_turn is not None else self._find_openers(eos_ids)
         """Where nothing closes an answer: the special tokens that open the next turn, if the model stops with them."""
         self.thinking_tags = template.thinking_tags or self._tags_of_generation_text() or self._tags_of_vocabulary()
-        self.thinking_rule = self._find_thinking_rule()
+        self.thinking_rule: ThinkingRule = self._find_thinking_rule()
 
     def generation_text(self, after: Role) -> str:
         """The generation prompt behind a message of this role."""
@@ -83,9 +83,8 @@ class Turns:
                 text = self._template.text([Message("user", QUESTION), *tail])
             except TemplateError:
                 continue
-            first = next(iter(self._encoder.ids(text[len(before) :])), None) if text.startswith(before) else None
-            if first in self._encoder.special and first in eos_ids:
-                openers.append(first)
+            added = self._encoder.ids(text[len(before) :]) if text.startswith(before) else []
+            openers += [first for first in added[:1] if first in self._encoder.special and first in eos_ids]
         return tuple(dict.fromkeys(openers))
 
     def _find_generation_text(self, after: Role) -> str:
