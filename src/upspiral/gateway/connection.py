@@ -15,8 +15,8 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from upspiral.gateway.limits import Limits, headers_refused, refusal
 
 LINGER_S = 2.0
-"""How long the rest of a request may still come in once it has been answered. Closing at once would reset the
-connection, and a client that is still sending would never see why."""
+"""How long a client may go on sending what nobody reads once it has been answered. Closing at once would reset the
+connection, and it would never see why."""
 _SPARE_CONNECTIONS = 64
 """Beyond the limit, so many are told that there is no room; the others are dropped without a word."""
 
@@ -27,7 +27,9 @@ class Connection(HttpToolsProtocol):
     def __init__(self, *, limits: Limits, **uvicorn: Any) -> None:
         super().__init__(**uvicorn)
         self._limits = limits
-        self._refused = False
+        self._is_excess = False
+        self._is_refused = False
+        """It has been told so; what it still sends is not looked at."""
         self._headers_open = False
         self._body_open = False
         self._header_bytes = 0
@@ -42,16 +44,18 @@ class Connection(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         excess = len(self.connections) - self._limits.connections
-        self._refused = excess > 0
+        self._is_excess = excess > 0
         if excess > _SPARE_CONNECTIONS:
             transport.abort()
             return
-        patience_s = LINGER_S if self._refused else self._limits.header_timeout_s
+        patience_s = LINGER_S if self._is_excess else self._limits.header_timeout_s
         self._header_timer = self.loop.call_later(patience_s, self._headers_late)
 
     def data_received(self, data: bytes) -> None:
-        if self._refused:
-            # Said only now: a connection that is closed with unread data is reset, and the answer with it.
+        if self._is_refused:
+            return
+        if self._is_excess:
+            # Said only now, as the answer to a request.
             self._refuse(503, refusal("the gateway has no connection left; try again later", "too_many_connections"))
             return
         if not self._body_open:
@@ -126,7 +130,9 @@ class Connection(HttpToolsProtocol):
 
     def _headers_late(self) -> None:
         self._header_timer = None
-        if self.transport.is_closing() or not self._header_bytes:
+        if self._is_refused:
+            return
+        if self.transport.is_closing() or not self._headers_open:
             self._drop()
         elif self._is_idle():
             limit = f"{self._limits.header_timeout_s:g} s"
@@ -161,11 +167,17 @@ class Connection(HttpToolsProtocol):
             )
 
     def _refuse(self, status: int, body: bytes) -> None:
-        if self._is_idle():
-            length = str(len(body)).encode()
-            head = b"content-type: application/json\r\ncontent-length: " + length + b"\r\nconnection: close\r\n\r\n"
-            self.transport.write(STATUS_LINE[status] + head + body)
-        self._drop()
+        """Answers what is no complete request, and reads no other. While another is being answered, the connection
+        just ends: an answer in the middle of an answer would be taken for a part of it."""
+        if not self._is_idle():
+            self._drop()
+            return
+        self._is_refused = True
+        length = str(len(body)).encode()
+        head = b"content-type: application/json\r\ncontent-length: " + length + b"\r\nconnection: close\r\n\r\n"
+        self.transport.write(STATUS_LINE[status] + head + body)
+        self.transport.write_eof()
+        self._linger_timer = self.loop.call_later(LINGER_S, self._drop)
 
     def _drop(self) -> None:
         """Closes, and does not wait for ever until what is left has been read."""
