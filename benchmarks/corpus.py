@@ -94,7 +94,7 @@ class AnswerMaker:
         """The same text in other tokens: some are cut in two, also inside a character."""
         other: list[int] = []
         for index in ids:
-            token = self._tokenizer.id_to_token(index)
+            token = self._tokenizer.id_to_token(index) or ""
             cut = self._random.randint(1, len(token) - 1) if len(token) > 1 and self._random.random() < 0.3 else 0
             halves = [self._vocabulary.get(token[:cut]), self._vocabulary.get(token[cut:])]
             other += [half for half in halves if half is not None] if cut and None not in halves else [index]
@@ -141,7 +141,8 @@ class AnswerMaker:
             entry = {"arguments": arguments, "name": name}
         if not arguments and self._random.random() < 0.5:
             entry = {"name": name}
-        style = self._random.choice([{}, {}, {"separators": (",", ":")}, {"indent": 2}])
+        styles: list[dict[str, Any]] = [{}, {}, {"separators": (",", ":")}, {"indent": 2}]
+        style = self._random.choice(styles)
         body = json.dumps(entry, ensure_ascii=self._random.random() < 0.3, **style)
         space = self._random.choice(["\n", "\n", ""])
         return f"<tool_call>{space}{body}{space}</tool_call>"

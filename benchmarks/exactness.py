@@ -6,9 +6,9 @@ The corpus is generated from the seed (corpus.py): tool turns, several calls at 
 nothing in arguments, truncated answers, edited history, branches, changed tools, compaction, sub-agents, requests sent
 again after a hang-up or after an answer, several answers to one request. A third of the answers are token sequences
 that the tokenizer itself would not make of their text, some split inside a character, and a few are no text at all.
-Agents repeat answers as SDKs do: other call ids, other JSON spacing, 1 for 1.0, "" for null, no thinking. Without `--model` the
-conversations take turns with the tests' tokenizers and templates in the formats of nine model families, and with one
-that drops all thinking from the history.
+Agents repeat answers as SDKs do: other call ids, other JSON spacing, 1 for 1.0, "" for null, no thinking. Without
+`--model` the conversations take turns with the tests' tokenizers and templates in the formats of nine model families,
+and with one that drops all thinking from the history.
 
 - `ours`: the agents talk HTTP to the gateway; what the engine got and gave is compared with the graph that is read back
   from the store.

@@ -67,8 +67,8 @@ async def serve(folder: Path, pause_s: float) -> None:
         context_length=2**20,
         tokens_per_chunk=1,
         pause_s=pause_s,
-        endless=True,
     )
+    engine.endless = True
     store = TrajectoryStore(folder / "trajectories.db")
     gateway = Gateway(renderer, engine, store, model_name="tiny", admin_key="benchmark-admin-key")
     async with serve_app(gateway.app) as url:

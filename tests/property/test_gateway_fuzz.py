@@ -323,7 +323,8 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
     store = TrajectoryStore(folder / "trajectories.db")
     script = ["17 files", '<tool_call>\n{"name": "bash", "arguments": {"command": "ls"}}\n</tool_call>', "<think>a"]
     with asyncio.Runner() as runner:
-        engine = ScriptedEngine([ScriptLine(text=text) for text in script], encode=renderer.encode_answer, endless=True)
+        engine = ScriptedEngine([ScriptLine(text=text) for text in script], encode=renderer.encode_answer)
+        engine.endless = True
         gateway = Gateway(renderer, engine, store, model_name="tiny", admin_key=ADMIN_KEY)
         server = serve_app(gateway.app)
         url = runner.run(server.__aenter__())
@@ -415,7 +416,7 @@ def test_nothing_breaks_and_nothing_leaks(stage: Stage, case: Case) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@settings(max_examples=10_000, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=10_000, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(case=cases())
 def test_nothing_breaks_in_the_long_run(stage: Stage, case: Case) -> None:
     check(stage, case)

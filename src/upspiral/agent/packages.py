@@ -58,7 +58,8 @@ def agent_packages(name: str) -> AgentPackages:
     table: dict[str, Any] = tomllib.loads(
         resources.files("upspiral.agent.launchers").joinpath("packages.toml").read_text("utf-8")
     )[name]
-    return AgentPackages(name, **{key: tuple(each) if isinstance(each, list) else each for key, each in table.items()})
+    fields: dict[str, Any] = {key: tuple(each) if isinstance(each, list) else each for key, each in table.items()}
+    return AgentPackages(name, **fields)
 
 
 def agents_folder() -> Path:

@@ -86,7 +86,6 @@ class ScriptedEngine:
         context_length: int = 8192,
         tokens_per_chunk: int = 3,
         pause_s: float = 0.0,
-        endless: bool = False,
     ) -> None:
         self.version = 0
         """Policy version of the tokens played from now on; may be set at any time."""
@@ -94,11 +93,12 @@ class ScriptedEngine:
         """Every generation that was started, in order; empty for an endless engine."""
         self.pause_s = pause_s
         """How long each chunk takes."""
+        self.endless = False
+        """Whether the script begins again after its last line; to be set before the first generation."""
         self._in_order: deque[ScriptLine] = deque()
         self._for_prompts: list[ScriptLine] = []
         for line in script:
             (self._in_order if line.when is None else self._for_prompts).append(line)
-        self._endless = endless
         self._started = 0
         self._prefilled = 0
         self._encoded: dict[str, list[int]] = {}
@@ -141,7 +141,7 @@ class ScriptedEngine:
         answer, finish = self._answer(line, params, min(room, params.max_tokens))
         self._started += 1
         self._prefilled += len(prompt_ids)
-        if not self._endless:
+        if not self.endless:
             self.calls.append(ScriptedCall(tuple(int(index) for index in prompt_ids), params, tuple(answer)))
         self._running += 1
         try:
@@ -192,7 +192,7 @@ class ScriptedEngine:
                     return self._for_prompts.pop(index)
         if self._in_order:
             line = self._in_order.popleft()
-            if self._endless:
+            if self.endless:
                 self._in_order.append(line)
             return line
         played = self._started

@@ -30,7 +30,9 @@ class EchoKeys:
         for tool in tools:
             properties = tool.parameters.get("properties")
             fields = properties.items() if isinstance(properties, Mapping) else ()
-            defaults = {name: each["default"] for name, each in fields if isinstance(each, Mapping) and "default" in each}
+            defaults = {
+                name: each["default"] for name, each in fields if isinstance(each, Mapping) and "default" in each
+            }
             if self._defaults.get(tool.name, {}) != defaults:
                 self._defaults[tool.name] = defaults
                 self._canonical.clear()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -57,6 +57,14 @@ class TokenRun:
         )
 
 
+class NodeDetails(TypedDict, total=False):
+    """What a node may have beside tokens and a place; see `Node` for meaning and defaults."""
+
+    message: Message | None
+    delivered: bool
+    auxiliary: str
+
+
 class TrajectoryGraph:
     """All nodes of one rollout. Append-only.
 
@@ -90,9 +98,7 @@ class TrajectoryGraph:
         *,
         role: Role,
         reason: str,
-        message: Message | None = None,
-        delivered: bool = True,
-        auxiliary: str = "",
+        **details: Unpack[NodeDetails],
     ) -> Node:
         """Makes the next node from a run of tokens and appends it. Returns the node."""
         node = Node(
@@ -104,10 +110,8 @@ class TrajectoryGraph:
             sampled=tokens.sampled,
             logprobs=tokens.logprobs,
             versions=tokens.versions,
-            message=message,
             finish_reason=tokens.finish_reason,
-            delivered=delivered,
-            auxiliary=auxiliary,
+            **details,
         )
         self.append(node)
         return node

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,7 +20,7 @@ def params(max_tokens: int = 100) -> SamplingParams:
     return SamplingParams(max_tokens, stop_token_ids=(STOP, 0))
 
 
-def engine_of(*lines: ScriptLine, **options: int) -> ScriptedEngine:
+def engine_of(*lines: ScriptLine, **options: Any) -> ScriptedEngine:
     return ScriptedEngine(lines, encode=lambda text: [ord(c) for c in text], **options)
 
 

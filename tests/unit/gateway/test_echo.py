@@ -11,7 +11,11 @@ EDIT = ToolSpec(
     "edit",
     parameters={
         "type": "object",
-        "properties": {"path": {"type": "string"}, "all": {"type": "boolean", "default": False}, "limit": {"default": 0}},
+        "properties": {
+            "path": {"type": "string"},
+            "all": {"type": "boolean", "default": False},
+            "limit": {"default": 0},
+        },
     },
 )
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import aiohttp
 import pytest
+from starlette.responses import Response
 
 from tests.fixtures.live_gateway import ADMIN_KEY, LiveGateway, live_gateway
 from upspiral.gateway.http import is_loopback, serve_app
@@ -61,7 +62,7 @@ def test_keys_are_in_no_log_no_error_and_no_repr(tmp_path: Path, caplog: pytest.
         assert not [text for text in told if key[: SHOWN + 1] in text]
 
 
-async def bug(request: Any) -> None:
+async def bug(request: Any) -> Response:
     raise RuntimeError("a bug of ours")
 
 
