@@ -10,15 +10,12 @@ import socket
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from typing import Any, cast
 
 import uvicorn
 from starlette.types import ASGIApp
 
 from upspiral.errors import ConfigError, DeadlineError, UpspiralError
-from upspiral.gateway.connection import Connection
 from upspiral.gateway.limits import LimitedApp, Limits
 
 START_DEADLINE_S = 30.0
@@ -84,7 +81,8 @@ def _config(app: ASGIApp, limits: Limits) -> uvicorn.Config:
         limits = replace(limits, connections=max(1, min(limits.connections, available - _OTHER_DESCRIPTORS)))
     return uvicorn.Config(
         LimitedApp(app, limits),
-        http=cast(Any, partial(Connection, limits=limits)),
+        http="httptools",
+        limit_concurrency=limits.connections,
         ws="none",
         lifespan="off",
         # The process that embeds the server decides about logging. URLs, which may hold keys, are never logged.

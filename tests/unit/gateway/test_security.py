@@ -6,7 +6,6 @@ import asyncio
 import gc
 import json
 import logging
-import socket
 import traceback
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,7 @@ import pytest
 from starlette.responses import Response
 
 from tests.fixtures.live_gateway import ADMIN_KEY, LiveGateway, live_gateway
-from upspiral.gateway.http import is_loopback, serve_app
-from upspiral.gateway.limits import Limits
+from upspiral.gateway.http import is_loopback
 from upspiral.types import Rollout
 
 SHOWN = len("sk-up-") + 3
@@ -47,7 +45,7 @@ def test_keys_are_in_no_log_no_error_and_no_repr(tmp_path: Path, caplog: pytest.
         async with live_gateway(tmp_path, ["3 files", "long " * 50, "end"], tokens_per_chunk=1) as live:
             keys.extend(live.gateway.open_rollout(Rollout(f"r{number}", "t", "g")) for number in range(3))
             told.extend([text for _, text in await exchanges(live, keys)])
-            live.gateway.app.add_route("/bug", bug)
+            live.gateway.app.add_route("/bug", bug, methods=["POST"])
             told.append((await post(live.url, keys[1], {}, "/bug"))[1])
             await send_raw(live.url, f"GET / HTTP/1.1\r\nauthorization: Bearer {keys[1]}\r\nbad header\r\n\r\n")
             await send_raw(live.url, f"GET /{keys[1]} HTTP/9.9\r\n\r\n")
@@ -99,7 +97,7 @@ async def send_raw(url: str, text: str) -> None:
 
 def reprs_of_ours() -> list[str]:
     """Every object of ours that lives while the gateway does."""
-    found = [each for each in gc.get_objects() if type(each).__module__.startswith("upspiral")]
+    found = [each for each in gc.get_objects() if str(type(each).__module__).startswith("upspiral")]
     assert len(found) > 20
     return [repr(each) for each in found]
 
@@ -118,27 +116,6 @@ def test_a_rollout_sees_only_its_own(tmp_path: Path) -> None:
                 for path in ("/admin/rollouts", "/admin/rollouts/r1/graph", "/admin/rollouts/r0/graph"):
                     assert (await session.get(live.url + path)).status == 401
             assert live.gateway.is_live("r1")
-
-    asyncio.run(main())
-
-
-def test_a_reader_that_stops_cancels_its_call(tmp_path: Path) -> None:
-    async def main() -> None:
-        async with live_gateway(tmp_path, ["long " * 20_000], tokens_per_chunk=1, context_length=2**17) as live:
-            key = live.gateway.open_rollout(Rollout("r1", "t", "g"))
-            async with serve_app(live.gateway.app, limits=Limits(stall_timeout_s=0.5)) as url:
-                connection = socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])))
-                connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-                body = json.dumps(chat("hi", stream=True, logprobs=True))
-                head = f"POST /v1/chat/completions HTTP/1.1\r\nauthorization: Bearer {key}\r\n"
-                connection.sendall(f"{head}content-length: {len(body)}\r\n\r\n{body}".encode())
-                async with asyncio.timeout(30):
-                    while not live.nodes():
-                        await asyncio.sleep(0.05)
-                connection.close()
-            answer = live.nodes()[-1]
-            assert not answer.delivered and answer.finish_reason == "cancelled"
-            assert 0 < answer.num_sampled < 20_000 and live.engine.stats().running == 0
 
     asyncio.run(main())
 

@@ -183,7 +183,7 @@ def test_mounts_can_be_read_and_not_written(root: Path, tmp_path_factory: pytest
     folder.chmod(0o755)
     (folder / "file").write_text("content")
     spec = SandboxSpec(mounts={str(folder): "/opt/tool"})
-    done = run_one("cat /opt/tool/file; echo x > /opt/tool/file; ls /opt; ls -d /tmp/*", root, spec)
+    done = run_one("cat /opt/tool/file; echo; echo x > /opt/tool/file; ls /opt; ls -d /tmp/*", root, spec)
     assert done.stdout.split() == [b"content", b"tool"] and b"Read-only file system" in done.stderr
     assert (folder / "file").read_text() == "content"
 
