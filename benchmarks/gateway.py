@@ -92,7 +92,7 @@ def run_server(options: argparse.Namespace) -> None:
 def _loop_factory(name: str) -> Callable[[], asyncio.AbstractEventLoop] | None:
     if name == "asyncio":
         return None
-    import uvloop
+    import uvloop  # pyright: ignore[reportMissingImports]  (optional)
 
     return uvloop.new_event_loop
 
