@@ -1,7 +1,8 @@
 """When a message that an agent sends back is the one it was served.
 
-Clients rewrite what means the same: JSON spacing and key order in arguments, arguments that were left out and have a
-default in the tool's schema, None for "", white space around a text, the ids of tool calls, and many drop the thinking.
+Clients rewrite what means the same: JSON spacing and key order in arguments, 1 for 1.0 (JavaScript knows no other
+number), arguments that were left out and have a default in the tool's schema, None for "", white space around a text,
+the ids of tool calls, and many drop the thinking.
 Equal after that, the sampled tokens stand; anything else is an edit.
 """
 
@@ -15,6 +16,8 @@ from upspiral.types import Message, ToolSpec
 
 MessageKey = tuple[object, ...]
 """Equal for messages that mean the same."""
+_EXACT_BELOW = 2**53
+"""Whole numbers from here on are not all different as floats."""
 
 
 class EchoKeys:
@@ -60,15 +63,21 @@ class EchoKeys:
 
 
 def canonical_json(text: str, defaults: Mapping[str, Any] | None = None) -> str:
-    """The same text for JSON that differs only in spacing, escapes, key order or members that equal their default;
-    other text unchanged."""
+    """The same text for JSON that differs only in spacing, escapes, key order, how a number is written or members that
+    equal their default; other text unchanged."""
     try:
-        value = json.loads(text)
+        value = json.loads(text, parse_float=_number)
     except ValueError:
         return text
     if defaults and isinstance(value, dict):
         value = {name: each for name, each in value.items() if not _is_default(name, each, defaults)}
     return json.dumps(value, sort_keys=True, separators=(",", ":"))
+
+
+def _number(text: str) -> float | int:
+    """A whole number as one, however it is written, as long as that is exact."""
+    value = float(text)
+    return int(value) if value.is_integer() and abs(value) < _EXACT_BELOW else value
 
 
 def _is_default(name: str, value: Any, defaults: Mapping[str, Any]) -> bool:

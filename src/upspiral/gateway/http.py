@@ -10,12 +10,15 @@ import socket
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any, cast
 
 import uvicorn
 from starlette.types import ASGIApp
 
 from upspiral.errors import ConfigError, DeadlineError, UpspiralError
+from upspiral.gateway.connection import Connection
 from upspiral.gateway.limits import LimitedApp, Limits
 
 START_DEADLINE_S = 30.0
@@ -81,8 +84,7 @@ def _config(app: ASGIApp, limits: Limits) -> uvicorn.Config:
         limits = replace(limits, connections=max(1, min(limits.connections, available - _OTHER_DESCRIPTORS)))
     return uvicorn.Config(
         LimitedApp(app, limits),
-        http="httptools",
-        limit_concurrency=limits.connections,
+        http=cast(Any, partial(Connection, limits=limits)),
         ws="none",
         lifespan="off",
         # The process that embeds the server decides about logging. URLs, which may hold keys, are never logged.

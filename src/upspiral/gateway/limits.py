@@ -23,10 +23,15 @@ class Limits:
     headers: int = 100
     connections: int = 4096
     """Connections at the same time; never more than the process has file descriptors for."""
+    header_timeout_s: float = 20.0
+    """From the first byte of a request (or from connecting) until its headers are complete."""
     body_timeout_s: float = 60.0
     """From complete headers until the body is complete."""
     idle_timeout_s: int = 75
     """Between requests. Longer than HTTP clients keep a connection, so that none is closed just as it is used again."""
+    stall_timeout_s: float = 30.0
+    """A client that does not take `stall_bytes` of a waiting answer in this time has stopped reading."""
+    stall_bytes: int = 16 * 2**10
 
 
 class BodyTooLargeError(RequestError):

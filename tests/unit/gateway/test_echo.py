@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from upspiral.gateway.echo import EchoKeys
+from upspiral.gateway.echo import EchoKeys, canonical_json
 from upspiral.types import Message, ToolCall, ToolSpec
 
 EDIT = ToolSpec(
@@ -42,3 +42,21 @@ def test_an_argument_that_equals_its_default_may_be_written_out(sent_back: str, 
         for call_id, arguments in (("1", '{"path": "a"}'), ("2", sent_back))
     )
     assert (served == echoed) is same
+
+
+@pytest.mark.parametrize(
+    ("served", "sent_back", "same"),
+    [
+        ('{"n": 1.0, "deep": [{"m": 1e3}], "o": -0.0}', '{"n":1,"deep":[{"m":1000}],"o":0}', True),
+        ('{"n": 1E2}', '{"n":100.0}', True),
+        ('{"n": 0.1}', '{"n":0.10}', True),
+        ('{"n": 1.5}', '{"n":1}', False),
+        ('{"n": 1.0}', '{"n":true}', False),
+        ('{"n": 1.0}', '{"n":"1.0"}', False),
+        ('{"n": 9007199254740993}', '{"n":9007199254740992}', False),
+        ('{"n": 1e400}', '{"n":1e999}', True),
+    ],
+)
+def test_a_number_may_be_written_otherwise(served: str, sent_back: str, same: bool) -> None:
+    """As JavaScript does with every call that it parses and writes again."""
+    assert (canonical_json(served) == canonical_json(sent_back)) is same

@@ -6,6 +6,7 @@ import asyncio
 import gc
 import json
 import logging
+import socket
 import traceback
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,11 @@ import pytest
 from starlette.responses import Response
 
 from tests.fixtures.live_gateway import ADMIN_KEY, LiveGateway, live_gateway
-from upspiral.gateway.http import is_loopback
+from upspiral.gateway.http import is_loopback, serve_app
+from upspiral.gateway.limits import Limits
 from upspiral.types import Rollout
 
+LONG = "long " * 20_000
 SHOWN = len("sk-up-") + 3
 """A refusal may show so much of a key, to tell which one was used."""
 
@@ -42,7 +45,9 @@ def test_keys_are_in_no_log_no_error_and_no_repr(tmp_path: Path, caplog: pytest.
     async def main() -> None:
         asyncio.get_running_loop().set_debug(True)
         asyncio.get_running_loop().slow_callback_duration = 0
-        async with live_gateway(tmp_path, ["3 files", "long " * 50, "end"], tokens_per_chunk=1) as live:
+        async with live_gateway(
+            tmp_path, ["3 files", "long " * 50, "and", "end", "of", "it"], tokens_per_chunk=1
+        ) as live:
             keys.extend(live.gateway.open_rollout(Rollout(f"r{number}", "t", "g")) for number in range(3))
             told.extend([text for _, text in await exchanges(live, keys)])
             live.gateway.app.add_route("/bug", bug, methods=["POST"])
@@ -80,6 +85,9 @@ async def exchanges(live: LiveGateway, keys: list[str]) -> list[tuple[int, str]]
         await post(live.url, first + "x", chat("hi")),
         await post(live.url, first, chat("hi"), f"/nowhere?key={second}"),
         await post(live.url, first, chat("hi"), **{"x-api-key": second}),
+        await post(live.url, "", chat(""), f"/r/{first}/v1/messages"),
+        await post(live.url, "", chat(""), f"/r/{first}/nowhere"),
+        await post(live.url, "", chat(""), f"/r/{third}/v1/chat/completions"),
         await post(live.url, second, chat("hi")),  # the script has ended: the engine fails
         await post(live.url, second, chat("hi")),
     ]
@@ -116,6 +124,28 @@ def test_a_rollout_sees_only_its_own(tmp_path: Path) -> None:
                 for path in ("/admin/rollouts", "/admin/rollouts/r1/graph", "/admin/rollouts/r0/graph"):
                     assert (await session.get(live.url + path)).status == 401
             assert live.gateway.is_live("r1")
+
+    asyncio.run(main())
+
+
+def test_a_reader_that_stops_cancels_its_call(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with live_gateway(tmp_path, [LONG], tokens_per_chunk=1, context_length=2**17) as live:
+            key = live.gateway.open_rollout(Rollout("r1", "t", "g"))
+            async with serve_app(live.gateway.app, limits=Limits(stall_timeout_s=0.5)) as url:
+                connection = socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])))
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+                body = json.dumps(chat("hi", stream=True, logprobs=True))
+                head = f"POST /v1/chat/completions HTTP/1.1\r\nauthorization: Bearer {key}\r\n"
+                connection.sendall(f"{head}content-length: {len(body)}\r\n\r\n{body}".encode())
+                async with asyncio.timeout(30):
+                    while not live.nodes():
+                        await asyncio.sleep(0.05)
+                connection.close()
+            answer = live.nodes()[-1]
+            assert not answer.delivered and answer.finish_reason == "cancelled"
+            assert 0 < answer.num_sampled < len(live.renderer.encode_answer(LONG))
+            assert live.engine.stats().running == 0
 
     asyncio.run(main())
 
