@@ -53,7 +53,18 @@ class TailRenderer:
         """See `Renderer.render_tail`."""
         if not messages:
             return []
-        self._check_shape(messages, with_names=bool(calls))
+        try:
+            self._check_shape(messages, with_names=bool(calls))
+            return self._cut(messages, after, stop_token, calls)
+        except TailMismatch:
+            raise
+        except TemplateError as error:
+            # The template refuses the dummy conversation; it may still render the real one.
+            raise TailMismatch(f"{error}; the conversation must be rendered whole") from error
+
+    def _cut(
+        self, messages: Sequence[Message], after: FinishReason, stop_token: int | None, calls: Sequence[ToolCall]
+    ) -> list[Segment]:
         guarded, marks = self._encoder.guard(messages)
         head, whole = self._behind_dummy(guarded, calls)
         texts = [*(self._template.text([*head, *guarded[:end]]) for end in range(1, len(messages))), whole]
