@@ -19,7 +19,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 from result import ROOT, report
-
 from upspiral.rendering.renderer import Renderer
 from upspiral.types import Message, ToolCall, ToolSpec
 from upspiral.weights.models import resolve_model

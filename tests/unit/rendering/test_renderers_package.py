@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 from tests.fixtures.model_families import FAMILIES, make_family
 from upspiral.rendering.answer import ReadingRules
 from upspiral.rendering.renderer import Renderer, Segment
-from upspiral.types import Message, ToolCall, ToolSpec
+from upspiral.types import FinishReason, Message, ToolCall, ToolSpec
 
 transformers = pytest.importorskip("transformers")
 renderers = pytest.importorskip("renderers")
@@ -134,7 +134,7 @@ def test_tails_are_their_bridges(family: str, data: st.DataObject) -> None:
     stop_token = ours.end_of_turn
     if stop_token is None:
         stop_token = ours.encode_answer("<|user|>" if tail[0].role == "user" else "<|observation|>")[0]
-    after = data.draw(st.sampled_from(["stop", "length"] if ours.end_of_turn is not None else ["stop"]))
+    after: FinishReason = data.draw(st.sampled_from(["stop", "length"] if ours.end_of_turn is not None else ["stop"]))
     completion = [*sampled, stop_token] if after == "stop" else sampled
     bridge = judge.bridge_to_next_turn(prompt, completion, [theirs(message) for message in tail])
     segments = ours.render_tail(tail, after=after, stop_token=stop_token, calls=answer.tool_calls)
