@@ -28,7 +28,7 @@ def changed(folder: Path, family: str, old: str, new: str) -> Certificate:
 
 
 COSTS = {
-    "llama3": {"parallel calls, results in a row", "text beside a call"},
+    "llama3": {"text beside a call"},
     "deepseek": {"text beside a call"},
     "mistral": {
         "questions and answers",
