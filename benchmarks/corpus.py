@@ -61,7 +61,10 @@ class AnswerMaker:
 
     def spawn(self) -> Sampled:
         """A call of the tool that starts a sub-agent."""
-        return self._answer(self._written_call("task", {"prompt": "Please " + self._words(3, 9)}), calls=True)
+        tags, prompt = self._renderer.thinking_tags, self._renderer.spell(self._renderer.generation_prompt.tolist())
+        # A call inside a thought that the generation prompt opened would be part of the thought.
+        lead = tags.close if tags.opened_by(prompt) else ""
+        return self._answer(lead + self._written_call("task", {"prompt": "Please " + self._words(3, 9)}), calls=True)
 
     def broken(self) -> Sampled:
         """A call that cannot be read, or ids that are no text at all."""

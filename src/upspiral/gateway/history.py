@@ -82,7 +82,7 @@ class History:
         fork = "tools" if tools_changed else ""
         if anchor is not None:
             messages = self._with_thinking(anchor, messages)
-            if self._keeps_thinking or not self._loses_thinking(messages):
+            if self._keeps_thinking or not self._loses_thinking(anchor, messages):
                 try:
                     return self._extended(anchor, messages[depth:], keys[depth:], tools_key)
                 except TailMismatch:
@@ -145,15 +145,20 @@ class History:
         filled = [replace(message, thinking=thought) for message, thought in zip(messages, known, strict=False)]
         return [*filled, *messages[len(filled) :]]
 
-    def _loses_thinking(self, messages: Sequence[Message]) -> bool:
-        """Whether the chat template would drop a thought of theirs."""
-        return any(message.thinking for message in messages[: self._renderer.thinking_kept_from(messages)])
+    def _loses_thinking(self, anchor: Node, messages: Sequence[Message]) -> bool:
+        """Whether the chat template would drop a thought that stands in the stored tokens. An answer that an earlier
+        fork rendered without its thinking has lost it already."""
+        path = self.graph.path(anchor.id)[: self._renderer.thinking_kept_from(messages)]
+        return any(node.id in self._answer_tools and node.message and node.message.thinking for node in path)
 
     def _extended(self, anchor: Node, tail: Sequence[Message], keys: Sequence[MessageKey], tools_key: bytes) -> Prompt:
         stored = self._path_ids(anchor.id)
         after = anchor.finish_reason or "cancelled"
         segments = self._renderer.render_tail(
-            tail, after=after, stop_token=int(stored[-1]) if after == "stop" else None
+            tail,
+            after=after,
+            stop_token=int(stored[-1]) if after == "stop" else None,
+            calls=anchor.message.tool_calls if anchor.message else (),
         )
         edited = any(segment.role == "assistant" for segment in segments)
         return Prompt(

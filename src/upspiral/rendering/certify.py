@@ -253,6 +253,8 @@ def _facts(renderer: Renderer) -> Iterator[tuple[str, str]]:
     yield "thinking", f"in {renderer.thinking_tags.open}, {_THINKING[renderer.thinking_rule]}"
     if renderer.knows_tools:
         yield "forced call", f"{renderer.forced_text()!r}, of a tool {renderer.forced_text('bash')!r}"
+    if renderer.writes_dates:
+        yield "dates", "the template writes today's date: a conversation that is rendered whole tomorrow differs"
     guarded = "spelled out" if renderer.guards_contents else "recognised"
     yield "special tokens in contents", guarded
 

@@ -40,6 +40,9 @@ class MessageStyle:
     """`content` is none beside tool calls, whatever was said: the template writes either the text or the calls."""
     short_ids: bool = False
     """Ids of tool calls have nine letters or digits."""
+    several_as_text: ToolFormat | None = None
+    """The template refuses several calls in one message: they then go in as text of this format, as the model wrote
+    them."""
     thinking_key: str = "reasoning_content"
     """The field of the message that holds thinking; "": a part of `content` of type "thinking"."""
 
@@ -52,7 +55,7 @@ _STYLES = tuple(
 _THINKING_KEYS = ("reasoning_content", "reasoning", "thinking", "")
 _PROBE_TOOL = ToolSpec("probe_tool", "probe", {"type": "object", "properties": {"key": {"type": "string"}}})
 _PROBE_CALL = ToolCall("call00000", _PROBE_TOOL.name, '{"key": "probe_argument"}')
-_LONG_ID = "call_0123456789abcdef"
+_LONG_ID, _TWO_IDS = "call_0123456789abcdef", ("call00000", "call00001")
 _QUESTION, _THOUGHT, _REPLY = "question", "probe_thought", "probe_reply"
 
 
@@ -118,7 +121,8 @@ class ChatTemplate:
             except TemplateError:
                 continue
             if found is not None:
-                return replace(style, short_ids=self._refuses(_LONG_ID)), found
+                short_ids, one_call = self._refuses(_LONG_ID), self._refuses(*_TWO_IDS)
+                return replace(style, short_ids=short_ids, several_as_text=found if one_call else None), found
         return MessageStyle(), None
 
     def _find_format(self) -> ToolFormat | None:
@@ -134,10 +138,11 @@ class ChatTemplate:
         begun = (each for each in readable if each.forced_text(_PROBE_CALL.name) in text)
         return next(chain(written, begun, readable), None)
 
-    def _refuses(self, call_id: str) -> bool:
-        call = Message("assistant", tool_calls=(replace(_PROBE_CALL, id=call_id),))
+    def _refuses(self, *call_ids: str) -> bool:
+        """Whether it cannot render an answer with calls of these ids, and their results."""
+        call = Message("assistant", tool_calls=tuple(replace(_PROBE_CALL, id=each) for each in call_ids))
         try:
-            self.text([Message("user", _QUESTION), call, _result(call_id)], [_PROBE_TOOL])
+            self.text([Message("user", _QUESTION), call, *map(_result, call_ids)], [_PROBE_TOOL])
         except TemplateError:
             return True
         return False
@@ -157,6 +162,9 @@ class ChatTemplate:
 
 def template_message(message: Message, style: MessageStyle = MessageStyle()) -> dict[str, Any]:
     """The dictionary that templates expect. Arguments go in as an object: most templates write them with `tojson`."""
+    if style.several_as_text is not None and len(message.tool_calls) > 1:
+        calls = style.several_as_text.format_calls(message.tool_calls)
+        message = replace(message, text=f"{message.text}\n{calls}" if message.text else calls, tool_calls=())
     content: Any = None if style.none_beside_calls and message.tool_calls else message.text
     entry: dict[str, Any] = {"role": message.role, "content": content}
     if message.thinking is not None and style.thinking_key:

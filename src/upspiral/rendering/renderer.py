@@ -98,6 +98,11 @@ class Renderer:
         return self._turns.thinking_rule
 
     @property
+    def writes_dates(self) -> bool:
+        """Whether the template can ask for today's date."""
+        return "strftime_now" in self._template.source
+
+    @property
     def guards_contents(self) -> bool:
         """Whether special tokens inside what users and tools wrote are spelled out."""
         return self._encoder.guards

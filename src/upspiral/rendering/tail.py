@@ -53,27 +53,26 @@ class TailRenderer:
         """See `Renderer.render_tail`."""
         if not messages:
             return []
-        self._check_shape(messages, with_names=bool(calls))
+        try:
+            self._check_shape(messages, with_names=bool(calls))
+            return self._cut(messages, after, stop_token, calls)
+        except TailMismatch:
+            raise
+        except TemplateError as error:
+            # The template refuses the dummy conversation; it may still render the real one.
+            raise TailMismatch(f"{error}; the conversation must be rendered whole") from error
+
+    def _cut(
+        self, messages: Sequence[Message], after: FinishReason, stop_token: int | None, calls: Sequence[ToolCall]
+    ) -> list[Segment]:
         guarded, marks = self._encoder.guard(messages)
-        head, whole = self._behind_dummy(guarded, calls)
-        texts = [*(self._template.text([*head, *guarded[:end]]) for end in range(1, len(messages))), whole]
+        head = _dummy_exchange(guarded, calls)
+        texts = [self._template.text([*head, *guarded[: end + 1]]) for end in range(len(messages))]
         begin = self._answer_begin(texts[-1], head)
         tail = self._read(texts[-1][begin:], head, marks)
         start = self._start(tail, after, stop_token)
         ends = [shared_length(text, texts[-1]) - begin for text in texts]
         return cut_segments(tail.encoded, ends, messages, start)
-
-    def _behind_dummy(self, tail: Sequence[Message], calls: Sequence[ToolCall]) -> tuple[list[Message], str]:
-        """The dummy exchange and the text of all. A template that allows one call an answer gets one call, since what
-        the model did write stands in the stored tokens."""
-        head = _dummy_exchange(tail, calls)
-        try:
-            return head, self._template.text([*head, *tail])
-        except TemplateError:
-            if len(head[-1].tool_calls) < 2:
-                raise
-        head[-1] = replace(head[-1], tool_calls=head[-1].tool_calls[:1])
-        return head, self._template.text([*head, *tail])
 
     def _answer_begin(self, text: str, head: Sequence[Message]) -> int:
         """Where the dummy answer stands. Some templates leave out what is said beside a call."""
@@ -123,7 +122,7 @@ class TailRenderer:
 
     def _judge(self, messages: Sequence[Message], with_names: bool) -> str | None:
         tail = [_placeholder(message, index) for index, message in enumerate(messages)]
-        head, _ = self._behind_dummy(tail, ())
+        head = _dummy_exchange(tail, ())
         expected = self._text_behind(head, tail)
         for why, before, tools in _beginnings(head, with_names):
             try:

@@ -28,7 +28,7 @@ def changed(folder: Path, family: str, old: str, new: str) -> Certificate:
 
 
 COSTS = {
-    "llama3": {"parallel calls, results in a row", "text beside a call"},
+    "llama3": {"text beside a call"},
     "deepseek": {"text beside a call"},
     "mistral": {
         "questions and answers",
@@ -58,14 +58,14 @@ def test_what_each_family_costs(tmp_path: Path, family: str) -> None:
 
 def test_a_template_that_changes_what_came_before_breaks(tmp_path: Path) -> None:
     certificate = changed(
-        tmp_path, "qwen_xml", "{{- message.content }}", "{{- message.content if loop.last else '~' }}"
+        tmp_path, "qwen_xml", "{{- message.content | trim }}", "{{- message.content | trim if loop.last else '~' }}"
     )
     assert finding(certificate, "questions and answers").verdict != "holds"
     moved = changed(
         tmp_path / "b",
         "qwen_xml",
-        "'\\n' + message.content + '<|im_end|>\\n'",
-        "'\\n' + (message.content if loop.last else '~') + '<|im_end|>\\n'",
+        "(message.content | trim) + '<|im_end|>\\n'",
+        "(message.content if loop.last else '~') + '<|im_end|>\\n'",
     )
     assert not moved.trainable
     assert "changes what was rendered before it at token" in finding(moved, "what came before an answer stays").found
@@ -100,8 +100,8 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
     changed(
         tmp_path / "bad",
         "qwen_xml",
-        "'\\n' + message.content + '<|im_end|>\\n'",
-        "'\\n' + (message.content if loop.last else '~') + '<|im_end|>\\n'",
+        "(message.content | trim) + '<|im_end|>\\n'",
+        "(message.content if loop.last else '~') + '<|im_end|>\\n'",
     )
     assert run_command(["template", "check", str(tmp_path / "bad")]) == 1
     printed = capsys.readouterr().out

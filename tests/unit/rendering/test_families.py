@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.fixtures.model_families import FAMILIES, make_family
-from upspiral.errors import TailMismatch, TemplateError
+from upspiral.errors import TailMismatch
 from upspiral.rendering.answer import ReadingRules
 from upspiral.rendering.boundaries import Boundaries
 from upspiral.rendering.renderer import Renderer, Segment
@@ -161,14 +161,14 @@ CONTENTS = st.sampled_from(
 
 
 @st.composite
-def conversations(draw: st.DrawFn, *, parallel: bool = True, thinking: bool = False, most: int = 5) -> list[Message]:
+def conversations(draw: st.DrawFn, *, thinking: bool = False, most: int = 5) -> list[Message]:
     """Questions, then any number of calls and answers with more questions between them."""
     messages = [Message("system", draw(CONTENTS) or "s")] if draw(st.booleans()) else []
     messages.append(Message("user", draw(CONTENTS)))
     for _ in range(draw(st.integers(1, most))):
         thought = draw(st.sampled_from([None, "Hm.", "A 😀 thought"])) if thinking else None
         if draw(st.booleans()):
-            number = draw(st.integers(1, 3)) if parallel else 1
+            number = draw(st.integers(1, 3))
             calls = tuple(call(draw(CONTENTS), 10 * len(messages) + index) for index in range(number))
             messages.append(Message("assistant", "", thought, calls))
             messages += [Message("tool", draw(CONTENTS), tool_call_id=each.id) for each in calls]
@@ -183,7 +183,7 @@ def conversations(draw: st.DrawFn, *, parallel: bool = True, thinking: bool = Fa
 def test_a_tail_is_the_end_of_the_whole(family: str, data: st.DataObject) -> None:
     renderer = renderer_of(family)
     thinking = renderer.thinking_rule == "always"
-    messages = data.draw(conversations(parallel=family != "llama3", thinking=thinking))
+    messages = data.draw(conversations(thinking=thinking))
     whole = joined(renderer.render(messages, [BASH]))
     for index, message in enumerate(messages[:-1]):
         if message.role != "assistant":
@@ -207,7 +207,7 @@ def test_a_tail_is_the_end_of_the_whole(family: str, data: st.DataObject) -> Non
 def test_segments_join_to_the_encoding_of_the_whole(family: str, data: st.DataObject) -> None:
     """Also where thinking is dropped or the tools move; and the fast way to cut them agrees with the slow one."""
     renderer = renderer_of(family, trust_contents=True)
-    messages = data.draw(conversations(parallel=family != "llama3", thinking=True, most=9))
+    messages = data.draw(conversations(thinking=True, most=9))
     segments = renderer.render(messages, [BASH])
     text = renderer._template.text(messages, [BASH])
     assert joined(segments) == renderer.encode_answer(text)
@@ -221,7 +221,7 @@ def test_segments_join_to_the_encoding_of_the_whole(family: str, data: st.DataOb
 def test_every_message_gets_its_own_words(family: str) -> None:
     """Cuts are where messages end, also in the middle of conversations that the template changes."""
     renderer = renderer_of(family)
-    calls = (call("first", 1),) if family == "llama3" else (call("first", 1), call("second", 2))
+    calls = (call("first", 1), call("second", 2))
     results = [Message("tool", f"result {index}", tool_call_id=each.id) for index, each in enumerate(calls)]
     messages = [
         Message("user", "question one"),
@@ -246,7 +246,7 @@ def test_every_message_gets_its_own_words(family: str) -> None:
 def test_which_thinking_is_kept(family: str, data: st.DataObject) -> None:
     """The rule that was found by probing agrees with rendering the conversation."""
     renderer = renderer_of(family)
-    messages = data.draw(conversations(parallel=family != "llama3"))
+    messages = data.draw(conversations())
     kept = kept_thoughts(messages, renderer._template.text)
     start = renderer.thinking_kept_from(messages)
     assert all(is_kept == (index >= start) for index, is_kept in kept.items())
@@ -336,16 +336,19 @@ def test_results_that_repeat_the_tools_name_need_the_calls(tmp_path: Path) -> No
     assert renderer.spell(joined(segments)) == "[TOOL_RESULTS]bashx[/TOOL_RESULTS]"
 
 
-def test_results_of_parallel_calls_where_the_template_allows_one_call() -> None:
-    """The model's calls stand in the stored tokens, so their results can follow."""
+def test_parallel_calls_where_the_template_allows_one() -> None:
+    """They are rendered as the model writes them, so that a conversation with them can still be rendered whole."""
     renderer = renderer_of("llama3")
     calls = (call("a", 1), call("b", 2))
     results = [Message("tool", each.id, tool_call_id=each.id) for each in calls]
-    with pytest.raises(TemplateError, match="one tool call at a time"):
-        renderer.render([Message("user", "q"), Message("assistant", tool_calls=calls)], [BASH])
-    text = renderer.spell(joined(renderer.render_tail(results, after="stop", stop_token=4, calls=calls)))
-    header = "<|start_header_id|>ipython<|end_header_id|>\n\n"
-    assert text == "".join(f'{header}"{each.id}"<|eot_id|>' for each in calls)
+    messages = [Message("user", "q"), Message("assistant", tool_calls=calls), *results]
+    segments = renderer.render(messages, [BASH])
+    header = "<|start_header_id|>{}<|end_header_id|>\n\n"
+    written = header.format("assistant") + renderer.format.format_calls(calls) + "<|eot_id|>"
+    assert renderer.spell(segments[1].token_ids.tolist()) == written
+    tail = renderer.render_tail(results, after="stop", stop_token=4, calls=calls)
+    assert joined(tail) == joined(segments[2:])
+    assert renderer.spell(joined(tail)) == "".join(f'{header.format("ipython")}"{each.id}"<|eot_id|>' for each in calls)
 
 
 def test_generation_prompts_differ_after_tool_results() -> None:
