@@ -27,9 +27,7 @@ def script(agent: str) -> list[ScriptLine]:
     return {
         "claude-code": [
             main_line(hermes("Bash", {"command": CREATE, "description": "Create"})),
-            main_line(
-                hermes("Agent", {"description": "Run an errand", "prompt": ERRAND, "run_in_background": False})
-            ),
+            main_line(hermes("Agent", {"description": "Run an errand", "prompt": ERRAND, "run_in_background": False})),
             main_line(hermes("Bash", {"command": CHANGE, "description": "Change"})),
             main_line(ANSWER),
             ScriptLine(hermes("Bash", {"command": WRITE_WORD, "description": "Write"})),
@@ -54,9 +52,7 @@ def script(agent: str) -> list[ScriptLine]:
         ],
         "qwen-code": [
             main_line(hermes("run_shell_command", {"command": CREATE, "is_background": False})),
-            main_line(
-                hermes("agent", {"description": "Errand", "prompt": ERRAND, "subagent_type": "general-purpose"})
-            ),
+            main_line(hermes("agent", {"description": "Errand", "prompt": ERRAND, "subagent_type": "general-purpose"})),
             main_line(hermes("run_shell_command", {"command": CHANGE, "is_background": False})),
             main_line(ANSWER),
             ScriptLine(hermes("run_shell_command", {"command": WRITE_WORD, "is_background": False})),
