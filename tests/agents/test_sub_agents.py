@@ -50,18 +50,10 @@ def script(agent: str) -> list[ScriptLine]:
             ScriptLine(hermes("bash", {"command": WRITE_WORD, "description": "Write"})),
             ScriptLine(REPORT),
         ],
-        "qwen-code": [
-            main_line(hermes("run_shell_command", {"command": CREATE, "is_background": False})),
-            main_line(hermes("agent", {"description": "Errand", "prompt": ERRAND, "subagent_type": "general-purpose"})),
-            main_line(hermes("run_shell_command", {"command": CHANGE, "is_background": False})),
-            main_line(ANSWER),
-            ScriptLine(hermes("run_shell_command", {"command": WRITE_WORD, "is_background": False})),
-            ScriptLine(REPORT),
-        ],
     }[agent]
 
 
-@pytest.mark.parametrize("agent", ["claude-code", "codex", "opencode", "qwen-code"])
+@pytest.mark.parametrize("agent", ["claude-code", "codex", "opencode"])
 def test_a_sub_agent_is_a_tree_that_its_call_started(tmp_path: Path, agent: str) -> None:
     played = play(tmp_path, agent, script(agent))
     check_done(played)
