@@ -73,6 +73,11 @@ class Call:
         return self.error is None
 
     @property
+    def is_cancelled(self) -> bool:
+        """Whether it was told to stop, even if the engine has not let go yet."""
+        return self._cancelled_by is not None
+
+    @property
     def task(self) -> asyncio.Task[None]:
         """Done when everything is committed. Never raises."""
         return self._task

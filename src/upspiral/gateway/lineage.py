@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from upspiral.gateway.hints import Hints
 from upspiral.trajectory.graph import TrajectoryGraph
@@ -23,11 +24,11 @@ COMPACTION = "compaction"
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """How a new conversation came about. `reason` becomes the reason of its first node."""
+    """How a new conversation came about. `kind` becomes the reason of its first node."""
 
-    reason: str
+    kind: Literal["spawn", "compaction"]
     source: int
-    evidence: str
+    evidence: Literal["content", "header"]
 
 
 class Lineage:
@@ -38,8 +39,8 @@ class Lineage:
         self._conversation_of: dict[int, str] = {}
         """Answer node -> what the agent called its conversation."""
         self._purpose_of: dict[int, str] = {}
-        self._started: dict[int, int] = {}
-        """First node of a spawned conversation -> the answer that started it."""
+        self._started: set[int] = set()
+        """The first nodes of spawned conversations."""
 
     def start_of(self, opening: Sequence[Message], hints: Hints) -> Start | None:
         """How a conversation that begins with these messages came about; None: nobody in this rollout started it."""
@@ -56,10 +57,9 @@ class Lineage:
 
     def started(self, first: Node, start: Start) -> Edge:
         """The edge of a new conversation whose first node is now in the graph."""
-        if start.reason == "spawn":
-            self._started[first.id] = start.source
-        evidence = "content" if start.evidence == "content" else "header"
-        return Edge("spawn" if start.reason == "spawn" else "compaction", start.source, first.id, evidence)
+        if start.kind == "spawn":
+            self._started.add(first.id)
+        return Edge(start.kind, start.source, first.id, start.evidence)
 
     def joins(self, nodes: Sequence[Node]) -> list[Edge]:
         """Edges from spawned conversations to the new nodes whose messages repeat their last answers."""
@@ -67,7 +67,7 @@ class Lineage:
         if not results or not self._started:
             return []
         edges = []
-        for first in self._started:
+        for first in sorted(self._started):
             last = self._last_answer(first)
             said = last.message.text.strip() if last is not None and last.message is not None else ""
             for node in results:

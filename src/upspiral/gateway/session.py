@@ -50,7 +50,7 @@ class SealedRollout:
     """How a rollout ended, as far as the gateway knows."""
 
     calls: int
-    """Requests that reached the engine."""
+    """Requests that reached the engine, without side calls."""
     truncated: str | None
     """The limit that its last request ran into: "max_calls" or "context_length_exceeded"."""
     failed: str | None
@@ -90,6 +90,8 @@ class Session:
         self._in_flight: set[Call] = set()
         self._recent: OrderedDict[bytes, Call] = OrderedDict()
         """The newest calls by the digest of their bodies."""
+        self._planned = 0
+        """Requests that got a prompt, side calls included: each has a number, and so a seed, of its own."""
         self._calls = 0
         self._sealed = False
         self._truncated: str | None = None
@@ -118,9 +120,13 @@ class Session:
             self._room.metrics.replayed()
             return repeated.join()
         auxiliary = self._policy.auxiliary(request)
-        self._check_calls(auxiliary)
+        if not auxiliary:
+            self._check_calls()
         asked = _Asked(self._history.prompt(request.messages, request.tools), hints, auxiliary)
         plan = self._plan(request, asked.prompt)
+        # Only now: a request that is refused costs the agent no call.
+        self._planned += 1
+        self._calls += not auxiliary
         self._room.metrics.prompt(len(plan.prompt_ids), plan.reused_tokens)
         call = Call(self._room.engine, plan, lambda call: self._end(call, asked))
         self._in_flight.add(call)
@@ -155,20 +161,17 @@ class Session:
         if self._failed is not None:
             raise EngineError(f"rollout {self.rollout.id} cannot go on: {self._failed}")
 
-    def _check_calls(self, auxiliary: str) -> None:
-        """Counts the call, unless it is a side call."""
+    def _check_calls(self) -> None:
         limit = self._policy.max_calls
-        if auxiliary:
-            return
         if limit is not None and self._calls >= limit:
             self._truncated = MaxCallsError.code
             raise MaxCallsError(f"rollout {self.rollout.id} has used its {limit} model calls; stop the agent here")
-        self._calls += 1
 
     def _repeated(self, hints: Hints) -> Call | None:
         """The call that a client sends again, while it is being answered or if it was."""
         call = self._recent.get(hints.body_digest) if hints.retry and hints.body_digest else None
-        return call if call is not None and (not call.task.done() or call.delivered) else None
+        # One that is being cancelled has no answer to give, however long the engine takes to let go of it.
+        return call if call is not None and call.delivered and not call.is_cancelled else None
 
     def _remember(self, call: Call, hints: Hints) -> None:
         if not hints.body_digest:
@@ -190,7 +193,7 @@ class Session:
         return limit - length
 
     def _plan(self, request: AnswerRequest, prompt: Prompt) -> CallPlan:
-        renderer, call = self._room.renderer, self._calls
+        renderer, call = self._room.renderer, self._planned + 1
         opening, rules = self._opening(request)
         prompt_ids = [*prompt.token_ids.tolist(), *opening.tolist()]
         room = self._room_left(len(prompt_ids))
@@ -259,7 +262,7 @@ class Session:
         prompt, start, edges = asked.prompt, None, []
         if self._history.begins_conversation(prompt) and not asked.auxiliary:
             start = self._lineage.start_of([segment.message for segment in prompt.segments], asked.hints)
-        reason = "auxiliary" if asked.auxiliary else start.reason if start else None
+        reason = "auxiliary" if asked.auxiliary else start.kind if start else None
         parent, nodes = self._history.add_context(prompt, reason)
         if start is not None and nodes:
             edges.append(self._connected(self._lineage.started(nodes[0], start)))

@@ -1,0 +1,84 @@
+"""What counts as a call, which seed it samples with, and what a retry may join."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.fixtures.tiny_model import make_tokenizer
+from upspiral.engine.scripted import ScriptedEngine, ScriptLine
+from upspiral.errors import ContextLengthError
+from upspiral.gateway.call import HungUpError
+from upspiral.gateway.hints import Hints
+from upspiral.gateway.metrics import GatewayMetrics
+from upspiral.gateway.request import AnswerRequest, SessionPolicy
+from upspiral.gateway.session import MaxCallsError, Room, Session
+from upspiral.rendering.renderer import Renderer
+from upspiral.trajectory.store import TrajectoryStore
+from upspiral.types import Message, Rollout
+
+
+@asynccontextmanager
+async def a_session(
+    folder: Path, policy: SessionPolicy, pause_s: float = 0.0
+) -> AsyncIterator[tuple[Session, ScriptedEngine]]:
+    renderer = Renderer.from_folder(make_tokenizer(folder / "model"))
+    engine = ScriptedEngine(
+        [ScriptLine(text="one two three")] * 4, encode=renderer.encode_answer, context_length=100, pause_s=pause_s
+    )
+    store = TrajectoryStore(folder / "trajectories.db")
+    rollout = Rollout("r1", "task", "group")
+    store.create_rollout(rollout)
+    session = Session(Room(renderer, engine, store, GatewayMetrics()), rollout, policy)
+    try:
+        yield session, engine
+    finally:
+        await session.seal()
+        store.close()
+
+
+def asked(text: str, model: str = "main") -> AnswerRequest:
+    return AnswerRequest((Message("user", text),), model=model)
+
+
+def test_a_request_that_is_refused_costs_no_call(tmp_path: Path) -> None:
+    async def scene() -> None:
+        async with a_session(tmp_path, SessionPolicy(max_calls=1)) as (session, _):
+            with pytest.raises(ContextLengthError):
+                session.begin(asked("much " * 200))
+            await session.begin(asked("hello")).task
+            with pytest.raises(MaxCallsError):
+                session.begin(asked("hello again"))
+            assert (await session.seal()).calls == 1
+
+    asyncio.run(scene())
+
+
+def test_side_calls_cost_no_call_and_every_call_has_a_seed_of_its_own(tmp_path: Path) -> None:
+    async def scene() -> None:
+        async with a_session(tmp_path, SessionPolicy(max_calls=1, seed=7)) as (session, engine):
+            for model in ("main", "small-auxiliary", "small-auxiliary"):
+                await session.begin(asked("hello", model)).task
+            assert len({call.params.seed for call in engine.calls}) == 3
+            assert (await session.seal()).calls == 1
+
+    asyncio.run(scene())
+
+
+def test_a_retry_does_not_join_a_call_that_is_being_cancelled(tmp_path: Path) -> None:
+    async def scene() -> None:
+        async with a_session(tmp_path, SessionPolicy(), pause_s=0.05) as (session, _):
+            first = session.begin(asked("hello"), Hints(body_digest=b"same"))
+            await asyncio.sleep(0.02)
+            first.leave(HungUpError("the client left"))
+            assert not first.task.done()
+            again = session.begin(asked("hello"), Hints(retry=1, body_digest=b"same"))
+            assert again is not first
+            await again.task
+            assert again.error is None and again.usage.completion_tokens > 0
+
+    asyncio.run(scene())
