@@ -26,8 +26,6 @@ from upspiral.gateway.dialects.base import Dialect, EventWriter, Failure, WireEv
 from upspiral.gateway.dialects.fields import FieldError
 from upspiral.gateway.generation import AnswerEvent
 
-BODY_DEADLINE_S = 60.0
-"""How long a client may take to send its request."""
 KEEPALIVE_S = 5.0
 """An event stream is never silent for longer, so that no proxy or SDK gives it up."""
 
@@ -45,17 +43,14 @@ def json_response(value: Any, status: int = 200, headers: dict[str, str] | None 
 
 
 async def json_body(request: Request) -> dict[str, Any]:
-    """The body as an object. Raises RequestError when it is not one or does not arrive in time."""
+    """The body as an object. Raises RequestError when it is not one."""
     return json_object(await raw_body(request))
 
 
 async def raw_body(request: Request) -> bytes:
-    """Raises RequestError when the body does not arrive in time."""
+    """How large and how late it may be is held by `LimitedApp`, which raises where the body is read."""
     try:
-        async with asyncio.timeout(BODY_DEADLINE_S):
-            return await request.body()
-    except TimeoutError:
-        raise RequestError(f"the request's body did not arrive within {BODY_DEADLINE_S:g} s") from None
+        return await request.body()
     except ClientDisconnect:
         raise HungUpError("the client left before it had sent its request") from None
 

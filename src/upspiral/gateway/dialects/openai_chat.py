@@ -32,7 +32,7 @@ from upspiral.gateway.dialects.fields import (
     whole_field,
 )
 from upspiral.gateway.dialects.openai_shapes import model_entry, model_list, openai_error
-from upspiral.gateway.dialects.tool_choice import allowed_tools, named_choice, required_choice
+from upspiral.gateway.dialects.tool_choice import allowed_tools, named_choice, simple_choice
 from upspiral.gateway.generation import AnswerEnd, AnswerEvent, Generation
 from upspiral.gateway.request import AnswerRequest, ToolChoice
 from upspiral.rendering.answer import CallPiece, Piece, TextPiece
@@ -216,10 +216,8 @@ def _check_function(entry: Mapping[str, Any], where: str, supported: str) -> Non
 def _tool_choice(body: Mapping[str, Any], tools: tuple[ToolSpec, ...]) -> tuple[ToolChoice, tuple[ToolSpec, ...]]:
     """The choice, and the tools that the model may know of."""
     value = body.get("tool_choice")
-    if value is None or value == "auto" or value == "none":
-        return ToolChoice("none" if value == "none" else "auto"), tools
-    if value == "required":
-        return required_choice(tools, "tool_choice"), tools
+    if (simple := simple_choice(value, tools)) is not None:
+        return simple, tools
     kind = value.get("type") if isinstance(value, dict) else None
     if kind == "function":
         name = text_field(object_field(value, "function", "tool_choice"), "name", "tool_choice.function")

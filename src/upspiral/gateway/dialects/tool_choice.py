@@ -9,6 +9,15 @@ from upspiral.gateway.request import ToolChoice
 from upspiral.types import ToolSpec
 
 
+def simple_choice(value: object, tools: Sequence[ToolSpec]) -> ToolChoice | None:
+    """What OpenAI's APIs say with one word, or by saying nothing; None for anything else."""
+    if value is None or value == "auto":
+        return ToolChoice()
+    if value == "none":
+        return ToolChoice("none")
+    return required_choice(tools, "tool_choice") if value == "required" else None
+
+
 def named_choice(name: str, tools: Sequence[ToolSpec], field: str) -> ToolChoice:
     """Raises FieldError when no such tool is offered."""
     _check_offered([name], tools, field)

@@ -17,7 +17,7 @@ from upspiral.gateway.dialects.fields import (
     shown,
     text_field,
 )
-from upspiral.gateway.dialects.tool_choice import allowed_tools, named_choice, required_choice
+from upspiral.gateway.dialects.tool_choice import allowed_tools, named_choice, simple_choice
 from upspiral.gateway.request import ToolChoice
 from upspiral.types import ToolCall, ToolSpec
 
@@ -138,10 +138,8 @@ def flat_name(namespace: str, name: str) -> str:
 def read_tool_choice(body: Mapping[str, Any], tools: tuple[ToolSpec, ...]) -> tuple[ToolChoice, tuple[ToolSpec, ...]]:
     """The choice, and the tools that the model may know of."""
     value = body.get("tool_choice")
-    if value is None or value == "auto" or value == "none":
-        return ToolChoice("none" if value == "none" else "auto"), tools
-    if value == "required":
-        return required_choice(tools, "tool_choice"), tools
+    if (simple := simple_choice(value, tools)) is not None:
+        return simple, tools
     kind = value.get("type") if isinstance(value, dict) else None
     if kind == "allowed_tools":
         mode = choice_field(value, "mode", ("auto", "required"), "tool_choice")
