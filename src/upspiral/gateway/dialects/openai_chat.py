@@ -218,9 +218,10 @@ def _tool_choice(body: Mapping[str, Any], tools: tuple[ToolSpec, ...]) -> tuple[
     value = body.get("tool_choice")
     if (simple := simple_choice(value, tools)) is not None:
         return simple, tools
-    kind = value.get("type") if isinstance(value, dict) else None
+    choice: Mapping[str, Any] = value if isinstance(value, dict) else {}
+    kind = choice.get("type")
     if kind == "function":
-        name = text_field(object_field(value, "function", "tool_choice"), "name", "tool_choice.function")
+        name = text_field(object_field(choice, "function", "tool_choice"), "name", "tool_choice.function")
         return named_choice(name, tools, "tool_choice.function.name"), tools
     if kind != "allowed_tools":
         raise FieldError(
@@ -228,7 +229,7 @@ def _tool_choice(body: Mapping[str, Any], tools: tuple[ToolSpec, ...]) -> tuple[
             f'= {shown(value)} is not supported; use "auto", "none", "required", a function or allowed_tools',
         )
     where = "tool_choice.allowed_tools"
-    allowed = object_field(value, "allowed_tools", "tool_choice")
+    allowed = object_field(choice, "allowed_tools", "tool_choice")
     mode = choice_field(allowed, "mode", ("auto", "required"), where)
     entries = list_field(allowed, "tools", where)
     names = [

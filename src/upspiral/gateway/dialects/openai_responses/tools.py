@@ -140,15 +140,16 @@ def read_tool_choice(body: Mapping[str, Any], tools: tuple[ToolSpec, ...]) -> tu
     value = body.get("tool_choice")
     if (simple := simple_choice(value, tools)) is not None:
         return simple, tools
-    kind = value.get("type") if isinstance(value, dict) else None
+    choice: Mapping[str, Any] = value if isinstance(value, dict) else {}
+    kind = choice.get("type")
     if kind == "allowed_tools":
-        mode = choice_field(value, "mode", ("auto", "required"), "tool_choice")
-        entries = list_field(value, "tools", "tool_choice")
+        mode = choice_field(choice, "mode", ("auto", "required"), "tool_choice")
+        entries = list_field(choice, "tools", "tool_choice")
         names = [_chosen_name(entry, f"tool_choice.tools[{i}]") for i, entry in enumerate(entries)]
         tools = allowed_tools(names, tools, "tool_choice.tools")
         return ToolChoice("required" if mode == "required" else "auto"), tools
     if kind in ("function", "custom", "local_shell"):
-        return named_choice(_chosen_name(value, "tool_choice"), tools, "tool_choice.name"), tools
+        return named_choice(_chosen_name(choice, "tool_choice"), tools, "tool_choice.name"), tools
     raise FieldError(
         "tool_choice",
         f'= {shown(value)} is not supported; use "auto", "none", "required", a function, custom tool or allowed_tools',
