@@ -6,7 +6,6 @@ An agent sees only messages in the form of OpenAI's chat completions. It is play
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -16,8 +15,9 @@ from typing import Any, Protocol
 
 from tokenizers import Tokenizer
 
+from upspiral.errors import TemplateError
 from upspiral.rendering.renderer import Renderer
-from upspiral.types import FinishReason
+from upspiral.types import FinishReason, Message, ToolCall, ToolSpec
 
 TOOLS: dict[str, dict[str, Any]] = {
     "bash": {"command": {"type": "string"}, "timeout": {"type": "number"}},
@@ -49,6 +49,7 @@ class AnswerMaker:
         self._renderer = renderer
         self._tokenizer = tokenizer
         self._vocabulary = tokenizer.get_vocab(with_added_tokens=False)
+        self._counts = (1, 1, 1, 2, 3) if _takes_parallel_calls(renderer) else (1,)
 
     def text(self) -> Sampled:
         return self._answer(self._thinking() + self._words(1, 14), calls=False)
@@ -56,20 +57,18 @@ class AnswerMaker:
     def calls(self) -> Sampled:
         """One to three calls, with or without text before them."""
         lead = self._random.choice(["", "", self._words(1, 6), self._words(1, 4) + "\n\n"])
-        count = self._random.choice((1, 1, 1, 2, 3))
+        count = self._random.choice(self._counts)
         return self._answer(self._thinking() + lead + "\n".join(self._call() for _ in range(count)), calls=True)
 
     def spawn(self) -> Sampled:
         """A call of the tool that starts a sub-agent."""
-        tags, prompt = self._renderer.thinking_tags, self._renderer.spell(self._renderer.generation_prompt.tolist())
-        # A call inside a thought that the generation prompt opened would be part of the thought.
-        lead = tags.close if tags.opened_by(prompt) else ""
-        return self._answer(lead + self._written_call("task", {"prompt": "Please " + self._words(3, 9)}), calls=True)
+        call = self._written_call("task", {"prompt": "Please " + self._words(3, 9)})
+        return self._answer(self._thinking() + call, calls=True)
 
     def broken(self) -> Sampled:
         """A call that cannot be read, or ids that are no text at all."""
         if self._random.random() < 0.5:
-            return self._answer(self._call().replace("}", "", 1), calls=False)
+            return self._answer(self._thinking() + self._call().replace("}", "", 1), calls=False)
         ids = self._random.choices(sorted(self._vocabulary.values()), k=self._random.randint(1, 12))
         stops = self._renderer.stop_token_ids
         return Sampled((*(index for index in ids if index not in stops), self._stop(calls=False)), "stop")
@@ -104,10 +103,13 @@ class AnswerMaker:
         return other if self._renderer.decode(other) == self._renderer.decode(ids) else list(ids)
 
     def _thinking(self) -> str:
-        if self._random.random() < 0.6:
-            return ""
+        """A thought at the beginning of an answer: always where the prompt has opened one, else now and then."""
         tags = self._renderer.thinking_tags
-        return f"{tags.open}{self._words(1, 8)}{tags.close}" + self._random.choice(["", "\n", "\n\n"])
+        is_open = tags.opened_by(self._renderer.spell(self._renderer.generation_prompt.tolist()))
+        if not is_open and self._random.random() < 0.6:
+            return ""
+        thought = self._words(1, 8) + tags.close + self._random.choice(["", "\n", "\n\n"])
+        return thought if is_open else tags.open + thought
 
     def _words(self, least: int, most: int) -> str:
         text = " ".join(self._random.choices(_WORDS, k=self._random.randint(least, most)))
@@ -151,6 +153,15 @@ class AnswerMaker:
         return f"<tool_call>{space}{body}{space}</tool_call>"
 
 
+def _takes_parallel_calls(renderer: Renderer) -> bool:
+    calls = tuple(ToolCall(f"call0000{number}", "list", "{}") for number in range(2))
+    try:
+        renderer.render([Message("user", "Hello"), Message("assistant", tool_calls=calls)], [ToolSpec("list")])
+    except TemplateError:
+        return False
+    return True
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Entry:
     """One message of an agent's history. Another entry with the same words is another message."""
@@ -186,9 +197,17 @@ class Request:
 
 
 class Answerer(Protocol):
+    def allows(self, request: Request) -> bool:
+        """Whether the chat template can render the whole conversation: some know no user after a tool's result."""
+        ...
+
     async def answer(self, request: Request) -> list[dict[str, Any]]:
         """The assistant messages that the agent gets, in the form of chat completions."""
         ...
+
+
+class _NotAllowed(Exception):
+    """The template cannot render what an agent wanted to send; it does something else."""
 
 
 @dataclass
@@ -208,7 +227,6 @@ class Play:
         self._random = random
         self._maker = maker
         self._answerer = answerer
-        self._numbers = itertools.count()
 
     async def run(self) -> None:
         thread = self._thread("You are a helpful assistant.")
@@ -218,8 +236,13 @@ class Play:
         }  # fmt: skip
         for _ in range(self._random.randint(5, 12)):
             (move,) = self._random.choices(list(moves), weights=list(moves.values()))
-            await move(thread)
-            self.happened[move.__name__.removeprefix("_")] += 1
+            before = list(thread.entries)
+            try:
+                await move(thread)
+                self.happened[move.__name__.removeprefix("_")] += 1
+            except _NotAllowed:
+                thread.entries = before
+                self.happened["not allowed"] += 1
 
     # What can happen
 
@@ -296,7 +319,9 @@ class Play:
         self._take(thread, message)
 
     async def _send(self, thread: _Thread, script: tuple[Sampled, ...], **trouble: Any) -> list[dict[str, Any]]:
-        request = Request(next(self._numbers), tuple(thread.entries), thread.tools, script, **trouble)
+        request = Request(len(self.requests), tuple(thread.entries), thread.tools, script, **trouble)
+        if not self._answerer.allows(request):
+            raise _NotAllowed
         self.requests.append(request)
         return await self._answerer.answer(request)
 

@@ -19,7 +19,10 @@ and with one that drops all thinking from the history.
 `sampled`: tokens that the engine sampled. `retokenized`: of an answer that the agent repeated unchanged below an
 unchanged history, the tokens from the first one on that a later prompt does not have at its place. `lost`: sampled, but
 in no training sequence and under no reason. `trained_twice`: in the loss more than once, or in the loss beside another
-answer to a request that the agent made once. `sequences` and `forward_tokens` are what a trainer has to compute:
+answer to a request that the agent made once. `rewritten_by_template`: left out of `retokenized`, on both sides, because
+the chat template itself writes differently what stands before these tokens once the conversation goes on (Mistral's
+moves the tools to the last user message); nobody can follow the template and keep them. `sequences` and
+`forward_tokens` are what a trainer has to compute:
 root-to-leaf paths and the tokens of the forest for ours, rows and their tokens for the plain way.
 """
 
@@ -31,7 +34,7 @@ import tempfile
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 from random import Random
@@ -46,7 +49,7 @@ from corpus import AnswerMaker, Play, Request, Sampled
 from result import ROOT, report
 from upspiral.engine.base import EngineStats, GenerationChunk
 from upspiral.engine.scripted import SCRIPTED_LOGPROB
-from upspiral.errors import EngineError
+from upspiral.errors import EngineError, TemplateError
 from upspiral.gateway.http import serve_app
 from upspiral.gateway.server import Gateway
 from upspiral.rendering.answer import ReadingRules
@@ -84,6 +87,7 @@ class Count:
     retokenized: int = 0
     lost: int = 0
     trained_twice: int = 0
+    rewritten_by_template: int = 0
     sequences: int = 0
     forward_tokens: int = 0
 
@@ -154,9 +158,13 @@ class CorpusEngine:
 class Ours:
     """Agents that talk to the gateway over HTTP."""
 
-    def __init__(self, client: aiohttp.ClientSession, url: str, key: str, engine: CorpusEngine) -> None:
-        self._client, self._url, self._engine = client, f"{url}/v1/chat/completions", engine
+    def __init__(self, client: aiohttp.ClientSession, stage: Stage, key: str, engine: CorpusEngine) -> None:
+        self._client, self._url, self._engine = client, f"{stage.url}/v1/chat/completions", engine
         self._headers = {"authorization": f"Bearer {key}"}
+        self._renderer = stage.renderer
+
+    def allows(self, request: Request) -> bool:
+        return rendered(request, self._renderer) is not None
 
     async def answer(self, request: Request) -> list[dict[str, Any]]:
         retry = {"x-stainless-retry-count": "1"}
@@ -191,7 +199,7 @@ class Ours:
             await self._engine.let_go.wait()
 
 
-def count_ours(play: Play, recordings: Sequence[Recording], graph: TrajectoryGraph) -> Count:
+def count_ours(play: Play, recordings: Sequence[Recording], graph: TrajectoryGraph, renderer: Renderer) -> Count:
     """What the store says, against what the engine got and gave."""
     stored = Counter[bytes]()
     for node in graph.nodes:
@@ -206,7 +214,7 @@ def count_ours(play: Play, recordings: Sequence[Recording], graph: TrajectoryGra
         stored[key] -= min(sampled, stored[key])
         if each.delivered and sampled:
             in_loss.append(each)
-    count.retokenized = retokenized(play, recordings)
+    count.retokenized, count.rewritten_by_template = retokenized(play, recordings, renderer)
     count.trained_twice = stored.total() + surplus(play, in_loss)
     count.sequences = sum(1 for leaf in graph.leaves() if any(node.num_sampled for node in graph.path(leaf.id)))
     count.forward_tokens = sum(len(node.token_ids) for node in graph.nodes)
@@ -223,12 +231,13 @@ class Plain:
         self.recordings: list[Recording] = []
         self._renderer = renderer
 
+    def allows(self, request: Request) -> bool:
+        return rendered(request, self._renderer) is not None
+
     async def answer(self, request: Request) -> list[dict[str, Any]]:
-        messages = [_message(entry.message) for entry in request.entries]
-        tools = [ToolSpec(**_tool(entry["function"])) for entry in request.body.get("tools", [])]
-        segments = [segment.token_ids for segment in self._renderer.render(messages, tools)]
-        rules = ReadingRules(tool_calls=bool(tools), tools=tuple(tools), after=messages[-1].role)
-        prompt_ids = np.concatenate([*segments, self._renderer.generation_prompt_after(rules.after)])
+        prompt_ids, tools = rendered(request, self._renderer), tools_of(request)
+        assert prompt_ids is not None
+        rules = ReadingRules(tool_calls=bool(tools), tools=tools, after=request.entries[-1].message["role"])
         if request.lost_after is not None:
             part = list(request.script[0].token_ids[: request.lost_after])
             self.recordings.append(Recording(request.number, 0, prompt_ids, part, delivered=False))
@@ -273,14 +282,16 @@ def merged(recordings: Sequence[Recording]) -> list[Row]:
     return rows
 
 
-def count_plain(play: Play, recordings: Sequence[Recording]) -> Count:
+def count_plain(play: Play, recordings: Sequence[Recording], renderer: Renderer) -> Count:
     received = [each for each in recordings if each.delivered]
     rows = merged(received)
     in_loss = Counter(place for row in rows for place in row.loss)
     sampled = sum(len(each.token_ids) for each in received)
+    again, rewritten = retokenized(play, recordings, renderer)
     return Count(
         sampled=sum(len(each.token_ids) for each in recordings),
-        retokenized=retokenized(play, recordings),
+        retokenized=again,
+        rewritten_by_template=rewritten,
         lost=sampled - len(in_loss),
         trained_twice=in_loss.total() - len(in_loss) + surplus(play, received),
         sequences=len(rows),
@@ -291,9 +302,11 @@ def count_plain(play: Play, recordings: Sequence[Recording]) -> Count:
 # What both are judged by
 
 
-def retokenized(play: Play, recordings: Sequence[Recording]) -> int:
+def retokenized(play: Play, recordings: Sequence[Recording], renderer: Renderer) -> tuple[int, int]:
+    """Tokens that were made again, and those for which the template is to blame."""
     received = {(each.request, each.index): each for each in recordings if each.delivered}
     kept: dict[Recording, int] = {}
+    rewritten: set[Recording] = set()
     for request in play.requests:
         prompt_ids = received[request.number, 0].prompt_ids
         for place, entry in enumerate(request.entries):
@@ -303,9 +316,23 @@ def retokenized(play: Play, recordings: Sequence[Recording]) -> int:
             if request.entries[:place] != asked.entries or request.tools != asked.tools:
                 continue  # the agent has changed what stands before
             answer = received[asked.number, entry.index]
-            same = _shared(prompt_ids, answer.whole) - len(answer.prompt_ids)
-            kept[answer] = min(kept.get(answer, len(answer.token_ids)), max(0, same))
-    return sum(len(answer.token_ids) - same for answer, same in kept.items())
+            same = max(0, _shared(prompt_ids, answer.whole) - len(answer.prompt_ids))
+            if same < len(answer.token_ids) and is_rewritten(asked, request, renderer):
+                rewritten.add(answer)
+            else:
+                kept[answer] = min(kept.get(answer, len(answer.token_ids)), same)
+    again = sum(len(answer.token_ids) - same for answer, same in kept.items())
+    return again, sum(len(answer.token_ids) for answer in rewritten)
+
+
+def is_rewritten(asked: Request, later: Request, renderer: Renderer) -> bool:
+    """Whether the template writes a conversation differently once it goes on, thinking left aside."""
+    before, after = (
+        renderer.render([replace(_message(entry.message), thinking=None) for entry in request.entries], tools_of(asked))
+        for request in (asked, later)
+    )
+    ids, longer = (np.concatenate([segment.token_ids for segment in segments]) for segments in (before, after))
+    return not _starts_with(longer, ids)
 
 
 def surplus(play: Play, in_loss: Sequence[Recording]) -> int:
@@ -326,6 +353,20 @@ def _shared(a: NDArray[np.int32], b: NDArray[np.int32]) -> int:
 
 def _starts_with(a: NDArray[np.int32], b: NDArray[np.int32]) -> bool:
     return len(a) >= len(b) and bool(np.array_equal(a[: len(b)], b))
+
+
+def rendered(request: Request, renderer: Renderer) -> NDArray[np.int32] | None:
+    """The whole prompt from the chat template; None where the template refuses the conversation."""
+    messages = [_message(entry.message) for entry in request.entries]
+    try:
+        segments = [segment.token_ids for segment in renderer.render(messages, tools_of(request))]
+    except TemplateError:
+        return None
+    return np.concatenate([*segments, renderer.generation_prompt_after(messages[-1].role)])
+
+
+def tools_of(request: Request) -> tuple[ToolSpec, ...]:
+    return tuple(ToolSpec(**_tool(entry["function"])) for entry in request.body.get("tools", []))
 
 
 def _message(wire: dict[str, Any]) -> Message:
@@ -372,17 +413,17 @@ async def compare(stage: Stage, client: aiohttp.ClientSession, name: str) -> tup
 
     engine = CorpusEngine(Random(f"{name} chunks"))
     key = stage.gateway.open_rollout(Rollout(name, "corpus", "corpus"), engine=engine)
-    play = Play(Random(name), maker(), Ours(client, stage.url, key, engine))
+    play = Play(Random(name), maker(), Ours(client, stage, key, engine))
     await play.run()
     await stage.gateway.seal_rollout(name)
-    ours = count_ours(play, engine.recordings, stage.store.graph(name))
+    ours = count_ours(play, engine.recordings, stage.store.graph(name), stage.renderer)
 
     plain = Plain(stage.renderer)
     again = Play(Random(name), maker(), plain)
     await again.run()
     if again.happened != play.happened or len(again.requests) != len(play.requests):
         raise RuntimeError(f"conversation {name} took another course the plain way: the comparison would be unfair")
-    return ours, count_plain(again, plain.recordings), play.happened
+    return ours, count_plain(again, plain.recordings, stage.renderer), play.happened
 
 
 async def measure(models: Sequence[Path], folder: Path, seed: int, conversations: int) -> dict[str, Any]:

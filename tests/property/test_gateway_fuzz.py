@@ -227,8 +227,9 @@ def cases(draw: st.DrawFn) -> Case:
     expects: list[str | None] = []
     if example.bodies:
         body = copy.deepcopy(dict(draw(st.sampled_from(list(example.bodies)))))
-        for _ in range(draw(st.sampled_from([0, 1, 1, 1, 1, 2, 4])) if body else 0):
-            expects.append(draw_mutation(draw, body))
+        for _ in range(draw(st.sampled_from([0, 1, 1, 1, 1, 2, 4]))):
+            if body:
+                expects.append(draw_mutation(draw, body))
         case = replace(case, body=json_text(body).encode("utf-8", "surrogatepass"))
     if draw(st.integers(0, 9)) == 0:
         case = replace(case, body=troubled(draw(TROUBLE), case.body))

@@ -33,8 +33,8 @@ class Prompt:
     anchor: int | None
     """The node that the segments hang below; None: they begin a tree."""
     segments: tuple[Segment, ...]
-    keys: tuple[MessageKey, ...]
-    """[segments]"""
+    line: int
+    """The line of conversation that the request's messages are."""
     tools_key: bytes
     fork: str = ""
     """Why the request does not go on from what it repeats: "tools" (it offers others), "template" (the chat template
@@ -52,6 +52,17 @@ class Answered:
     """The client says it asks again for want of an answer."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Given:
+    """What an answer node was given for."""
+
+    key: MessageKey
+    tools_key: bytes
+    """Tools that were offered. Templates may put them anywhere in the prompt."""
+    sampled: int
+    """Answers on its path as they were sampled, itself included. An agent may have written the others."""
+
+
 class History:
     """The graph of one live rollout with what the messages of its nodes mean."""
 
@@ -62,12 +73,14 @@ class History:
         self._keeps_thinking = keeps_thinking
         self._echo = EchoKeys()
         self._last_tools = b""
-        self._by_key: dict[tuple[int | None, MessageKey], list[int]] = {}
-        """Parent and what a message means -> the nodes there, oldest first."""
+        self._lines: dict[tuple[int, MessageKey], int] = {}
+        """A line of conversation and what is said next -> the longer line. The empty line is 0."""
+        self._at_line: dict[int, list[int]] = {}
+        """Line -> the answers that end it, oldest first."""
         self._context_nodes: dict[tuple[int | None, Role, bytes], int] = {}
         """Parent, role and tokens -> the node there that nobody sampled."""
-        self._answer_tools: dict[int, bytes] = {}
-        """Tools that were offered, by answer node. Templates may put them anywhere in the prompt."""
+        self._given: dict[int, _Given] = {}
+        """By answer node."""
         self._paths: dict[int, NDArray[np.int32]] = {}
         """Tokens up to the end of the newest answers, which is what requests continue."""
 
@@ -78,30 +91,30 @@ class History:
             self._echo.offered(tools)
             self._last_tools = tools_key
         keys = self._echo.of(messages)
-        anchor, depth, tools_changed = self._find_anchor(messages, keys, tools_key)
+        lines = self._lines_of(keys)
+        anchor, depth, tools_changed = self._find_anchor(messages, lines, tools_key)
         fork = "tools" if tools_changed else ""
         if anchor is not None:
             messages = self._with_thinking(anchor, messages)
             if self._keeps_thinking or not self._loses_thinking(anchor, messages):
                 try:
-                    return self._extended(anchor, messages[depth:], keys[depth:], tools_key)
+                    return self._extended(anchor, messages[depth:], lines[-1], tools_key)
                 except TailMismatch:
                     pass
             fork = "template"
-        return self._by_tokens(self._renderer.render(messages, tools), keys, tools_key, fork)
+        return self._by_tokens(self._renderer.render(messages, tools), keys, lines[-1], tools_key, fork)
 
     def add_context(self, prompt: Prompt, start: str | None = None) -> tuple[int | None, list[Node]]:
         """Adds the nodes of a prompt that the graph does not have yet; `start` is the reason of the first of them where
         a conversation begins. Returns the last node's id and the new nodes."""
         parent, added = prompt.anchor, []
-        for segment, key in zip(prompt.segments, prompt.keys, strict=True):
+        for segment in prompt.segments:
             node = self._equal_context(parent, segment.role, segment.token_ids)
             if node is None:
                 reason = "append" if added else start or self._fork_reason(parent, prompt)
                 node = self.graph.add(
                     parent, TokenRun.given(segment.token_ids), role=segment.role, reason=reason, message=segment.message
                 )
-                self._index(node, key)
                 self._context_nodes[parent, segment.role, segment.token_ids.tobytes()] = node.id
                 added.append(node)
             parent = node.id
@@ -115,19 +128,21 @@ class History:
             parent, tokens, role="assistant", reason=reason, message=answered.message,
             delivered=answered.delivered, auxiliary=answered.auxiliary,
         )  # fmt: skip
-        self._index(node, self._echo.of([answered.message])[0])
-        self._answer_tools[node.id] = prompt.tools_key
+        (key,) = self._echo.of([answered.message])
+        before = sum(each.id in self._given for each in self.graph.path(node.id))
+        self._given[node.id] = _Given(key, prompt.tools_key, before + 1)
+        self._at_line.setdefault(self._longer(prompt.line, key), []).append(node.id)
         self._keep_path(node, prompt)
         return node
 
     def answers_below(self, parent: int | None) -> list[Node]:
         """The answers that were given to the prompt that ends with a node."""
-        return [node for node in self.graph.children(parent) if node.id in self._answer_tools]
+        return [node for node in self.graph.children(parent) if node.id in self._given]
 
     def begins_conversation(self, prompt: Prompt) -> bool:
         """Whether new nodes of the prompt start a line of conversation in which nothing was answered yet."""
         path = [] if prompt.anchor is None else self.graph.path(prompt.anchor)
-        if any(node.id in self._answer_tools for node in path):
+        if any(node.id in self._given for node in path):
             return False
         parent = prompt.anchor
         for segment in prompt.segments:
@@ -149,9 +164,9 @@ class History:
         """Whether the chat template would drop a thought that stands in the stored tokens. An answer that an earlier
         fork rendered without its thinking has lost it already."""
         path = self.graph.path(anchor.id)[: self._renderer.thinking_kept_from(messages)]
-        return any(node.id in self._answer_tools and node.message and node.message.thinking for node in path)
+        return any(node.id in self._given and node.message and node.message.thinking for node in path)
 
-    def _extended(self, anchor: Node, tail: Sequence[Message], keys: Sequence[MessageKey], tools_key: bytes) -> Prompt:
+    def _extended(self, anchor: Node, tail: Sequence[Message], line: int, tools_key: bytes) -> Prompt:
         stored = self._path_ids(anchor.id)
         after = anchor.finish_reason or "cancelled"
         segments = self._renderer.render_tail(
@@ -166,16 +181,16 @@ class History:
             reused_tokens=len(stored),
             anchor=anchor.id,
             segments=tuple(segments),
-            keys=tuple(keys),
+            line=line,
             tools_key=tools_key,
             fork="edited" if edited else "",
         )
 
     def _by_tokens(
-        self, segments: Sequence[Segment], keys: Sequence[MessageKey], tools_key: bytes, fork: str
+        self, segments: Sequence[Segment], keys: Sequence[MessageKey], line: int, tools_key: bytes, fork: str
     ) -> Prompt:
         """Hangs a whole prompt below the longest stored path with exactly its tokens."""
-        anchor, stored, rest = self._stored_path(segments, keys)
+        anchor, rest = self._stored_path(segments, keys)
         if not fork and anchor is not None and any(segment.role == "assistant" for segment in rest):
             fork = "edited"
         ids = np.concatenate([segment.token_ids for segment in segments])
@@ -184,17 +199,15 @@ class History:
             reused_tokens=len(ids) - sum(len(segment.token_ids) for segment in rest),
             anchor=anchor,
             segments=tuple(rest),
-            keys=tuple(keys[stored:]),
+            line=line,
             tools_key=tools_key,
             fork=fork,
         )
 
-    def _stored_path(
-        self, segments: Sequence[Segment], keys: Sequence[MessageKey]
-    ) -> tuple[int | None, int, list[Segment]]:
-        """The last node of the longest stored path that has the segments' tokens, how many segments it covers, and the
-        segments that remain. An answer is stored up to its last sampled token; what the template writes behind it, to
-        end the turn, goes to the segment after it."""
+    def _stored_path(self, segments: Sequence[Segment], keys: Sequence[MessageKey]) -> tuple[int | None, list[Segment]]:
+        """The last node of the longest stored path that has the segments' tokens, and the segments that remain. An
+        answer is stored up to its last sampled token; what the template writes behind it, to end the turn, goes to the
+        segment after it."""
         parent, left_over = None, np.empty(0, np.int32)
         # The last message is what the model answers to: it keeps tokens of its own.
         for index, segment in enumerate(segments[:-1]):
@@ -207,15 +220,14 @@ class History:
             index = len(segments) - 1
         first = segments[index]
         joined = Segment(first.role, first.message, np.concatenate([left_over, first.token_ids]))
-        return parent, index, [joined, *segments[index + 1 :]]
+        return parent, [joined, *segments[index + 1 :]]
 
     def _equal_answer(self, parent: int | None, ids: NDArray[np.int32], key: MessageKey) -> Node | None:
         """An answer that says the same and whose tokens `ids` begin with; the newest that was delivered."""
         equal = [
-            self.graph.nodes[node_id]
-            for node_id in self._by_key.get((parent, key), ())
-            if node_id in self._answer_tools
-            and np.array_equal(self.graph.nodes[node_id].token_ids, ids[: len(self.graph.nodes[node_id].token_ids)])
+            node
+            for node in self.answers_below(parent)
+            if self._given[node.id].key == key and np.array_equal(node.token_ids, ids[: len(node.token_ids)])
         ]
         return max(equal, key=lambda node: (node.delivered, node.id), default=None)
 
@@ -223,34 +235,48 @@ class History:
         node_id = self._context_nodes.get((parent, role, ids.tobytes()))
         return None if node_id is None else self.graph.nodes[node_id]
 
+    def _lines_of(self, keys: Sequence[MessageKey]) -> list[int]:
+        """[keys] the line of conversation up to each message."""
+        lines, line = [], 0
+        for key in keys:
+            line = self._longer(line, key)
+            lines.append(line)
+        return lines
+
+    def _longer(self, line: int, key: MessageKey) -> int:
+        return self._lines.setdefault((line, key), len(self._lines) + 1)
+
     def _find_anchor(
-        self, messages: Sequence[Message], keys: Sequence[MessageKey], tools_key: bytes
+        self, messages: Sequence[Message], lines: Sequence[int], tools_key: bytes
     ) -> tuple[Node | None, int, bool]:
         """The deepest answer that the messages repeat with the same tools, how many messages its path covers, and
         whether only other tools stand in the way. Of equals, the path with more answers as they were sampled wins (an
         agent may have written what the model later says), then a delivered one, then the newest."""
-        best: tuple[int, int, bool, int] | None = None
         tools_changed = False
-        frontier: list[tuple[int | None, int, int]] = [(None, 0, 0)]
-        while frontier:
-            parent, depth, answers = frontier.pop()
-            # The last message is what the model answers to; it is always rendered.
-            if depth >= len(messages) - 1:
-                continue
-            for node_id in self._by_key.get((parent, keys[depth]), ()):
-                node = self.graph.nodes[node_id]
-                if not _same_thinking(node, messages[depth]):
-                    continue
-                offered = self._answer_tools.get(node_id)
-                sampled = answers + (offered is not None)
-                frontier.append((node_id, depth + 1, sampled))
-                if offered == tools_key:
-                    best = max(best or (0, 0, False, 0), (depth + 1, sampled, node.delivered, node_id))
-                elif offered is not None:
-                    tools_changed = True
-        if best is None:
-            return None, 0, tools_changed
-        return self.graph.nodes[best[-1]], best[0], False
+        # The last message is what the model answers to; it is always rendered.
+        for depth in range(len(messages) - 1, 0, -1):
+            repeated = [node for node in self._ending(lines[depth - 1]) if self._same_thoughts(node, messages)]
+            usable = [node for node in repeated if self._given[node.id].tools_key == tools_key]
+            if usable:
+                return max(usable, key=self._worth), depth, False
+            tools_changed = tools_changed or bool(repeated)
+        return None, 0, tools_changed
+
+    def _ending(self, line: int) -> list[Node]:
+        """The answers that end a line of conversation."""
+        return [self.graph.nodes[node_id] for node_id in self._at_line.get(line, ())]
+
+    def _worth(self, answer: Node) -> tuple[int, bool, int]:
+        return self._given[answer.id].sampled, answer.delivered, answer.id
+
+    def _same_thoughts(self, answer: Node, messages: Sequence[Message]) -> bool:
+        """An agent may drop the thinking of an answer, but not change it."""
+        path = self.graph.path(answer.id)
+        thoughts = ((message.thinking, node.message) for message, node in zip(messages, path, strict=False))
+        return all(
+            not thought or thought.strip() == ((stored.thinking if stored else None) or "").strip()
+            for thought, stored in thoughts
+        )
 
     def _fork_reason(self, parent: int | None, prompt: Prompt) -> str:
         if prompt.fork:
@@ -258,9 +284,6 @@ class History:
         if parent is None:
             return "root"
         return "branch" if self.graph.children(parent) else "append"
-
-    def _index(self, node: Node, key: MessageKey) -> None:
-        self._by_key.setdefault((node.parent, key), []).append(node.id)
 
     def _path_ids(self, node_id: int) -> NDArray[np.int32]:
         stored = self._paths.get(node_id)
@@ -271,12 +294,6 @@ class History:
         if prompt.anchor is not None:
             self._paths.pop(prompt.anchor, None)
         self._paths[node.id] = np.concatenate([prompt.token_ids, node.token_ids])
-
-
-def _same_thinking(node: Node, message: Message) -> bool:
-    """An agent may drop the thinking of an answer, but not change it."""
-    stored = node.message.thinking if node.message else None
-    return not message.thinking or message.thinking.strip() == (stored or "").strip()
 
 
 def _tools_key(tools: Sequence[ToolSpec]) -> bytes:

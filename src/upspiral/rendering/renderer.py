@@ -170,7 +170,8 @@ class Renderer:
 
         With `after` "stop" those ids end with a stop token, which `stop_token` names; otherwise the missing end of the
         turn comes first, not sampled. Where nothing closes a turn (GLM), the stop token is the first token of the next
-        turn and not repeated. `calls` are those of the answer, whose names some templates write beside the results.
+        turn and not repeated; where another turn follows than it announced, it stands and the turn is opened behind it.
+        `calls` are those of the answer, whose names some templates write beside the results.
 
         Raises TailMismatch when the messages can only be rendered with the whole conversation.
         """

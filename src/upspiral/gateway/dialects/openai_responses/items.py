@@ -66,7 +66,7 @@ class _ItemReader:
         self._call_ids: set[str] = set()
 
     def read(self, item: Item, where: str, find_item: FindItem) -> None:
-        kind = item.get("type") or ("message" if "role" in item else "item_reference")
+        kind = optional_text(item, "type", where) or ("message" if "role" in item else "item_reference")
         if kind == "message":
             self._message(item, where)
         elif kind == "item_reference":

@@ -1,6 +1,9 @@
-"""Thinking policy "template": a conversation forks where the template drops thinking, and goes on from there."""
+"""What a request continues, where the chat template does not write messages one after the other: it drops thinking (a
+fork for each question, and on from there), or writes the system prompt beside the last question."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,7 +11,7 @@ import pytest
 from tests.fixtures.model_families import make_family
 from upspiral.gateway.history import Answered, History
 from upspiral.rendering.renderer import Renderer
-from upspiral.trajectory.graph import TokenRun
+from upspiral.trajectory.graph import TokenRun, TrajectoryGraph
 from upspiral.types import Message, ToolSpec
 
 BASH = ToolSpec("bash", "Run.", {"type": "object", "properties": {"command": {"type": "string"}}})
@@ -29,6 +32,10 @@ class Talk:
         self.reasons: list[str] = []
         self._renderer = renderer
 
+    @property
+    def graph(self) -> TrajectoryGraph:
+        return self.history.graph
+
     def answer(self, text: str, follow: str) -> None:
         prompt = self.history.prompt(self.messages, [BASH])
         parent, added = self.history.add_context(prompt)
@@ -38,7 +45,7 @@ class Talk:
         run = TokenRun.answer(opening, ids, [0.0] * len(ids), [0] * len(ids), "stop")
         said = self._renderer.parse(ids, "stop").message
         node = self.history.add_answer(parent, run, Answered(said), prompt)
-        path = self.history.graph.path_ids(node.id)
+        path = self.graph.path_ids(node.id)
         assert np.array_equal(path, np.concatenate([prompt.token_ids, run.token_ids]))
         self.messages.append(Message("assistant", said.text, None, said.tool_calls))
         result = Message("tool", follow, tool_call_id=said.tool_calls[0].id) if said.tool_calls else None
@@ -61,5 +68,21 @@ def test_one_fork_for_each_question(renderer: Renderer, keeps_thinking: bool, re
     talk.answer("<think>\nDone.\n</think>\n\n7 files", "three")
     talk.answer("bye", "four")
     assert talk.reasons == reasons
-    last = renderer.spell(talk.history.graph.path_ids(talk.history.graph.nodes[-1].id).tolist())
+    last = renderer.spell(talk.graph.path_ids(talk.graph.nodes[-1].id).tolist())
     assert last.count("Hm.") == (2 if keeps_thinking else 0)
+
+
+def test_an_edit_that_the_template_writes_elsewhere_is_an_edit_once(tmp_path: Path) -> None:
+    """Mistral's template writes the system prompt into the last question: the edited message has the same tokens as the
+    one before it."""
+    renderer = Renderer.from_folder(make_family(tmp_path, "mistral"))
+    talk = Talk(renderer, keeps_thinking=True)
+    talk.messages = [Message("system", "Be brief."), Message("user", "one")]
+    talk.answer("hello", "two")
+    talk.messages = [Message("system", "Be polite."), Message("user", "one")]
+    talk.answer('[TOOL_CALLS] [{"name":"bash","arguments":{"command":"ls"}}]', "3 files")
+    talk.answer("There are three.", "three")
+    assert talk.reasons == ["root", "branch", "append"]
+    last = renderer.spell(talk.graph.path_ids(talk.graph.nodes[-1].id).tolist())
+    assert "Be polite." in last and "Be brief." not in last
+    assert '{"name":"bash","arguments":{"command":"ls"}}' in last
