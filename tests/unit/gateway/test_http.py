@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import statistics
+import time
 from pathlib import Path
 
 import aiohttp
@@ -31,6 +33,19 @@ def test_a_free_port_and_a_clean_end() -> None:
         port = int(url.rpartition(":")[2])
         async with serve_app(APP, port=port) as again:
             assert again == url
+
+    asyncio.run(main())
+
+
+def test_answers_do_not_wait_for_the_client_to_acknowledge_their_headers() -> None:
+    async def main() -> None:
+        took_s: list[float] = []
+        async with serve_app(APP) as url, aiohttp.ClientSession() as session:
+            for _ in range(11):
+                began = time.perf_counter()
+                await (await session.get(url)).text()
+                took_s.append(time.perf_counter() - began)
+        assert statistics.median(took_s) < 0.02, "Nagle's algorithm makes it 40 ms"
 
     asyncio.run(main())
 
