@@ -47,7 +47,7 @@ from tokenizers import Tokenizer
 
 from corpus import AnswerMaker, Play, Request, Sampled
 from result import ROOT, report
-from upspiral.engine.base import EngineStats, GenerationChunk
+from upspiral.engine.base import EngineStats, GenerationChunk, TokenIds
 from upspiral.engine.scripted import SCRIPTED_LOGPROB
 from upspiral.errors import EngineError, TemplateError
 from upspiral.gateway.http import serve_app
@@ -119,7 +119,7 @@ class CorpusEngine:
         self.holds.clear()
         self.let_go.clear()
 
-    async def generate(self, prompt_ids: Sequence[int], params: SamplingParams) -> AsyncIterator[GenerationChunk]:
+    async def generate(self, prompt_ids: TokenIds, params: SamplingParams) -> AsyncIterator[GenerationChunk]:
         del params
         if self._request is None or not self._script:
             raise EngineError("an answer was asked for that no agent has requested")

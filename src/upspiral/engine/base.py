@@ -9,7 +9,13 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from upspiral.types import FinishReason, SamplingParams
+
+TokenIds = Sequence[int] | NDArray[np.int32]
+"""[T] the ids of a prompt."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +61,7 @@ class Engine(Protocol):
         """The policy version that the next sampled token will carry."""
         ...
 
-    def generate(self, prompt_ids: Sequence[int], params: SamplingParams) -> AsyncIterator[GenerationChunk]:
+    def generate(self, prompt_ids: TokenIds, params: SamplingParams) -> AsyncIterator[GenerationChunk]:
         """Samples a completion. Closing the iterator (`aclose`, or cancelling the task that reads it) cancels the
         generation. Raises ContextLengthError when the prompt leaves no room for one token, EngineError when
         inference fails."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from upspiral.engine.base import EngineStats, GenerationChunk
+from upspiral.engine.base import EngineStats, GenerationChunk, TokenIds
 from upspiral.errors import ConfigError, ContextLengthError, EngineError
 from upspiral.types import FinishReason, SamplingParams
 
@@ -131,7 +131,7 @@ class ScriptedEngine:
         """Lines not yet played."""
         return len(self._in_order) + len(self._for_prompts)
 
-    async def generate(self, prompt_ids: Sequence[int], params: SamplingParams) -> AsyncIterator[GenerationChunk]:
+    async def generate(self, prompt_ids: TokenIds, params: SamplingParams) -> AsyncIterator[GenerationChunk]:
         """Plays the next line for this prompt. Raises ContextLengthError for a prompt that leaves no room, EngineError
         when there is no line left for it."""
         room = self._context_length - len(prompt_ids)
@@ -184,9 +184,9 @@ class ScriptedEngine:
             self._encoded[text] = list(self._encode(text))
         return self._encoded[text]
 
-    def _take_line(self, prompt_ids: Sequence[int]) -> ScriptLine:
+    def _take_line(self, prompt_ids: TokenIds) -> ScriptLine:
         if self._for_prompts and self._decode is not None:
-            prompt = self._decode(prompt_ids)
+            prompt = self._decode([int(index) for index in prompt_ids])
             for index, line in enumerate(self._for_prompts):
                 if line.when is not None and line.when in prompt:
                     return self._for_prompts.pop(index)

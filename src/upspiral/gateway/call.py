@@ -8,6 +8,9 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, cast
 
+import numpy as np
+from numpy.typing import NDArray
+
 from upspiral.engine.base import Engine, GenerationChunk
 from upspiral.errors import DeadlineError, EngineError, RequestError, UpspiralError
 from upspiral.gateway.generation import AnswerEvent, Generation
@@ -30,7 +33,8 @@ class CallPlan:
 
     name: str
     """For messages: which rollout, which call."""
-    prompt_ids: Sequence[int]
+    prompt_ids: NDArray[np.int32]
+    """[T]"""
     params: Sequence[SamplingParams]
     generations: Sequence[Generation]
     reused_tokens: int = 0

@@ -28,8 +28,10 @@ class EchoKeys:
         self._defaults: dict[str, dict[str, Any]] = {}
         """Tool -> arguments that its schema gives a default."""
 
-    def offered(self, tools: Sequence[ToolSpec]) -> None:
-        """Learns what the tools take for granted: some agents write that into the calls they send back."""
+    def offered(self, tools: Sequence[ToolSpec]) -> bool:
+        """Learns what the tools take for granted: some agents write that into the calls they send back. Returns whether
+        keys that were made before may be others now."""
+        has_changed = False
         for tool in tools:
             properties = tool.parameters.get("properties")
             fields = properties.items() if isinstance(properties, Mapping) else ()
@@ -39,12 +41,16 @@ class EchoKeys:
             if self._defaults.get(tool.name, {}) != defaults:
                 self._defaults[tool.name] = defaults
                 self._canonical.clear()
+                has_changed = True
+        return has_changed
 
-    def of(self, messages: Sequence[Message]) -> list[MessageKey]:
-        """One key per message. A tool result is tied to its call by the call's position, because clients rename ids."""
+    def of(self, messages: Sequence[Message], start: int = 0) -> list[MessageKey]:
+        """One key for each message from `start` on. A tool result is tied to its call by the call's position, because
+        clients rename ids."""
         keys: list[MessageKey] = []
-        call_ids: list[str] = []
-        for message in messages:
+        asked = next((each for each in reversed(messages[:start]) if each.role == "assistant"), None)
+        call_ids = [call.id for call in asked.tool_calls] if asked else []
+        for message in messages[start:]:
             position, calls, text = None, (), message.text
             if message.role == "assistant":
                 call_ids = [call.id for call in message.tool_calls]

@@ -16,7 +16,8 @@ import orjson
 from numpy.typing import NDArray
 
 from upspiral.errors import TailMismatch
-from upspiral.gateway.echo import EchoKeys, MessageKey
+from upspiral.gateway.echo import MessageKey
+from upspiral.gateway.line import Line, Lines
 from upspiral.rendering.renderer import Renderer, Segment
 from upspiral.trajectory.graph import TokenRun, TrajectoryGraph
 from upspiral.types import Message, Node, Role, ToolSpec
@@ -33,8 +34,8 @@ class Prompt:
     anchor: int | None
     """The node that the segments hang below; None: they begin a tree."""
     segments: tuple[Segment, ...]
-    line: int
-    """The line of conversation that the request's messages are."""
+    line: Line
+    """The request's messages."""
     tools_key: bytes
     fork: str = ""
     """Why the request does not go on from what it repeats: "tools" (it offers others), "template" (the chat template
@@ -71,12 +72,10 @@ class History:
         self.graph = TrajectoryGraph(rollout_id)
         self._renderer = renderer
         self._keeps_thinking = keeps_thinking
-        self._echo = EchoKeys()
+        self._lines = Lines()
         self._last_tools = b""
-        self._lines: dict[tuple[int, MessageKey], int] = {}
-        """A line of conversation and what is said next -> the longer line. The empty line is 0."""
         self._at_line: dict[int, list[int]] = {}
-        """Line -> the answers that end it, oldest first."""
+        """By the line of conversation: the answers that end it, oldest first."""
         self._context_nodes: dict[tuple[int | None, Role, bytes], int] = {}
         """Parent, role and tokens -> the node there that nobody sampled."""
         self._given: dict[int, _Given] = {}
@@ -88,21 +87,19 @@ class History:
         """Builds the prompt for a request. Changes nothing that a reader could see."""
         tools_key = _tools_key(tools)
         if tools_key != self._last_tools:
-            self._echo.offered(tools)
+            self._lines.offered(tools)
             self._last_tools = tools_key
-        keys = self._echo.of(messages)
-        lines = self._lines_of(keys)
-        anchor, depth, tools_changed = self._find_anchor(messages, lines, tools_key)
+        line = self._lines.follow(messages)
+        anchor, depth, tools_changed = self._find_anchor(line, tools_key)
         fork = "tools" if tools_changed else ""
         if anchor is not None:
-            messages = self._with_thinking(anchor, messages)
             if self._keeps_thinking or not self._loses_thinking(anchor, messages):
                 try:
-                    return self._extended(anchor, messages[depth:], lines[-1], tools_key)
+                    return self._extended(anchor, messages[depth:], line, tools_key)
                 except TailMismatch:
                     pass
-            fork = "template"
-        return self._by_tokens(self._renderer.render(messages, tools), keys, lines[-1], tools_key, fork)
+            messages, fork = self._with_thinking(anchor, messages), "template"
+        return self._by_tokens(self._renderer.render(messages, tools), line, tools_key, fork)
 
     def add_context(self, prompt: Prompt, start: str | None = None) -> tuple[int | None, list[Node]]:
         """Adds the nodes of a prompt that the graph does not have yet; `start` is the reason of the first of them where
@@ -128,10 +125,11 @@ class History:
             parent, tokens, role="assistant", reason=reason, message=answered.message,
             delivered=answered.delivered, auxiliary=answered.auxiliary,
         )  # fmt: skip
-        (key,) = self._echo.of([answered.message])
-        before = sum(each.id in self._given for each in self.graph.path(node.id))
+        key = self._lines.key(answered.message)
+        last = self._last_answer(parent)
+        before = 0 if last is None else self._given[last].sampled
         self._given[node.id] = _Given(key, prompt.tools_key, before + 1)
-        self._at_line.setdefault(self._longer(prompt.line, key), []).append(node.id)
+        self._at_line.setdefault(self._lines.longer(prompt.line, key), []).append(node.id)
         self._keep_path(node, prompt)
         return node
 
@@ -141,8 +139,7 @@ class History:
 
     def begins_conversation(self, prompt: Prompt) -> bool:
         """Whether new nodes of the prompt start a line of conversation in which nothing was answered yet."""
-        path = [] if prompt.anchor is None else self.graph.path(prompt.anchor)
-        if any(node.id in self._given for node in path):
+        if self._last_answer(prompt.anchor) is not None:
             return False
         parent = prompt.anchor
         for segment in prompt.segments:
@@ -157,16 +154,20 @@ class History:
         prompt is for the policy to say, not for the agent."""
         path = self.graph.path(anchor.id)
         known = [node.message.thinking if node.message else None for node in path]
-        filled = [replace(message, thinking=thought) for message, thought in zip(messages, known, strict=False)]
+        filled = [
+            message if message.thinking == thought else replace(message, thinking=thought)
+            for message, thought in zip(messages, known, strict=False)
+        ]
         return [*filled, *messages[len(filled) :]]
 
     def _loses_thinking(self, anchor: Node, messages: Sequence[Message]) -> bool:
         """Whether the chat template would drop a thought that stands in the stored tokens. An answer that an earlier
         fork rendered without its thinking has lost it already."""
-        path = self.graph.path(anchor.id)[: self._renderer.thinking_kept_from(messages)]
+        kept_from = self._renderer.thinking_kept_from(self._with_thinking(anchor, messages))
+        path = self.graph.path(anchor.id)[:kept_from]
         return any(node.id in self._given and node.message and node.message.thinking for node in path)
 
-    def _extended(self, anchor: Node, tail: Sequence[Message], line: int, tools_key: bytes) -> Prompt:
+    def _extended(self, anchor: Node, tail: Sequence[Message], line: Line, tools_key: bytes) -> Prompt:
         stored = self._path_ids(anchor.id)
         after = anchor.finish_reason or "cancelled"
         segments = self._renderer.render_tail(
@@ -186,11 +187,9 @@ class History:
             fork="edited" if edited else "",
         )
 
-    def _by_tokens(
-        self, segments: Sequence[Segment], keys: Sequence[MessageKey], line: int, tools_key: bytes, fork: str
-    ) -> Prompt:
+    def _by_tokens(self, segments: Sequence[Segment], line: Line, tools_key: bytes, fork: str) -> Prompt:
         """Hangs a whole prompt below the longest stored path with exactly its tokens."""
-        anchor, rest = self._stored_path(segments, keys)
+        anchor, rest = self._stored_path(segments, line.keys)
         if not fork and anchor is not None and any(segment.role == "assistant" for segment in rest):
             fork = "edited"
         ids = np.concatenate([segment.token_ids for segment in segments])
@@ -235,27 +234,14 @@ class History:
         node_id = self._context_nodes.get((parent, role, ids.tobytes()))
         return None if node_id is None else self.graph.nodes[node_id]
 
-    def _lines_of(self, keys: Sequence[MessageKey]) -> list[int]:
-        """[keys] the line of conversation up to each message."""
-        lines, line = [], 0
-        for key in keys:
-            line = self._longer(line, key)
-            lines.append(line)
-        return lines
-
-    def _longer(self, line: int, key: MessageKey) -> int:
-        return self._lines.setdefault((line, key), len(self._lines) + 1)
-
-    def _find_anchor(
-        self, messages: Sequence[Message], lines: Sequence[int], tools_key: bytes
-    ) -> tuple[Node | None, int, bool]:
+    def _find_anchor(self, line: Line, tools_key: bytes) -> tuple[Node | None, int, bool]:
         """The deepest answer that the messages repeat with the same tools, how many messages its path covers, and
         whether only other tools stand in the way. Of equals, the path with more answers as they were sampled wins (an
         agent may have written what the model later says), then a delivered one, then the newest."""
         tools_changed = False
         # The last message is what the model answers to; it is always rendered.
-        for depth in range(len(messages) - 1, 0, -1):
-            repeated = [node for node in self._ending(lines[depth - 1]) if self._same_thoughts(node, messages)]
+        for depth in range(len(line.messages) - 1, 0, -1):
+            repeated = [node for node in self._ending(line.ids[depth - 1]) if self._same_thoughts(node, line)]
             usable = [node for node in repeated if self._given[node.id].tools_key == tools_key]
             if usable:
                 return max(usable, key=self._worth), depth, False
@@ -269,14 +255,20 @@ class History:
     def _worth(self, answer: Node) -> tuple[int, bool, int]:
         return self._given[answer.id].sampled, answer.delivered, answer.id
 
-    def _same_thoughts(self, answer: Node, messages: Sequence[Message]) -> bool:
+    def _same_thoughts(self, answer: Node, line: Line) -> bool:
         """An agent may drop the thinking of an answer, but not change it."""
-        path = self.graph.path(answer.id)
-        thoughts = ((message.thinking, node.message) for message, node in zip(messages, path, strict=False))
+        if not line.thoughts:
+            return True
+        path = [node.message.thinking if node.message else None for node in self.graph.path(answer.id)]
         return all(
-            not thought or thought.strip() == ((stored.thinking if stored else None) or "").strip()
-            for thought, stored in thoughts
+            thought.strip() == (path[index] or "").strip() for index, thought in line.thoughts if index < len(path)
         )
+
+    def _last_answer(self, node_id: int | None) -> int | None:
+        """The answer that stands last on the path to a node, which may be that node; None: nothing was answered yet."""
+        while node_id is not None and node_id not in self._given:
+            node_id = self.graph.nodes[node_id].parent
+        return node_id
 
     def _fork_reason(self, parent: int | None, prompt: Prompt) -> str:
         if prompt.fork:

@@ -120,7 +120,7 @@ async def _until_started(server: uvicorn.Server, running: asyncio.Task[None], ur
 
 def _bind(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # asyncio turns Nagle's algorithm off only where the protocol is named: answers of two packets would take 40 ms more.
+    # asyncio turns Nagle's algorithm off only where the protocol is named; else an answer of two packets takes 40 ms.
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:

@@ -195,7 +195,7 @@ class Session:
     def _plan(self, request: AnswerRequest, prompt: Prompt) -> CallPlan:
         renderer, call = self._room.renderer, self._planned + 1
         opening, rules = self._opening(request)
-        prompt_ids = [*prompt.token_ids.tolist(), *opening.tolist()]
+        prompt_ids = np.concatenate([prompt.token_ids, opening])
         room = self._room_left(len(prompt_ids))
         params = [
             self._policy.sampling(request, room=room, stop_token_ids=renderer.stop_token_ids, call=call, answer=index)

@@ -14,7 +14,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
-from collections.abc import Sequence as SequenceOf
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -23,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 
 from upspiral.config.models import EngineConfig
-from upspiral.engine.base import EngineStats, GenerationChunk
+from upspiral.engine.base import EngineStats, GenerationChunk, TokenIds
 from upspiral.engine.embedded.cache import SlotCache
 from upspiral.engine.embedded.llama import LlamaForward
 from upspiral.engine.embedded.sampler import sample
@@ -110,7 +109,7 @@ class EmbeddedEngine:
         if thread.is_alive():
             raise DeadlineError(f"the embedded engine's last step did not end within {_STEP_DEADLINE_S:.0f} s")
 
-    async def generate(self, prompt_ids: SequenceOf[int], params: SamplingParams) -> AsyncIterator[GenerationChunk]:
+    async def generate(self, prompt_ids: TokenIds, params: SamplingParams) -> AsyncIterator[GenerationChunk]:
         """See Engine.generate. Raises RequestError for token ids outside the vocabulary, DeadlineError when no token
         comes for fifteen minutes."""
         sequence = self._submit(prompt_ids, params)
@@ -138,7 +137,7 @@ class EmbeddedEngine:
                 f"running, {stats.waiting} waiting, paused: {self._pauses > 0})"
             ) from None
 
-    def _submit(self, prompt_ids: SequenceOf[int], params: SamplingParams) -> Sequence:
+    def _submit(self, prompt_ids: TokenIds, params: SamplingParams) -> Sequence:
         if self._thread is None or not self._thread.is_alive():
             raise EngineError("the embedded engine is not running; call start() first")
         prompt = self._check_prompt(prompt_ids, params)
@@ -154,7 +153,7 @@ class EmbeddedEngine:
             self._changed.notify_all()
         return sequence
 
-    def _check_prompt(self, prompt_ids: SequenceOf[int], params: SamplingParams) -> NDArray[np.int32]:
+    def _check_prompt(self, prompt_ids: TokenIds, params: SamplingParams) -> NDArray[np.int32]:
         if len(prompt_ids) >= self.context_length:
             raise ContextLengthError(
                 f"the prompt has {len(prompt_ids)} tokens, but prompt and completion together may have "

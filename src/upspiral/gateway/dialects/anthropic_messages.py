@@ -30,6 +30,7 @@ from upspiral.gateway.dialects.fields import (
     whole_field,
 )
 from upspiral.gateway.dialects.pieces import carried_text
+from upspiral.gateway.dialects.reread import read_entries
 from upspiral.gateway.dialects.tool_choice import named_choice, required_choice
 from upspiral.gateway.request import AnswerRequest, ToolChoice
 from upspiral.types import Message, ToolCall, ToolSpec
@@ -69,7 +70,7 @@ class AnthropicMessages:
 def read_exchange(body: Mapping[str, Any], desk: RolloutDesk) -> MessagesExchange:
     """Raises RequestError naming the field that is wrong."""
     return MessagesExchange(
-        request=_request(body),
+        request=_request(body, desk),
         stream=flag_field(body, "stream", False),
         thinking=_thinking_display(object_field(body, "thinking", "")),
         desk=desk,
@@ -78,15 +79,14 @@ def read_exchange(body: Mapping[str, Any], desk: RolloutDesk) -> MessagesExchang
 
 def count_tokens(wanted: WireRequest, desk: RolloutDesk) -> Mapping[str, Any]:
     """Exactly the prompt tokens that the same request would be answered from."""
-    return {"input_tokens": desk.count(_request(wanted.body))}
+    return {"input_tokens": desk.count(_request(wanted.body, desk))}
 
 
-def _request(body: Mapping[str, Any]) -> AnswerRequest:
+def _request(body: Mapping[str, Any], desk: RolloutDesk) -> AnswerRequest:
     refuse_unsupported(body, _NEUTRAL)
     refuse_unsupported(object_field(body, "output_config", ""), {"format": ()}, "output_config")
-    messages = _system(body.get("system"))
-    for index, entry in enumerate(list_field(body, "messages", "")):
-        messages.extend(_messages(entry, f"messages[{index}]"))
+    system = _system(body.get("system"))
+    messages = (*system, *read_entries(list_field(body, "messages", ""), "messages", _messages, desk.readings))
     if not body.get("messages"):
         raise FieldError("messages", "must be a list with at least one message")
     if messages[-1].role == "assistant":
@@ -97,7 +97,7 @@ def _request(body: Mapping[str, Any]) -> AnswerRequest:
     tools = tuple(_tool(entry, f"tools[{i}]") for i, entry in enumerate(list_field(body, "tools", "")))
     choice = object_field(body, "tool_choice", "")
     return AnswerRequest(
-        messages=tuple(messages),
+        messages=messages,
         tools=tools,
         tool_choice=_tool_choice(choice, tools),
         parallel_tool_calls=not flag_field(choice, "disable_parallel_tool_use", False, "tool_choice"),

@@ -44,6 +44,8 @@ class RolloutDesk:
     """Tokens of the prompt that a request would be answered from."""
     memory: Memory = field(default_factory=Memory)
     """What dialects remember of this rollout between requests. Gone when the rollout is sealed."""
+    readings: Memory = field(default_factory=lambda: Memory(most_entries=16))
+    """What the newest requests of its conversations were read as."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,6 +32,7 @@ from upspiral.gateway.dialects.fields import (
     whole_field,
 )
 from upspiral.gateway.dialects.openai_shapes import model_entry, model_list, openai_error
+from upspiral.gateway.dialects.reread import read_entries
 from upspiral.gateway.dialects.tool_choice import allowed_tools, named_choice, simple_choice
 from upspiral.gateway.generation import AnswerEnd, AnswerEvent, Generation
 from upspiral.gateway.request import AnswerRequest, ToolChoice
@@ -126,7 +127,7 @@ def read_exchange(body: Mapping[str, Any], desk: RolloutDesk) -> ChatExchange:
     refuse_unsupported(body, _NEUTRAL)
     stream_options = object_field(body, "stream_options", "")
     return ChatExchange(
-        request=_request(body),
+        request=_request(body, desk),
         stream=flag_field(body, "stream", False),
         include_usage=flag_field(stream_options, "include_usage", False, "stream_options"),
         logprobs=flag_field(body, "logprobs", False),
@@ -134,8 +135,8 @@ def read_exchange(body: Mapping[str, Any], desk: RolloutDesk) -> ChatExchange:
     )
 
 
-def _request(body: Mapping[str, Any]) -> AnswerRequest:
-    messages = tuple(_message(entry, f"messages[{i}]") for i, entry in enumerate(list_field(body, "messages", "")))
+def _request(body: Mapping[str, Any], desk: RolloutDesk) -> AnswerRequest:
+    messages = read_entries(list_field(body, "messages", ""), "messages", _read_entry, desk.readings)
     if not messages:
         raise FieldError("messages", "must be a list with at least one message")
     tools = tuple(_tool(entry, f"tools[{i}]") for i, entry in enumerate(list_field(body, "tools", "")))
@@ -155,6 +156,10 @@ def _request(body: Mapping[str, Any]) -> AnswerRequest:
         seed=whole_field(body, "seed", least=-(2**63)),
         model=optional_text(body, "model"),
     )
+
+
+def _read_entry(entry: Mapping[str, Any], where: str) -> tuple[Message]:
+    return (_message(entry, where),)
 
 
 def _message(entry: Mapping[str, Any], where: str) -> Message:
