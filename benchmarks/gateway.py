@@ -54,6 +54,7 @@ TARGETS = {"added_p50_ms_1": 3.0, "calls_per_s_short": 1000, "calls_per_s_32k": 
 async def serve(folder: Path, pause_s: float) -> None:
     """Serves until stdin ends. Prints one JSON line {"url", "key"} when it is ready."""
     from upspiral.engine.scripted import ScriptedEngine, ScriptLine
+    from upspiral.gateway.collector import seldom_collected
     from upspiral.gateway.http import serve_app
     from upspiral.gateway.server import Gateway
     from upspiral.rendering.renderer import Renderer
@@ -71,9 +72,10 @@ async def serve(folder: Path, pause_s: float) -> None:
     engine.endless = True
     store = TrajectoryStore(folder / "trajectories.db")
     gateway = Gateway(renderer, engine, store, model_name="tiny", admin_key="benchmark-admin-key")
-    async with serve_app(gateway.app) as url:
-        print(json.dumps({"url": url, "key": "benchmark-admin-key"}), flush=True)
-        await asyncio.get_running_loop().run_in_executor(None, sys.stdin.read)
+    with seldom_collected():
+        async with serve_app(gateway.app) as url:
+            print(json.dumps({"url": url, "key": "benchmark-admin-key"}), flush=True)
+            await asyncio.get_running_loop().run_in_executor(None, sys.stdin.read)
     store.close()
 
 

@@ -84,6 +84,7 @@ def serve(
 
 async def _serve(model: str, script: Path | None, run: Path, port: int, exposure: Exposure) -> None:
     # Imported here so that `upspiral --help` stays instant.
+    from upspiral.gateway.collector import seldom_collected
     from upspiral.gateway.http import check_address, serve_app
     from upspiral.gateway.limits import Limits
     from upspiral.gateway.server import Gateway
@@ -102,7 +103,7 @@ async def _serve(model: str, script: Path | None, run: Path, port: int, exposure
     renderer.check_append_only()
     stop = asyncio.Event()
     async with _running(_scripted(script, renderer) if script else _embedded(folder)) as engine:
-        with _store(run) as store:
+        with _store(run) as store, seldom_collected():
             gateway = Gateway(renderer, engine, store, model_name=model, admin_key=admin_key)
             async with serve_app(gateway.app, host=exposure.host, port=port, limits=limits) as url:
                 _stop_on_signals(stop)

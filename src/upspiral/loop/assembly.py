@@ -21,6 +21,7 @@ from upspiral.env.base import Environment
 from upspiral.env.registry import make_environment
 from upspiral.env.tool_server import ToolServer
 from upspiral.errors import ConfigError
+from upspiral.gateway.collector import seldom_collected
 from upspiral.gateway.http import serve_app
 from upspiral.gateway.server import Gateway
 from upspiral.loop.folder import RunFolder
@@ -109,6 +110,7 @@ def _load(config: RunConfig, model_folder: Path) -> LoadedModel:
 
 async def _serve(config: RunConfig, folder: RunFolder, stage: Stage, stack: AsyncExitStack) -> Addresses:
     """Gateway and tools on one loopback port, and on a unix socket for agents that run inside the sandbox."""
+    stack.enter_context(seldom_collected())
     app = Starlette(routes=[Mount("/agent", app=stage.tools.app), Mount("/", app=stage.gateway.app)])
     url = await stack.enter_async_context(serve_app(app, host="127.0.0.1", port=0))
     sockets: tuple[tuple[int, str], ...] = ()
