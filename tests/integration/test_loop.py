@@ -17,6 +17,7 @@ pytest.importorskip("torch", reason="needs the [train] extra")
 
 from tests.fixtures.tiny_model import make_model
 from upspiral.config.loader import load_run_config
+from upspiral.errors import LedgerError
 from upspiral.loop.run import run_training
 from upspiral.monitor.metrics import read_metrics
 from upspiral.monitor.progress import LiveProgress
@@ -91,6 +92,16 @@ def test_reward_rises_and_the_ledger_closes(tmp_path: Path, model: Path) -> None
         graph = store.graph(rollout.id)
         assert {int(v) for node in graph.nodes for v in node.versions[node.sampled]} == {rollout.step - 1}
     store.close()
+
+
+def test_a_reward_that_no_token_earned_stops_the_run(tmp_path: Path, model: Path) -> None:
+    agent = tmp_path / "elsewhere_agent.py"
+    agent.write_text('async def agent(task) -> str:\n    """Answers without the model."""\n    return "a"\n')
+    path = recipe(tmp_path, model, steps=2)
+    path.write_text(path.read_text().replace(f"{FIXTURES}/one_call_agent.py", str(agent)))
+    config = load_run_config(path, ())
+    with pytest.raises(LedgerError, match=r"rollout eval-0000-000 has reward .* did not call the model"):
+        run_training(config, tmp_path / "run", resume=False, progress=LiveProgress("tiny", 2, quiet=True))
 
 
 def test_kill_9_loses_no_committed_node_and_resume_goes_on(tmp_path: Path, model: Path) -> None:

@@ -68,7 +68,17 @@ class LimitedApp:
         if len(headers) > self._limits.headers or size > self._limits.header_bytes:
             await _refuse_headers(send, self._limits)
             return
-        await self._app(scope, _Body(receive, headers, self._limits).receive, send)
+        body = _Body(receive, headers, self._limits)
+
+        async def send_when_read(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                await body.discard_rest()
+            await send(message)
+
+        # The server closes such a connection right behind the answer. Under a client that still sends, that is a reset,
+        # which takes the answer along. Other connections stay open until the client is done.
+        closes = any(name == b"connection" and value.lower() == b"close" for name, value in headers)
+        await self._app(scope, body.receive, send_when_read if closes else send)
 
 
 class _Body:
@@ -100,6 +110,14 @@ class _Body:
         self._check_size(self._received)
         self._complete = not message.get("more_body", False)
         return message
+
+    async def discard_rest(self) -> None:
+        """Takes what the application did not read, as far as the limits allow."""
+        try:
+            while not self._complete:
+                await self.receive()
+        except (BodyTooLargeError, SlowBodyError):
+            self._complete = True
 
     def _check_size(self, size: int) -> None:
         if size > self._limits.body_bytes:

@@ -81,8 +81,8 @@ class Collector:
                     pending.add(self._start_group(step, started, tasks[started]))
                     started += 1
             on_progress(len(groups) * algorithm.group_size, started * algorithm.group_size)
-        for rollouts in groups.values():
-            check_recorded(rollouts)
+        for each in (each for rollouts in groups.values() for each in rollouts):
+            check_recorded(each.rollout, each.graph.num_sampled)
         self._observe(step, tasks, {name: _rewards(rollouts) for name, rollouts in groups.items()})
         return dict(sorted(groups.items()))
 
@@ -96,10 +96,13 @@ class Collector:
             task = self._environment.task("heldout", index)
             attempts.append(Attempt(task, _rollout(task, name, EVALUATION, step), policy))
         rollouts = await self._gather(attempts, on_progress)
-        return [
+        judged = [
             Judged(attempt.task, rollout, calls=self._num_calls(rollout))
             for attempt, rollout in zip(attempts, rollouts, strict=True)
         ]
+        for each in judged:
+            check_recorded(each.rollout, each.calls)
+        return judged
 
     async def demonstrations(self, on_progress: OnProgress) -> list[tuple[Rollout, TrajectoryGraph]]:
         """Rollouts of the real agent with the oracle in the engine's place, so that what is learned from has the
@@ -177,15 +180,14 @@ class Collector:
         return sum(node.num_sampled > 0 for node in self._store.graph(rollout.id).nodes)
 
 
-def check_recorded(rollouts: Sequence[ScoredRollout]) -> None:
-    """Raises LedgerError for a reward that no token earned: an agent that talks to another model than ours would be
-    graded well and teach nothing."""
-    for each in rollouts:
-        if each.rollout.reward is not None and each.graph.num_sampled == 0:
-            raise LedgerError(
-                f"rollout {each.rollout.id} has reward {each.rollout.reward:g} and no sampled token: its agent did not "
-                "call the model at the base URL and key that it was given; point it there and start again"
-            )
+def check_recorded(rollout: Rollout, sampled: int) -> None:
+    """Raises LedgerError for a reward that nothing sampled has earned: an agent that talks to another model than ours
+    would be graded well and teach nothing."""
+    if rollout.reward is not None and sampled == 0:
+        raise LedgerError(
+            f"rollout {rollout.id} has reward {rollout.reward:g} and no sampled token: its agent did not call the model "
+            "at the base URL and key that it was given; point it there and start again"
+        )
 
 
 def _group_id(step: int, index: int) -> str:

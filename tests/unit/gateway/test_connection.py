@@ -341,3 +341,25 @@ def test_trailers_do_not_grow_a_request() -> None:
             assert (await peer.answer())[2] == b'{"bytes":2}'
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize("head", ["connection: close\r\n", ""])
+def test_a_client_that_still_sends_gets_its_refusal(head: str) -> None:
+    """The answer comes before the body was read, and must not be lost when the connection is closed."""
+    size = 16 * 2**20
+
+    async def refuse(request: Request) -> PlainTextResponse:
+        return PlainTextResponse("no", 401)
+
+    async def main() -> None:
+        async with serve_app(Starlette(routes=[Route("/", refuse, methods=["POST"])])) as url:
+            reader, writer = await asyncio.open_connection("127.0.0.1", int(url.rpartition(":")[2]))
+            writer.write(f"POST / HTTP/1.1\r\nhost: x\r\n{head}content-length: {size}\r\n\r\n".encode())
+            for _ in range(16):
+                writer.write(b"x" * 2**20)
+                await writer.drain()
+            answer = await asyncio.wait_for(reader.readuntil(b"no"), DEADLINE_S)
+            writer.close()
+            assert answer.startswith(b"HTTP/1.1 401")
+
+    asyncio.run(main())
