@@ -185,8 +185,8 @@ def check_recorded(rollout: Rollout, sampled: int) -> None:
     would be graded well and teach nothing."""
     if rollout.reward is not None and sampled == 0:
         raise LedgerError(
-            f"rollout {rollout.id} has reward {rollout.reward:g} and no sampled token: its agent did not call the model "
-            "at the base URL and key that it was given; point it there and start again"
+            f"rollout {rollout.id} has reward {rollout.reward:g} and no sampled token: its agent did not call the "
+            "model at the base URL and key that it was given; point it there and start again"
         )
 
 
