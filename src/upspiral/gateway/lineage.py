@@ -39,8 +39,10 @@ class Lineage:
         self._conversation_of: dict[int, str] = {}
         """Answer node -> what the agent called its conversation."""
         self._purpose_of: dict[int, str] = {}
-        self._started: set[int] = set()
-        """The first nodes of spawned conversations."""
+        self._first_of: dict[int, int | None] = {}
+        """Answer node -> the first node of the spawned conversation that it belongs to; None: of none."""
+        self._last_answers: dict[int, Node | None] = {}
+        """By the first node of a spawned conversation: its newest answer."""
 
     def start_of(self, opening: Sequence[Message], hints: Hints) -> Start | None:
         """How a conversation that begins with these messages came about; None: nobody in this rollout started it."""
@@ -54,24 +56,24 @@ class Lineage:
         """Takes in a new answer."""
         self._conversation_of[node.id] = hints.conversation
         self._purpose_of[node.id] = hints.purpose
+        first = self._first_of[node.id] = self._first_above(node)
+        if first is not None:
+            self._last_answers[first] = node
 
     def started(self, first: Node, start: Start) -> Edge:
         """The edge of a new conversation whose first node is now in the graph."""
         if start.kind == "spawn":
-            self._started.add(first.id)
+            self._last_answers[first.id] = None
         return Edge(start.kind, start.source, first.id, start.evidence)
 
     def joins(self, nodes: Sequence[Node]) -> list[Edge]:
         """Edges from spawned conversations to the new nodes whose messages repeat their last answers."""
         results = [node for node in nodes if node.role in ("tool", "user") and node.message]
-        if not results or not self._started:
-            return []
         edges = []
-        for first in sorted(self._started):
-            last = self._last_answer(first)
+        for first, last in self._last_answers.items() if results else ():
             said = last.message.text.strip() if last is not None and last.message is not None else ""
             for node in results:
-                if last is not None and said and said in _text(node) and not self._is_below(node, first):
+                if last is not None and said and said in _text(node) and self._first_above(node) != first:
                     edges.append(Edge("join", last.id, node.id))
         return edges
 
@@ -96,16 +98,14 @@ class Lineage:
         parent = next((node for node in newest if hints.parent and self._conversation_of[node] == hints.parent), None)
         return None if parent is None else Start("spawn", parent, "header")
 
-    def _last_answer(self, first: int) -> Node | None:
-        """The newest answer below a node."""
-        below = [node for node in self._conversation_of if self._is_below(self._graph.nodes[node], first)]
-        return self._graph.nodes[max(below)] if below else None
-
-    def _is_below(self, node: Node, ancestor: int) -> bool:
+    def _first_above(self, node: Node) -> int | None:
+        """The first node of the spawned conversation that a node belongs to."""
         current: int | None = node.id
-        while current is not None and current > ancestor:
+        while current is not None and current not in self._last_answers:
+            if current in self._first_of:
+                return self._first_of[current]
             current = self._graph.nodes[current].parent
-        return current == ancestor
+        return current
 
 
 def _text(node: Node) -> str:
