@@ -36,6 +36,8 @@ _STATUS_CODES: tuple[tuple[type[UpspiralError], int, str], ...] = (
     (StoreError, 500, "store_error"),
 )
 _COMMENT = b": keepalive\n\n"
+_MOST_NESTED = 250
+"""Levels of objects and lists that orjson is sure to write. It reads four times as many."""
 
 
 def json_response(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
@@ -63,7 +65,18 @@ def json_object(raw: bytes) -> dict[str, Any]:
         raise RequestError(f"the request's body is not valid JSON: {error}") from error
     if not isinstance(value, dict):
         raise RequestError(f"the request's body must be a JSON object, not {type(value).__name__}")
+    _check_depth(raw, value)
     return value
+
+
+def _check_depth(raw: bytes, value: dict[str, Any]) -> None:
+    """Raises RequestError for what was read and could not be written again: tools and items go back to the client."""
+    if raw.count(b"{") + raw.count(b"[") < _MOST_NESTED:
+        return
+    try:
+        orjson.dumps(value)
+    except TypeError as error:
+        raise RequestError(f"the request's body is nested deeper than {_MOST_NESTED} levels; flatten it") from error
 
 
 def request_headers(request: Request) -> dict[str, str]:

@@ -41,18 +41,14 @@ def read_entries(
         for message in read_entry(entry, f"{field}[{index}]")
     ]
     messages = (*known.messages, *new)
-    if text:
-        # The messages hold the text once more.
-        memory.keep(key, _Reading(text, len(entries), messages), 2 * len(text))
+    # The messages hold the text once more.
+    memory.keep(key, _Reading(text, len(entries), messages), 2 * len(text))
     return messages
 
 
 def _json(entries: Sequence[Mapping[str, Any]]) -> bytes:
-    """To be compared instead of the objects: to Python, 1 equals True and 1.0. Empty when nested too deep to write."""
-    try:
-        return orjson.dumps(entries)[:-1]
-    except TypeError:
-        return b""
+    """To be compared instead of the objects: to Python, 1 equals True and 1.0."""
+    return orjson.dumps(entries)[:-1]
 
 
 def _continues(text: bytes, before: bytes) -> bool:
