@@ -70,13 +70,19 @@ def json_object(raw: bytes) -> dict[str, Any]:
 
 
 def _check_depth(raw: bytes, value: dict[str, Any]) -> None:
-    """Raises RequestError for what was read and could not be written again: tools and items go back to the client."""
-    if raw.count(b"{") + raw.count(b"[") < _MOST_NESTED:
+    """Raises FieldError for what was read and could not be written again: tools and items go back to the client."""
+    if raw.count(b"{") + raw.count(b"[") < _MOST_NESTED or _is_writable(value):
         return
+    field = next((name for name, each in value.items() if not _is_writable(each)), "the body")
+    raise FieldError(field, f"is nested deeper than {_MOST_NESTED} levels; flatten it")
+
+
+def _is_writable(value: Any) -> bool:
     try:
         orjson.dumps(value)
-    except TypeError as error:
-        raise RequestError(f"the request's body is nested deeper than {_MOST_NESTED} levels; flatten it") from error
+    except TypeError:
+        return False
+    return True
 
 
 def request_headers(request: Request) -> dict[str, str]:
