@@ -61,7 +61,7 @@ class Connection(HttpToolsProtocol):
         if not self._body_open:
             self._header_bytes += len(data)
         super().data_received(data)
-        if self.transport.is_closing() or self._body_open:
+        if self._is_refused or self.transport.is_closing() or self._body_open:
             return
         if self._headers_open and self._header_bytes > self._limits.header_bytes:
             self._refuse(431, headers_refused(self._limits))
@@ -125,6 +125,10 @@ class Connection(HttpToolsProtocol):
     def timeout_keep_alive_handler(self) -> None:
         # An answer that is still waiting to be read would keep a closing connection open for ever.
         self._drop()
+
+    def send_400_response(self, msg: str) -> None:
+        # uvicorn would close at once, under a client that still sends.
+        self._refuse(400, refusal(msg, "invalid_request"))
 
     # What time says
 

@@ -363,3 +363,18 @@ def test_a_client_that_still_sends_gets_its_refusal(head: str) -> None:
             assert answer.startswith(b"HTTP/1.1 401")
 
     asyncio.run(main())
+
+
+def test_a_client_that_sends_no_http_is_told_so_before_it_is_let_go() -> None:
+    async def main() -> None:
+        async with serve_app(Starlette()) as url:
+            reader, writer = await asyncio.open_connection("127.0.0.1", int(url.rpartition(":")[2]))
+            writer.write(b"POST / HTTP/1.1\r\nhost: x\r\ntransfer-encoding: \r\ncontent-length: 99\r\n\r\n")
+            for _ in range(16):
+                writer.write(b"x" * 2**20)
+                await writer.drain()
+            answer = await asyncio.wait_for(reader.readuntil(b"}}"), DEADLINE_S)
+            writer.close()
+            assert answer.startswith(b"HTTP/1.1 400") and b"Invalid HTTP request" in answer
+
+    asyncio.run(main())

@@ -95,7 +95,7 @@ def read_tools(body: Mapping[str, Any]) -> OfferedTools:
 
 
 def _read_tool(entry: Mapping[str, Any], where: str, namespace: str, offered: OfferedTools) -> None:
-    kind = entry.get("type")
+    kind = optional_text(entry, "type", where)
     if kind == "function":
         offered.add(_function(entry, where, namespace), _Origin("function", entry["name"], namespace))
     elif kind == "custom":
