@@ -11,6 +11,7 @@ import copy
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 from urllib.parse import quote
@@ -18,7 +19,7 @@ from urllib.parse import quote
 import pytest
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
-from starlette.routing import Route
+from starlette.routing import Route, WebSocketRoute
 
 from tests.fixtures.tiny_model import make_tokenizer
 from upspiral.engine.scripted import ScriptedEngine, ScriptLine
@@ -392,6 +393,8 @@ def unchunked(body: bytes) -> bytes:
 
 
 def test_every_route_is_fuzzed(stage: Stage) -> None:
+    """Sockets are in test_socket_fuzz.py."""
+    assert all(isinstance(route, Route | WebSocketRoute) for route in stage.gateway.app.routes)
     served = {
         (method, route.path.removeprefix(KEY_PREFIX))
         for route in stage.gateway.app.routes
@@ -425,15 +428,11 @@ def test_nothing_breaks_in_the_long_run(stage: Stage, case: Case) -> None:
 
 def check(stage: Stage, case: Case) -> None:
     before = len(stage.gateway.graph("other").nodes)
-    log = _Log()
-    logging.getLogger().addHandler(log)
-    try:
+    with error_log() as errors:
         status, head, body = stage.runner.run(in_a_new_rollout(stage, case))
-    finally:
-        logging.getLogger().removeHandler(log)
     event(f"{case.method} {case.path} -> {status}")
     assert status < 500, (status, body[:2000])
-    assert not log.errors, log.errors
+    assert not errors, errors
     told = head + body
     leaked = {secret for secret in stage.secrets if secret in told}
     # The list of rollouts is the administrator's to see.
@@ -478,6 +477,17 @@ def check_graph(stage: Stage, name: str) -> None:
     stored = stage.store.graph(name)
     assert [node.id for node in stored.nodes] == list(range(len(stored.nodes)))
     assert not any(node.message is not None and SECRET in node.message.text for node in stored.nodes)
+
+
+@contextmanager
+def error_log() -> Iterator[list[str]]:
+    """What is logged as an error meanwhile."""
+    log = _Log()
+    logging.getLogger().addHandler(log)
+    try:
+        yield log.errors
+    finally:
+        logging.getLogger().removeHandler(log)
 
 
 class _Log(logging.Handler):

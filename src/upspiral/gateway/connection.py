@@ -11,14 +11,15 @@ import asyncio
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from websockets.http11 import MAX_LINE_LENGTH
 
-from upspiral.gateway.limits import Limits, headers_refused, refusal
+from upspiral.gateway.limits import LINGER_S, Limits, headers_refused, refusal
+from upspiral.gateway.reader_watch import ReaderWatch
 
-LINGER_S = 2.0
-"""How long a client may go on sending what nobody reads once it has been answered. Closing at once would reset the
-connection, and it would never see why."""
 _SPARE_CONNECTIONS = 64
 """Beyond the limit, so many are told that there is no room; the others are dropped without a word."""
+_LINE_MARGIN = 20
+"""What stands on a line beside an address, or beside a header's name and value, is shorter."""
 
 
 class Connection(HttpToolsProtocol):
@@ -36,13 +37,13 @@ class Connection(HttpToolsProtocol):
         """Received since the last complete headers, while others are awaited."""
         self._header_timer: asyncio.TimerHandle | None = None
         self._linger_timer: asyncio.TimerHandle | None = None
-        self._stall_timer: asyncio.TimerHandle | None = None
-        self._unsent = 0
+        self._is_upgraded = False
 
     # What the event loop says
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self._watch = ReaderWatch(self.loop, transport, self._limits)
         excess = len(self.connections) - self._limits.connections
         self._is_excess = excess > 0
         if excess > _SPARE_CONNECTIONS:
@@ -61,7 +62,7 @@ class Connection(HttpToolsProtocol):
         if not self._body_open:
             self._header_bytes += len(data)
         super().data_received(data)
-        if self._is_refused or self.transport.is_closing() or self._body_open:
+        if self._is_refused or self._is_upgraded or self.transport.is_closing() or self._body_open:
             return
         if self._headers_open and self._header_bytes > self._limits.header_bytes:
             self._refuse(431, headers_refused(self._limits))
@@ -71,19 +72,17 @@ class Connection(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
         self._unset_keepalive_if_required()
-        for timer in (self._header_timer, self._linger_timer, self._stall_timer):
-            if timer is not None:
-                timer.cancel()
+        self._watch.stop()
+        self._stop_timers()
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._watch_reader()
+        self._watch.start()
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        if self._stall_timer is not None and not self.transport.is_closing():
-            self._stall_timer.cancel()
-            self._stall_timer = None
+        if not self.transport.is_closing():
+            self._watch.stop()
 
     # What the parser says
 
@@ -118,9 +117,23 @@ class Connection(HttpToolsProtocol):
     def on_response_complete(self) -> None:
         super().on_response_complete()
         if self.transport.is_closing():
-            self._watch_reader()
+            self._watch.start()
         elif self._body_open and self._is_idle():
             self._linger_timer = self.loop.call_later(LINGER_S, self._drop)
+
+    def handle_websocket_upgrade(self) -> None:
+        if not self._is_idle():
+            # The answer before it is still being written; a handshake would be taken for a part of that.
+            self._drop()
+        elif self._has_large_headers():
+            self._refuse(431, headers_refused(self._limits))
+        elif self.scope["method"] != "GET" or not self.url.isascii():
+            self._refuse(400, refusal("a WebSocket is opened with GET and an address in ASCII", "invalid_request"))
+        else:
+            self._is_upgraded = True
+            self._stop_timers()
+            self._watch.stop()
+            super().handle_websocket_upgrade()
 
     def timeout_keep_alive_handler(self) -> None:
         # An answer that is still waiting to be read would keep a closing connection open for ever.
@@ -145,20 +158,14 @@ class Connection(HttpToolsProtocol):
             # The late one stands behind a request that is being answered; nothing can be said before that is done.
             self._header_timer = self.loop.call_later(self._limits.header_timeout_s, self._headers_late)
 
-    def _watch_reader(self) -> None:
-        self._unsent = self.transport.get_write_buffer_size()
-        if self._stall_timer is None and self._unsent:
-            self._stall_timer = self.loop.call_later(self._limits.stall_timeout_s, self._check_reader)
-
-    def _check_reader(self) -> None:
-        self._stall_timer = None
-        if self._unsent - self.transport.get_write_buffer_size() < self._limits.stall_bytes:
-            # What is being answered learns of it as of any client that leaves, and is cancelled.
-            self.transport.abort()
-        else:
-            self._watch_reader()
-
     # How it ends
+
+    def _has_large_headers(self) -> bool:
+        """Whether the headers are more than `LimitedApp` takes, or than the WebSocket library reads."""
+        sizes = [len(name) + len(value) for name, value in self.headers]
+        longest = max(len(self.url), *sizes) + _LINE_MARGIN
+        total = sum(sizes)
+        return len(sizes) > self._limits.headers or total > self._limits.header_bytes or longest > MAX_LINE_LENGTH
 
     def _is_idle(self) -> bool:
         return self.cycle is None or self.cycle.response_complete
@@ -186,4 +193,9 @@ class Connection(HttpToolsProtocol):
     def _drop(self) -> None:
         """Closes, and does not wait for ever until what is left has been read."""
         self.transport.close()
-        self._watch_reader()
+        self._watch.start()
+
+    def _stop_timers(self) -> None:
+        for timer in (self._header_timer, self._linger_timer):
+            if timer is not None:
+                timer.cancel()

@@ -20,6 +20,7 @@ from starlette.types import ASGIApp
 from upspiral.errors import ConfigError, DeadlineError, UpspiralError
 from upspiral.gateway.connection import Connection
 from upspiral.gateway.limits import LimitedApp, Limits
+from upspiral.gateway.socket_connection import SocketConnection
 
 START_DEADLINE_S = 30.0
 STOP_DEADLINE_S = 5.0
@@ -85,7 +86,12 @@ def _config(app: ASGIApp, limits: Limits) -> uvicorn.Config:
     return uvicorn.Config(
         LimitedApp(app, limits),
         http=cast(Any, partial(Connection, limits=limits)),
-        ws="none",
+        ws=cast(Any, partial(SocketConnection, limits=limits)),
+        ws_max_size=limits.body_bytes,
+        ws_ping_interval=limits.ping_interval_s,
+        ws_ping_timeout=limits.pong_timeout_s,
+        # A small message could become a large one.
+        ws_per_message_deflate=False,
         lifespan="off",
         # The process that embeds the server decides about logging. URLs, which may hold keys, are never logged.
         log_config=None,

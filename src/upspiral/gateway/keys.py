@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import secrets
 
-from starlette.requests import Request
+from starlette.requests import HTTPConnection, Request
 
 from upspiral.errors import UnknownKeyError
 
 
-def api_key(request: Request) -> str:
+def api_key(request: HTTPConnection) -> str:
     """From `Authorization: Bearer` or `x-api-key`; "" without either."""
     scheme, _, token = request.headers.get("authorization", "").partition(" ")
     if scheme.lower() == "bearer" and token.strip():

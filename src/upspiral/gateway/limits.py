@@ -11,13 +11,17 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from upspiral.errors import RequestError
 
+LINGER_S = 2.0
+"""How long a client may go on sending what nobody reads once it has been answered. Closing at once would reset the
+connection, and it would never see why."""
+
 
 @dataclass(frozen=True, slots=True)
 class Limits:
     """Generous for every agent that we know, and finite for everybody else. Times in seconds."""
 
     body_bytes: int = 64 * 2**20
-    """The largest body of a request. A history of a million tokens has about 5 MB."""
+    """The largest body of a request, or message of a WebSocket. A history of a million tokens has about 5 MB."""
     header_bytes: int = 64 * 2**10
     """Request line and headers together."""
     headers: int = 100
@@ -26,12 +30,18 @@ class Limits:
     header_timeout_s: float = 20.0
     """From the first byte of a request (or from connecting) until its headers are complete."""
     body_timeout_s: float = 60.0
-    """From complete headers until the body is complete."""
+    """From complete headers until the body is complete; for a message of a WebSocket, from its first byte to its last.
+    """
     idle_timeout_s: int = 75
     """Between requests. Longer than HTTP clients keep a connection, so that none is closed just as it is used again."""
     stall_timeout_s: float = 30.0
     """A client that does not take `stall_bytes` of a waiting answer in this time has stopped reading."""
     stall_bytes: int = 16 * 2**10
+    ping_interval_s: float = 15.0
+    """Between pings of a WebSocket, so that no proxy takes it for dead."""
+    pong_timeout_s: float = 300.0
+    """A WebSocket whose client does not answer a ping in this time is closed. Generous: an agent may run its tools in
+    the thread that would answer."""
 
 
 class BodyTooLargeError(RequestError):
@@ -61,6 +71,7 @@ class LimitedApp:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
+            # What is wrong with a WebSocket's headers has been answered before it became one.
             await self._app(scope, receive, send)
             return
         headers: Sequence[tuple[bytes, bytes]] = scope["headers"]

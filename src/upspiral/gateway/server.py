@@ -8,20 +8,22 @@ from functools import partial
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import HTTPConnection, Request
 from starlette.responses import Response
-from starlette.routing import Route
+from starlette.routing import BaseRoute, Route, WebSocketRoute
+from starlette.websockets import WebSocket
 
 from upspiral.engine.base import Engine
 from upspiral.errors import SealedRolloutError, UnknownKeyError, UpspiralError
 from upspiral.gateway.admin import admin_routes
-from upspiral.gateway.dialects.base import Dialect, Lookup, ReadExchange, RolloutDesk, WireRequest
+from upspiral.gateway.dialects.base import Dialect, Lookup, OpenChannel, ReadExchange, RolloutDesk, WireRequest
 from upspiral.gateway.dialects.registry import DIALECTS, dialect_of
 from upspiral.gateway.hints import hints_of
 from upspiral.gateway.keys import api_key
 from upspiral.gateway.metrics import GatewayMetrics
 from upspiral.gateway.request import SessionPolicy
 from upspiral.gateway.session import Room, SealedRollout, Session
+from upspiral.gateway.socket import AnswerSocket
 from upspiral.gateway.wire import (
     AnswerStream,
     failure_of,
@@ -129,20 +131,23 @@ class Gateway:
             *self._agent_routes(KEY_PREFIX),
             Route("/health", self._health),
             Route("/metrics", self._metrics),
+            WebSocketRoute("/{path:path}", _refuse_socket),
         ]
         if self._admin_key is not None:
             routes += admin_routes(self, self._room.store, self._admin_key)
         handlers = dict.fromkeys((UpspiralError, HTTPException, RecursionError, Exception), _failed)
         return Starlette(routes=routes, exception_handlers=handlers)
 
-    def _agent_routes(self, prefix: str) -> list[Route]:
-        routes: list[Route] = []
+    def _agent_routes(self, prefix: str) -> list[BaseRoute]:
+        routes: list[BaseRoute] = []
         for dialect in DIALECTS:
             for path, read in dialect.answers.items():
                 routes.append(Route(prefix + path, partial(self._answer, dialect, read), methods=["POST"]))
             for lookup in dialect.lookups:
                 endpoint = partial(self._look_up, lookup)
                 routes.append(Route(prefix + lookup.path, endpoint, methods=[lookup.method]))
+            for path, open_channel in dialect.channels.items():
+                routes.append(WebSocketRoute(prefix + path, partial(self._converse, dialect, open_channel)))
         routes.append(Route(f"{prefix}/v1/models", self._models))
         routes.append(Route(prefix + "/v1/models/{model:path}", self._model))
         return routes
@@ -173,7 +178,18 @@ class Gateway:
         wanted = WireRequest(body, request.path_params, request.query_params)
         return json_response(lookup.reply(wanted, self._desks[session.rollout.id]))
 
-    def _session(self, request: Request) -> Session:
+    async def _converse(self, dialect: Dialect, open_channel: OpenChannel, websocket: WebSocket) -> None:
+        try:
+            session = self._session(websocket)
+        except UpspiralError as error:
+            refused = failure_response(failure_of(error), dialect)
+            self._room.metrics.answered(refused.status_code)
+            await websocket.send_denial_response(refused)
+            return
+        channel = open_channel(self._desks[session.rollout.id])
+        await AnswerSocket(websocket, channel, session.begin, self._room.metrics.answered).run()
+
+    def _session(self, request: HTTPConnection) -> Session:
         """The live rollout that the request's key belongs to."""
         key = request.path_params.get("key") or api_key(request)
         rollout_id = self._rollout_of_key.get(key)
@@ -207,6 +223,12 @@ class Gateway:
         del request
         text = self._room.metrics.exposition(self._room.engine.stats(), len(self._live))
         return Response(text, media_type="text/plain; version=0.0.4")
+
+
+async def _refuse_socket(websocket: WebSocket) -> None:
+    paths = " and ".join(path for dialect in DIALECTS for path in dialect.channels)
+    error = HTTPException(404, f"no WebSocket is served here, only at {paths}")
+    await websocket.send_denial_response(failure_response(failure_of(error), DIALECTS[0]))
 
 
 def _dialect_of(request: Request) -> Dialect:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import orjson
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import ClientDisconnect, HTTPConnection, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -85,7 +85,7 @@ def _is_writable(value: Any) -> bool:
     return True
 
 
-def request_headers(request: Request) -> dict[str, str]:
+def request_headers(request: HTTPConnection) -> dict[str, str]:
     """By lower-case name. Starlette's own mapping searches the whole list at each look-up."""
     return {name.decode("latin-1"): value.decode("latin-1") for name, value in request.scope["headers"]}
 
@@ -140,6 +140,26 @@ async def _disconnection(receive: Receive) -> None:
         pass
 
 
+SendEvents = Callable[[Sequence[WireEvent], bool], Awaitable[None]]
+"""send(events, whether more come)"""
+
+
+async def write_events(call: Call, writer: EventWriter, send: SendEvents) -> Failure | None:
+    """Sends the opening at once, then each event as its text is certain. Returns what broke and became the last one."""
+    failure = None
+    await send(writer.opening(), True)
+    try:
+        async for event in call.events():
+            if written := writer.event(event):
+                await send(written, True)
+        last = writer.closing()
+    except UpspiralError as error:
+        failure = failure_of(error)
+        last = writer.failure(failure)
+    await send(last, False)
+    return failure
+
+
 class AnswerStream(Response):
     """Server-sent events of a call: the opening at once, then each event as its text is certain.
 
@@ -175,15 +195,11 @@ class AnswerStream(Response):
 
     async def _write(self, send: Send, sender: _Sender) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        await sender.send(framed(self._writer.opening()))
-        try:
-            async for event in self._call.events():
-                if written := self._writer.event(event):
-                    await sender.send(framed(written))
-            last = self._writer.closing()
-        except UpspiralError as error:
-            last = self._writer.failure(failure_of(error))
-        await sender.send(framed(last), more=False)
+
+        async def send_events(events: Sequence[WireEvent], more: bool) -> None:
+            await sender.send(framed(events), more=more)
+
+        await write_events(self._call, self._writer, send_events)
 
 
 class _Sender:

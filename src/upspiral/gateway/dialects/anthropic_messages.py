@@ -54,6 +54,7 @@ class AnthropicMessages:
     def __init__(self) -> None:
         self.answers = {"/v1/messages": read_exchange}
         self.lookups = (Lookup("POST", "/v1/messages/count_tokens", count_tokens),)
+        self.channels = {}
 
     def error(self, failure: Failure) -> Mapping[str, Any]:
         return anthropic_error(failure)

@@ -1,7 +1,8 @@
 """What a wire dialect is: a translation between one API's JSON and our own nouns.
 
 A dialect reads a body into an Exchange, which holds the AnswerRequest and knows how to write the answer down, whole or
-as events. It never sees a socket, a session or the graph. The server gives it a RolloutDesk for what else it needs.
+as events. Where its API also has connections of many requests, it gives each a Channel. It never sees a socket, a
+session or the graph. The server gives it a RolloutDesk for what else it needs.
 """
 
 from __future__ import annotations
@@ -95,6 +96,30 @@ ReadExchange = Callable[[Mapping[str, Any], RolloutDesk], Exchange]
 """Raises RequestError naming the field that is wrong."""
 
 
+class Channel(Protocol):
+    """One client's connection that carries many requests, one after the other. What it remembers goes with it."""
+
+    def read(self, body: Mapping[str, Any]) -> Exchange | Sequence[WireEvent]:
+        """A request for an answer, or, where nothing is to be sampled, all there is to say. Raises RequestError naming
+        the field that is wrong."""
+        ...
+
+    def headers(self, body: Mapping[str, Any]) -> Mapping[str, str]:
+        """What a message says that a request of its own would say in headers, by lower-case name."""
+        ...
+
+    def failure(self, failure: Failure) -> WireEvent:
+        """In place of the answer to a message."""
+        ...
+
+    def failed(self) -> None:
+        """What was read last has no complete answer, whoever said so."""
+        ...
+
+
+OpenChannel = Callable[[RolloutDesk], Channel]
+
+
 @dataclass(frozen=True, slots=True)
 class Lookup:
     """An endpoint that answers without sampling."""
@@ -115,6 +140,11 @@ class Dialect(Protocol):
 
     @property
     def lookups(self) -> Sequence[Lookup]: ...
+
+    @property
+    def channels(self) -> Mapping[str, OpenChannel]:
+        """Paths that also take a connection for many requests."""
+        ...
 
     @property
     def mark(self) -> str:

@@ -74,6 +74,7 @@ class OpenAIChat:
 
     def __init__(self) -> None:
         self.answers = {"/v1/chat/completions": read_exchange}
+        self.channels = {}
 
     def error(self, failure: Failure) -> Mapping[str, Any]:
         return openai_error(failure)

@@ -19,12 +19,13 @@ import orjson
 from upspiral.gateway.call import Call
 from upspiral.gateway.dialects.base import Failure, RolloutDesk, WireEvent
 from upspiral.gateway.dialects.openai_responses.items import Item
-from upspiral.gateway.dialects.openai_responses.stored import StoredResponse, keep
+from upspiral.gateway.dialects.openai_responses.stored import Shelves, StoredResponse
 from upspiral.gateway.dialects.openai_responses.tools import CallItem, OfferedTools, call_item
 from upspiral.gateway.dialects.pieces import ThinkingCount, carried, joined_pieces
 from upspiral.gateway.generation import AnswerEvent
 from upspiral.gateway.request import AnswerRequest
 from upspiral.rendering.answer import CallPiece, Piece, TextPiece, ThinkingPiece
+from upspiral.types import SamplingParams
 
 Emit = Callable[..., None]
 """emit(event name, **fields)"""
@@ -52,7 +53,10 @@ class ResponsesExchange:
     """What the response repeats of the request."""
     inputs: Sequence[Item]
     store: bool
+    shelves: Shelves
     desk: RolloutDesk
+    end: Sequence[WireEvent] = (("", b"[DONE]"),)
+    """What comes behind the last event. A stream says that it is over; a socket is not over."""
 
     def body(self, call: Call, events: Sequence[AnswerEvent]) -> Mapping[str, Any]:
         names = _ItemNames()
@@ -60,7 +64,7 @@ class ResponsesExchange:
         count = ThinkingCount()
         for event in events:
             count.take(event)
-        return self.finished(call, _response_id(), output, count.tokens)
+        return self.finished(call, new_response_id(), output, count.tokens)
 
     def writer(self, call: Call) -> _EventWriter:
         return _EventWriter(self, call)
@@ -84,18 +88,16 @@ class ResponsesExchange:
         if cut and output and output[-1]["type"] in ("message", "reasoning"):
             output[-1]["status"] = "incomplete"
         body = {
-            **self.resource(call, name, "incomplete" if cut else "completed"),
+            **self.resource(call.plan.params[0], name, "incomplete" if cut else "completed"),
             "completed_at": None if cut else int(time.time()),
             "incomplete_details": {"reason": "max_output_tokens"} if cut else None,
             "output": output,
             "usage": usage(call, thinking_tokens),
         }
-        if self.store:
-            keep(self.desk.memory, StoredResponse(body, self.inputs), self.request)
+        self.shelves.leave(StoredResponse(body, self.inputs), self.request, store=self.store)
         return body
 
-    def resource(self, call: Call, name: str, status: str) -> dict[str, Any]:
-        params = call.plan.params[0]
+    def resource(self, params: SamplingParams, name: str, status: str) -> dict[str, Any]:
         return {
             "id": name,
             "object": "response",
@@ -118,7 +120,8 @@ class _EventWriter:
     def __init__(self, exchange: ResponsesExchange, call: Call) -> None:
         self._exchange = exchange
         self._call = call
-        self._name = _response_id()
+        self._params = call.plan.params[0]
+        self._name = new_response_id()
         self._names = _ItemNames()
         self._output: list[dict[str, Any]] = []
         self._open: _OpenItem | None = None
@@ -128,7 +131,7 @@ class _EventWriter:
 
     def opening(self) -> list[WireEvent]:
         # Encoded once: instructions and tools of an agent are tens of kilobytes.
-        response = orjson.Fragment(orjson.dumps(self._exchange.resource(self._call, self._name, "in_progress")))
+        response = orjson.Fragment(orjson.dumps(self._exchange.resource(self._params, self._name, "in_progress")))
         self._emit("response.created", response=response)
         self._emit("response.in_progress", response=response)
         return self._taken()
@@ -152,14 +155,14 @@ class _EventWriter:
         self._close("incomplete" if cut else "completed")
         response = self._exchange.finished(self._call, self._name, self._output, self._count.tokens)
         self._emit(f"response.{response['status']}", response=response)
-        return [*self._taken(), ("", b"[DONE]")]
+        return [*self._taken(), *self._exchange.end]
 
     def failure(self, failure: Failure) -> list[WireEvent]:
         self._close("incomplete")
         error = {"code": "server_error" if failure.status >= 500 else failure.code, "message": failure.message}
-        response = self._exchange.resource(self._call, self._name, "failed")
+        response = self._exchange.resource(self._params, self._name, "failed")
         self._emit("response.failed", response={**response, "error": error, "output": self._output})
-        return [*self._taken(), ("", b"[DONE]")]
+        return [*self._taken(), *self._exchange.end]
 
     def _call_item(self, call: CallItem) -> None:
         place = {"output_index": len(self._output)}
@@ -181,9 +184,8 @@ class _EventWriter:
         self._output.append(item)
 
     def _emit(self, name: str, /, **fields: Any) -> None:
-        data = orjson.dumps({"type": name, "sequence_number": self._sequence, **fields})
+        self._written.append(wire_event(name, self._sequence, fields))
         self._sequence += 1
-        self._written.append((name, data))
 
     def _taken(self) -> list[WireEvent]:
         written, self._written = self._written, []
@@ -283,6 +285,10 @@ class _ItemNames:
         return f"{self.stem}{self.count:02d}"
 
 
+def wire_event(name: str, number: int, fields: Mapping[str, Any]) -> WireEvent:
+    return name, orjson.dumps({"type": name, "sequence_number": number, **fields})
+
+
 def usage(call: Call, thinking_tokens: int) -> dict[str, Any]:
     """Exactly the tokens that are recorded."""
     prompt, sampled = call.usage.prompt_tokens, call.usage.completion_tokens
@@ -295,7 +301,7 @@ def usage(call: Call, thinking_tokens: int) -> dict[str, Any]:
     }
 
 
-def _response_id() -> str:
+def new_response_id() -> str:
     return f"resp_{secrets.token_hex(16)}"
 
 

@@ -25,10 +25,13 @@ from upspiral.gateway.dialects.fields import (
     text_list,
     whole_field,
 )
+from upspiral.gateway.dialects.memory import Memory
 from upspiral.gateway.dialects.openai_responses import stored
 from upspiral.gateway.dialects.openai_responses.answer import ResponsesExchange, ThinkingForm
+from upspiral.gateway.dialects.openai_responses.channel import ResponsesChannel
 from upspiral.gateway.dialects.openai_responses.compaction import PROMPT, CompactExchange
 from upspiral.gateway.dialects.openai_responses.items import Item, input_items, read_messages
+from upspiral.gateway.dialects.openai_responses.stored import Shelves
 from upspiral.gateway.dialects.openai_responses.tools import OfferedTools, read_tool_choice, read_tools, shown_tools
 from upspiral.gateway.dialects.openai_shapes import model_entry, model_list, openai_error
 from upspiral.gateway.request import AnswerRequest, ToolChoice
@@ -70,7 +73,7 @@ _FIXED: Mapping[str, Any] = {
 
 
 class OpenAIResponses:
-    """The dialect of /v1/responses."""
+    """The dialect of /v1/responses. A socket there carries what POST does."""
 
     mark = ""
     request_id_header = "x-request-id"
@@ -81,12 +84,13 @@ class OpenAIResponses:
         one = f"{_PATH}/{{response_id}}"
         self.lookups = (
             Lookup("POST", f"{_PATH}/input_tokens", count_input_tokens),
-            Lookup("GET", _PATH, _refuse_socket),
+            Lookup("GET", _PATH, _refuse_get),
             Lookup("GET", one, stored.retrieve),
             Lookup("DELETE", one, stored.delete),
             Lookup("GET", f"{one}/input_items", stored.list_input_items),
             Lookup("POST", f"{one}/cancel", stored.cancel),
         )
+        self.channels = {_PATH: partial(ResponsesChannel, read_exchange)}
 
     def error(self, failure: Failure) -> Mapping[str, Any]:
         return openai_error(failure)
@@ -98,8 +102,8 @@ class OpenAIResponses:
         return model_list(model_ids)
 
 
-def read_exchange(body: Mapping[str, Any], desk: RolloutDesk) -> ResponsesExchange:
-    """Raises RequestError naming the field that is wrong."""
+def read_exchange(body: Mapping[str, Any], desk: RolloutDesk, connection: Memory | None = None) -> ResponsesExchange:
+    """`connection` is what a socket remembers. Raises RequestError naming the field that is wrong."""
     refuse_unsupported(body, _NEUTRAL)
     text = object_field(body, "text", "")
     refuse_unsupported(text, {"format": ({"type": "text"},)}, "text")
@@ -108,7 +112,8 @@ def read_exchange(body: Mapping[str, Any], desk: RolloutDesk) -> ResponsesExchan
     if "message.output_text.logprobs" in include:
         raise FieldError("include", "= message.output_text.logprobs is not supported; chat completions have logprobs")
     reasoning = object_field(body, "reasoning", "")
-    items, tools, request = _read(body, desk)
+    shelves = Shelves(desk.memory, connection)
+    items, tools, request = _read(body, shelves)
     return ResponsesExchange(
         request=request,
         stream=flag_field(body, "stream", False),
@@ -120,6 +125,7 @@ def read_exchange(body: Mapping[str, Any], desk: RolloutDesk) -> ResponsesExchan
         repeated=_repeated(body, text, reasoning),
         inputs=items,
         store=flag_field(body, "store", True),
+        shelves=shelves,
         desk=desk,
     )
 
@@ -127,7 +133,7 @@ def read_exchange(body: Mapping[str, Any], desk: RolloutDesk) -> ResponsesExchan
 def read_compaction(body: Mapping[str, Any], desk: RolloutDesk) -> CompactExchange:
     if not optional_text(body, "model"):
         raise FieldError("model", "is missing")
-    items, _, request = _read(body, desk)
+    items, _, request = _read(body, Shelves(desk.memory))
     asked = replace(
         request,
         messages=(*request.messages, Message("user", PROMPT)),
@@ -140,18 +146,18 @@ def read_compaction(body: Mapping[str, Any], desk: RolloutDesk) -> CompactExchan
 
 def count_input_tokens(wanted: WireRequest, desk: RolloutDesk) -> Mapping[str, Any]:
     """Exactly the prompt tokens that the same request would be answered from."""
-    _, _, request = _read(wanted.body, desk)
+    _, _, request = _read(wanted.body, Shelves(desk.memory))
     return {"object": "response.input_tokens", "input_tokens": desk.count(request)}
 
 
-def _read(body: Mapping[str, Any], desk: RolloutDesk) -> tuple[list[Item], OfferedTools, AnswerRequest]:
-    memory = desk.memory
-    before = stored.previous_items(memory, body.get("previous_response_id"))
+def _read(body: Mapping[str, Any], shelves: Shelves) -> tuple[list[Item], OfferedTools, AnswerRequest]:
+    before = stored.previous_items(shelves, body.get("previous_response_id"))
     items = [*before, *input_items(body.get("input"))]
     messages = read_messages(
-        items, optional_text(body, "instructions"), partial(stored.find_item, memory), first=len(before)
+        items, optional_text(body, "instructions"), partial(stored.find_item, shelves), first=len(before)
     )
-    if not items:
+    only_taken_in = shelves.connection is not None and body.get("generate") is False
+    if not items and not only_taken_in:
         raise FieldError("input", "must be a text or a list with at least one item")
     tools = read_tools(body)
     choice, offered = read_tool_choice(body, tools.specs)
@@ -179,6 +185,6 @@ def _repeated(body: Mapping[str, Any], text: Mapping[str, Any], reasoning: Mappi
     }
 
 
-def _refuse_socket(wanted: WireRequest, desk: RolloutDesk) -> Mapping[str, Any]:
+def _refuse_get(wanted: WireRequest, desk: RolloutDesk) -> Mapping[str, Any]:
     del wanted, desk
-    raise FieldError("method", f"GET is for WebSockets, which are not served; POST to {_PATH} and read its events")
+    raise FieldError("method", f"GET is for WebSockets, and this request upgrades to none; POST to {_PATH} instead")

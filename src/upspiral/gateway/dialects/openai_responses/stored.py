@@ -1,4 +1,7 @@
-"""Responses that a rollout may come back to, by `previous_response_id`, by item reference, or to read them again."""
+"""Responses that a rollout may come back to, by `previous_response_id`, by item reference, or to read them again.
+
+A response of a socket that is not to be stored is remembered by the socket, and only its socket can go on from it.
+"""
 
 from __future__ import annotations
 
@@ -44,10 +47,38 @@ class StoredResponse:
         return [*self.inputs, *self.body["output"]]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Shelves:
+    """Where a request finds the responses before it, and leaves its own."""
+
+    rollout: Memory
+    connection: Memory | None = None
+    """Of the socket that the request came on."""
+
+    def find(self, key: str) -> Any | None:
+        found = None if self.connection is None else self.connection.find(key)
+        return self.rollout.find(key) if found is None else found
+
+    def leave(self, response: StoredResponse, request: AnswerRequest, *, store: bool) -> None:
+        """Remembers a response, unless nobody could come back to it."""
+        memory = self.rollout if store else self.connection
+        if memory is not None:
+            keep(memory, response, request)
+
+
 def keep(memory: Memory, response: StoredResponse, request: AnswerRequest) -> None:
     for item in response.body["output"]:
         memory.keep(_ITEM + item["id"], item, 0)
     memory.keep(_RESPONSE + response.body["id"], response, _size_bytes(request))
+
+
+def forget(memory: Memory, name: str) -> None:
+    """No effect when nothing of that name is remembered."""
+    response: StoredResponse | None = memory.find(_RESPONSE + name)
+    if response is not None:
+        for item in response.body["output"]:
+            memory.forget(_ITEM + item["id"])
+        memory.forget(_RESPONSE + name)
 
 
 def _size_bytes(request: AnswerRequest) -> int:
@@ -61,23 +92,23 @@ def _message_bytes(message: Message) -> int:
     return 500 + len(message.text) + len(message.thinking or "") + arguments
 
 
-def previous_items(memory: Memory, value: Any) -> list[Item]:
+def previous_items(shelves: Shelves, value: Any) -> list[Item]:
     """The items behind `previous_response_id`; [] without one."""
     if value is None:
         return []
-    response = memory.find(f"{_RESPONSE}{value}")
+    response = shelves.find(f"{_RESPONSE}{value}")
     if response is None:
         raise PreviousResponseError(
             "previous_response_id",
             f"= {shown(value)} names no stored response: it was made with store=false, by another rollout, or too long "
-            "ago; send the whole input",
+            "ago, or what followed it on its socket failed; send the whole input",
         )
     return response.items
 
 
-def find_item(memory: Memory, item_id: str) -> Item | None:
+def find_item(shelves: Shelves, item_id: str) -> Item | None:
     """An item that some stored response gave out."""
-    return memory.find(_ITEM + item_id)
+    return shelves.find(_ITEM + item_id)
 
 
 def retrieve(wanted: WireRequest, desk: RolloutDesk) -> Mapping[str, Any]:
@@ -88,9 +119,7 @@ def retrieve(wanted: WireRequest, desk: RolloutDesk) -> Mapping[str, Any]:
 
 def delete(wanted: WireRequest, desk: RolloutDesk) -> Mapping[str, Any]:
     body = _stored(wanted, desk).body
-    for item in body["output"]:
-        desk.memory.forget(_ITEM + item["id"])
-    desk.memory.forget(_RESPONSE + body["id"])
+    forget(desk.memory, body["id"])
     return {"id": body["id"], "object": "response", "deleted": True}
 
 
