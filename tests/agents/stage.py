@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from tests.fixtures.live_gateway import LiveGateway, live_gateway
 from upspiral.agent.command import GATEWAY_PORT
@@ -84,6 +85,8 @@ class Played:
     renderer: Renderer
     ledger: Ledger
     unplayed: int
+    visits: Mapping[tuple[str, str], int]
+    """How often the gateway was asked, by protocol ("http", "websocket") and path."""
 
     def prompt(self, call: int) -> str:
         return self.renderer.decode(self.calls[call].prompt_ids)
@@ -106,34 +109,47 @@ def play(folder: Path, agent: str, script: Sequence[str | ScriptLine], *, contex
 
     async def body() -> Played:
         async with live_gateway(folder, script, context_length=CONTEXT_LENGTH, tokens_per_chunk=64) as live:
-            ended = await _run(live, folder, agent, context_length)
-            return _look(live, ended)
+            door = _Door(live.gateway.app)
+            ended = await _run(live, folder, agent, context_length, door)
+            return _look(live, ended, door.visits)
 
     return asyncio.run(asyncio.wait_for(body(), 2 * TIMEOUT_S))
 
 
-async def _run(live: LiveGateway, folder: Path, agent: str, context_length: int) -> Rollout:
+class _Door:
+    """Counts who comes in. An ASGI application."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.visits: Counter[tuple[str, str]] = Counter()
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.visits[scope["type"], scope["path"]] += 1
+        await self._app(scope, receive, send)
+
+
+async def _run(live: LiveGateway, folder: Path, agent: str, context_length: int, door: _Door) -> Rollout:
     sandboxes, agents, environment = NamespaceBackend(), LaunchedAgent(agent), Files()
     stage = Stage(live.gateway, ToolServer(()), sandboxes, agents, environment, live.store)
     socket = folder / "gateway.sock"
     addresses = Addresses("", "", "tiny", ((GATEWAY_PORT, str(socket)),), context_length)
     rollout = Rollout("r1", TASK.id, "g1", instruction=TASK.instruction)
     try:
-        async with serve_app(live.gateway.app, unix_socket=socket):
+        async with serve_app(door, unix_socket=socket):
             runner = RolloutRunner(stage, addresses, Limits(1, TIMEOUT_S, 5.0))
             return await runner.run(Attempt(TASK, rollout, SessionPolicy()))
     finally:
         await sandboxes.stop()
 
 
-def _look(live: LiveGateway, ended: Rollout) -> Played:
+def _look(live: LiveGateway, ended: Rollout, visits: Mapping[tuple[str, str], int]) -> Played:
     """Credits the rollout in a group with an attempt that did nothing, and reads everything back from the store."""
     idle = Rollout("r2", TASK.id, "g1", status=RolloutStatus.FINISHED, reward=0.0)
     live.store.create_rollout(idle)
     graph = live.store.graph(ended.id)
     group = [ScoredRollout(ended, graph), ScoredRollout(idle, live.store.graph(idle.id))]
     live.store.record_step(0, grpo_credit({"g1": group}, AlgorithmConfig()))
-    return Played(ended, graph, live.engine.calls, live.renderer, live.store.ledger(), live.engine.remaining)
+    return Played(ended, graph, live.engine.calls, live.renderer, live.store.ledger(), live.engine.remaining, visits)
 
 
 def check_exact(played: Played) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from tests.agents.stage import ANSWER, check_done, check_exact, hermes, play
+from upspiral.agent.launchers.codex import Codex
 from upspiral.agent.launchers.registry import LAUNCHERS
 
 Call = tuple[str, Mapping[str, Any]]
@@ -83,3 +84,14 @@ def test_an_unmodified_agent_does_a_task_and_no_token_is_lost(tmp_path: Path, ag
     forks = [node.reason for node in played.graph.nodes if node.reason not in ("root", "append")]
     assert forks == ["edited"] * (len(played.calls) - 1 if agent in REWRITES_ITS_CALLS else 0)
     assert len(played.graph.leaves()) == 1 + len(forks)
+
+
+def test_codex_does_its_task_over_a_websocket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes in its prompt first (generate=false), then continues each response with what is new alone."""
+    monkeypatch.setitem(cast(dict[str, Any], LAUNCHERS), "codex", Codex(websockets=True))
+    played = play(tmp_path, "codex", script("codex"))
+    check_done(played)
+    check_exact(played)
+    assert len(played.calls) == len(script("codex")) and len(played.graph.leaves()) == 1
+    assert {node.reason for node in played.graph.nodes} == {"root", "append"}
+    assert played.visits["websocket", "/v1/responses"] == 1 and not played.visits["http", "/v1/responses"]
