@@ -62,6 +62,9 @@ class AnswerSocket:
             await self._websocket.close(_GOING_AWAY)
         except SealedRolloutError:
             await self._websocket.close(_POLICY_VIOLATION, "the rollout has ended")
+        except Exception as error:  # boundary: a bug of ours is told to the client, and logged by the server
+            await self._send([self._channel.failure(failure_of(error))])
+            raise
         finally:
             inbox.close()
 

@@ -73,13 +73,14 @@ def _check_depth(raw: bytes, value: dict[str, Any]) -> None:
     """Raises FieldError for what was read and could not be written again: tools and items go back to the client."""
     if raw.count(b"{") + raw.count(b"[") < _MOST_NESTED or _is_writable(value):
         return
-    field = next((name for name, each in value.items() if not _is_writable(each)), "the body")
+    field = next((name for name, each in value.items() if not _is_writable({name: each})), "the body")
     raise FieldError(field, f"is nested deeper than {_MOST_NESTED} levels; flatten it")
 
 
 def _is_writable(value: Any) -> bool:
     try:
-        orjson.dumps(value)
+        # What goes back stands some levels deeper there: an event holds a response, which holds the item.
+        orjson.dumps([[[[value]]]])
     except TypeError:
         return False
     return True

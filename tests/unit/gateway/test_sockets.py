@@ -249,6 +249,33 @@ def test_a_bad_message_is_an_error_and_the_next_is_answered(tmp_path: Path) -> N
     run(tmp_path, ["one"], send)
 
 
+def test_deep_nesting_is_written_again_or_refused(tmp_path: Path) -> None:
+    async def send(live: LiveGateway, client: WireClient) -> None:
+        async with client.connect() as opened:
+            for depth in range(240, 260):
+                text = '{"type": "response.create", "input": "hi", "text": {"verbosity": DEEP}}'
+                await opened.socket.send_str(text.replace("DEEP", "[" * depth + "]" * depth))
+                assert (await opened.response())[-1].name in ("response.completed", "error")
+
+    run(tmp_path, ["one"] * 20, send)
+
+
+def test_a_bug_of_ours_is_told_and_logged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: Any) -> None:
+        raise KeyError("a bug")
+
+    async def send(live: LiveGateway, client: WireClient) -> None:
+        async with client.connect() as opened:
+            monkeypatch.setattr(socket, "hints_of", fail)
+            assert (await opened.create(input="hi"))[0].data["status"] == 500
+            await opened.close_code()
+        assert "Exception in ASGI application" in caplog.text
+
+    run(tmp_path, [], send)
+
+
 def test_what_a_socket_remembers(tmp_path: Path) -> None:
     async def talk(live: LiveGateway, client: WireClient) -> None:
         async with client.connect() as opened, client.connect() as other:
