@@ -16,7 +16,7 @@ BIN := .venv/bin
 STAMP := .venv/.upspiral-installed
 PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 
-.PHONY: help setup agents demo test check bench clean
+.PHONY: help setup agents model demo test check bench clean
 
 help: ## list these targets
 	@awk -F':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,8 +37,10 @@ $(STAMP): pyproject.toml constraints.txt
 agents: $(STAMP) ## fetch the agents that runs and tests can start, from npm and PyPI, into the cache
 	@$(BIN)/upspiral agent get
 
-demo: $(STAMP) ## train a real model on this machine (about 15 minutes on 2 cores), then write report.html
+model: $(STAMP) ## fetch the default model into the cache (93 MB), which the demo and some tests need
 	@$(BIN)/upspiral model get smollm2-135m
+
+demo: model ## train a real model on this machine (about 15 minutes on 2 cores), then write report.html
 	@$(BIN)/upspiral run $(RECIPE) --run $(RUN) $(ARGS)
 
 test: $(STAMP) ## run the tests

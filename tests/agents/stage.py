@@ -7,35 +7,41 @@ import asyncio
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from tests.fixtures.live_gateway import LiveGateway, live_gateway
+from tests.fixtures.recording_engine import EngineCall, RecordingEngine
+from tests.fixtures.tiny_model import make_tokenizer
 from upspiral.agent.command import GATEWAY_PORT
 from upspiral.agent.launched import LaunchedAgent
 from upspiral.agent.packages import cached_agent
 from upspiral.algorithm.base import ScoredRollout
 from upspiral.algorithm.grpo import grpo_credit
 from upspiral.config.models import AlgorithmConfig
-from upspiral.engine.scripted import ScriptedCall, ScriptLine
+from upspiral.engine.base import Engine
+from upspiral.engine.scripted import ScriptedEngine, ScriptLine
 from upspiral.env.base import DemonstrationTurn, Task
 from upspiral.env.tool_server import ToolServer
 from upspiral.gateway.http import serve_app
 from upspiral.gateway.request import SessionPolicy
+from upspiral.gateway.server import Gateway
 from upspiral.loop.rollouts import Addresses, Attempt, Limits, RolloutRunner, Stage
 from upspiral.rendering.renderer import Renderer
 from upspiral.sandbox.base import Sandbox
 from upspiral.sandbox.namespace import NamespaceBackend
 from upspiral.trajectory.graph import TrajectoryGraph
 from upspiral.trajectory.ledger import check_closed
+from upspiral.trajectory.store import TrajectoryStore
 from upspiral.types import Ledger, Rollout, RolloutStatus, ToolSpec
 
 CONTEXT_LENGTH = 400_000
 """The tiny tokenizer makes a token of every two or three characters, and system prompts have up to 100 kB."""
+SOCKET = "gateway.sock"
 TIMEOUT_S = 60.0
 SECRET = "the harbour opens at 6:42"
 """Stands in a file that only the agent's tools can read."""
@@ -81,15 +87,35 @@ class Played:
 
     rollout: Rollout
     graph: TrajectoryGraph
-    calls: Sequence[ScriptedCall]
+    calls: Sequence[EngineCall]
     renderer: Renderer
     ledger: Ledger
-    unplayed: int
-    visits: Mapping[tuple[str, str], int]
+    unplayed: int = 0
+    """Lines of the script that were not asked for."""
+    visits: Mapping[tuple[str, str], int] = field(default_factory=dict)
     """How often the gateway was asked, by protocol ("http", "websocket") and path."""
 
     def prompt(self, call: int) -> str:
         return self.renderer.decode(self.calls[call].prompt_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """What stands behind the gateway. The engine is started and stopped with the stage."""
+
+    renderer: Renderer
+    engine: Engine
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """On what terms a rollout is run."""
+
+    policy: SessionPolicy = field(default_factory=SessionPolicy)
+    task: Task = TASK
+    context_length: int = 0
+    """What the agent is told; 0: nothing."""
+    timeout_s: float = TIMEOUT_S
 
 
 def hermes(name: str, arguments: Mapping[str, Any]) -> str:
@@ -103,17 +129,36 @@ def require(agent: str) -> None:
         pytest.skip(f"agent {agent} is not fetched: make agents")
 
 
-def play(folder: Path, agent: str, script: Sequence[str | ScriptLine], *, context_length: int = 0) -> Played:
-    """Runs the agent on the task against a script. `context_length` is what the agent is told; 0: nothing."""
+def play(folder: Path, agent: str, script: Sequence[str | ScriptLine], terms: Terms = Terms()) -> Played:
+    """Runs the agent on the task against a script."""
+    renderer = Renderer.from_folder(make_tokenizer(folder / "model"))
+    lines = [line if isinstance(line, ScriptLine) else ScriptLine(text=line) for line in script]
+    engine = ScriptedEngine(
+        lines, encode=renderer.encode_answer, decode=renderer.decode, context_length=CONTEXT_LENGTH, tokens_per_chunk=64
+    )
+    played = play_with(folder, agent, Model(renderer, engine), terms)
+    return replace(played, unplayed=engine.remaining)
+
+
+def play_with(folder: Path, agent: str, model: Model, terms: Terms) -> Played:
+    """Runs the agent on the task against an engine."""
     require(agent)
 
     async def body() -> Played:
-        async with live_gateway(folder, script, context_length=CONTEXT_LENGTH, tokens_per_chunk=64) as live:
-            door = _Door(live.gateway.app)
-            ended = await _run(live, folder, agent, context_length, door)
-            return _look(live, ended, door.visits)
+        recorded = RecordingEngine(model.engine)
+        store = TrajectoryStore(folder / "trajectories.db")
+        try:
+            gateway = Gateway(model.renderer, recorded, store, model_name="tiny")
+            door = _Door(gateway.app)
+            await recorded.start()
+            async with serve_app(door, unix_socket=folder / SOCKET):
+                ended = await _run(gateway, store, folder, agent, terms)
+            return replace(_look(ended, store, recorded.calls, model.renderer), visits=door.visits)
+        finally:
+            await recorded.stop()
+            store.close()
 
-    return asyncio.run(asyncio.wait_for(body(), 2 * TIMEOUT_S))
+    return asyncio.run(asyncio.wait_for(body(), terms.timeout_s + TIMEOUT_S))
 
 
 class _Door:
@@ -128,39 +173,40 @@ class _Door:
         await self._app(scope, receive, send)
 
 
-async def _run(live: LiveGateway, folder: Path, agent: str, context_length: int, door: _Door) -> Rollout:
-    sandboxes, agents, environment = NamespaceBackend(), LaunchedAgent(agent), Files()
-    stage = Stage(live.gateway, ToolServer(()), sandboxes, agents, environment, live.store)
-    socket = folder / "gateway.sock"
-    addresses = Addresses("", "", "tiny", ((GATEWAY_PORT, str(socket)),), context_length)
-    rollout = Rollout("r1", TASK.id, "g1", instruction=TASK.instruction)
+async def _run(gateway: Gateway, store: TrajectoryStore, folder: Path, agent: str, terms: Terms) -> Rollout:
+    sandboxes = NamespaceBackend()
+    stage = Stage(gateway, ToolServer(()), sandboxes, LaunchedAgent(agent), Files(), store)
+    addresses = Addresses("", "", "tiny", ((GATEWAY_PORT, str(folder / SOCKET)),), terms.context_length)
+    rollout = Rollout("r1", terms.task.id, "g1", instruction=terms.task.instruction)
     try:
-        async with serve_app(door, unix_socket=socket):
-            runner = RolloutRunner(stage, addresses, Limits(1, TIMEOUT_S, 5.0))
-            return await runner.run(Attempt(TASK, rollout, SessionPolicy()))
+        runner = RolloutRunner(stage, addresses, Limits(1, terms.timeout_s, 5.0))
+        return await runner.run(Attempt(terms.task, rollout, terms.policy))
     finally:
         await sandboxes.stop()
 
 
-def _look(live: LiveGateway, ended: Rollout, visits: Mapping[tuple[str, str], int]) -> Played:
+def _look(ended: Rollout, store: TrajectoryStore, calls: Sequence[EngineCall], renderer: Renderer) -> Played:
     """Credits the rollout in a group with an attempt that did nothing, and reads everything back from the store."""
     idle = Rollout("r2", TASK.id, "g1", status=RolloutStatus.FINISHED, reward=0.0)
-    live.store.create_rollout(idle)
-    graph = live.store.graph(ended.id)
-    group = [ScoredRollout(ended, graph), ScoredRollout(idle, live.store.graph(idle.id))]
-    live.store.record_step(0, grpo_credit({"g1": group}, AlgorithmConfig()))
-    return Played(ended, graph, live.engine.calls, live.renderer, live.store.ledger(), live.engine.remaining, visits)
+    store.create_rollout(idle)
+    graph = store.graph(ended.id)
+    group = [ScoredRollout(ended, graph), ScoredRollout(idle, store.graph(idle.id))]
+    store.record_step(0, grpo_credit({"g1": group}, AlgorithmConfig()))
+    return Played(ended, graph, calls, renderer, store.ledger())
 
 
 def check_exact(played: Played) -> None:
     """Every answer stands in the graph below exactly the tokens that the engine got, once, and is accounted for."""
-    graph = played.graph
-    stored = Counter(tuple(graph.path_ids(node.id).tolist()) for node in graph.nodes if node.num_sampled)
-    assert stored == Counter((*call.prompt_ids, *call.answer_ids) for call in played.calls)
-    sampled = Counter(tuple(node.token_ids[node.sampled].tolist()) for node in graph.nodes if node.num_sampled)
-    assert sampled == Counter(call.answer_ids for call in played.calls)
+    graph, calls = played.graph, [call for call in played.calls if call.answer_ids]
+    answers = [node for node in graph.nodes if node.num_sampled]
+    paths = Counter(tuple(graph.path_ids(node.id).tolist()) for node in answers)
+    assert paths == Counter((*call.prompt_ids, *call.answer_ids) for call in calls)
+    sampled = Counter(
+        (tuple(node.token_ids[node.sampled].tolist()), node.logprobs[node.sampled].tobytes()) for node in answers
+    )
+    assert sampled == Counter((tuple(call.answer_ids), np.array(call.logprobs, np.float32).tobytes()) for call in calls)
     check_closed(played.ledger, "the agent's rollout")
-    assert played.ledger.sampled == sum(len(call.answer_ids) for call in played.calls)
+    assert played.ledger.sampled == sum(len(call.answer_ids) for call in calls)
 
 
 def check_done(played: Played) -> None:

@@ -50,13 +50,42 @@ def script(agent: str) -> list[ScriptLine]:
             ScriptLine(hermes("bash", {"command": WRITE_WORD, "description": "Write"})),
             ScriptLine(REPORT),
         ],
+        "qwen-code": qwen_code_script(run_in_background=False),
     }[agent]
 
 
-@pytest.mark.parametrize("agent", ["claude-code", "codex", "opencode"])
+def qwen_code_script(*, run_in_background: bool) -> list[ScriptLine]:
+    """It sends a sub-agent off unless it is told to wait. Then the result comes as a turn of its own, after the main
+    agent's last answer, and wants another."""
+    shell, how = "run_shell_command", {} if run_in_background else {"run_in_background": False}
+    errand = {"description": "Run an errand", "prompt": ERRAND, "subagent_type": "general-purpose", **how}
+    return [
+        main_line(hermes(shell, {"command": CREATE, "is_background": False})),
+        main_line(hermes("agent", errand)),
+        main_line(hermes(shell, {"command": CHANGE, "is_background": False})),
+        *([main_line("I wait for the errand.")] if run_in_background else []),
+        main_line(ANSWER),
+        ScriptLine(hermes(shell, {"command": WRITE_WORD, "is_background": False})),
+        # Slow, so that the main agent is there first.
+        ScriptLine(REPORT, pause_s=2.0 if run_in_background else 0.0),
+    ]
+
+
+@pytest.mark.parametrize("agent", ["claude-code", "codex", "opencode", "qwen-code"])
 def test_a_sub_agent_is_a_tree_that_its_call_started(tmp_path: Path, agent: str) -> None:
     played = play(tmp_path, agent, script(agent))
     check_done(played)
     check_exact(played)
     roots = played.graph.roots()
     assert [node.reason for node in roots] == ["root", "spawn"]
+
+
+def test_a_sub_agent_in_the_background_comes_home_in_a_later_turn(tmp_path: Path) -> None:
+    played = play(tmp_path, "qwen-code", qwen_code_script(run_in_background=True))
+    check_done(played)
+    check_exact(played)
+    graph = played.graph
+    assert [node.reason for node in graph.roots()] == ["root", "spawn"]
+    report = next(node for node in graph.nodes if node.num_sampled and node.message and node.message.text == REPORT)
+    home = next(edge for edge in graph.edges if edge.kind == "join")
+    assert (home.source, graph.nodes[home.target].role) == (report.id, "user")

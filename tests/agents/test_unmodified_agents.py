@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -11,6 +12,7 @@ import pytest
 from tests.agents.stage import ANSWER, check_done, check_exact, hermes, play
 from upspiral.agent.launchers.codex import Codex
 from upspiral.agent.launchers.registry import LAUNCHERS
+from upspiral.types import Message
 
 Call = tuple[str, Mapping[str, Any]]
 SHELL_COMMANDS = (
@@ -66,7 +68,7 @@ def script(agent: str) -> list[str]:
     return calls if agent in ENDS_WITH_A_CALL else [*calls, ANSWER]
 
 
-REWRITES_ITS_CALLS = {"smolagents"}
+RETELLS_ITS_CALLS = {"smolagents"}
 """It sends its own calls back as text that describes them, so each turn goes on from an edited history."""
 
 
@@ -82,7 +84,7 @@ def test_an_unmodified_agent_does_a_task_and_no_token_is_lost(tmp_path: Path, ag
     assert len(played.calls) == len(script(agent))
     assert [node.reason for node in played.graph.roots()] == ["root"]
     forks = [node.reason for node in played.graph.nodes if node.reason not in ("root", "append")]
-    assert forks == ["edited"] * (len(played.calls) - 1 if agent in REWRITES_ITS_CALLS else 0)
+    assert forks == ["edited"] * (len(played.calls) - 1 if agent in RETELLS_ITS_CALLS else 0)
     assert len(played.graph.leaves()) == 1 + len(forks)
 
 
@@ -95,3 +97,26 @@ def test_codex_does_its_task_over_a_websocket(tmp_path: Path, monkeypatch: pytes
     assert len(played.calls) == len(script("codex")) and len(played.graph.leaves()) == 1
     assert {node.reason for node in played.graph.nodes} == {"root", "append"}
     assert played.visits["websocket", "/v1/responses"] == 1 and not played.visits["http", "/v1/responses"]
+
+
+def test_smolagents_retells_its_calls_and_every_prompt_continues_the_one_before(tmp_path: Path) -> None:
+    """The model reads a description of its call, as it does without a gateway: an edit, not another spelling of the
+    answer. It costs the description's tokens; no prompt is computed twice."""
+    played = play(tmp_path, "smolagents", script("smolagents"))
+    check_exact(played)
+    graph = played.graph
+    retold = [node for node in graph.nodes if node.reason == "edited"]
+    for node in retold:
+        answer = next(each for each in graph.children(node.parent) if each.num_sampled)
+        assert answer.message and node.message and node.message.text == told(answer.message)
+    last = graph.leaves()[-1]
+    assert [node.id for node in graph.path(last.id) if node.reason == "edited"] == [node.id for node in retold]
+
+
+def told(answer: Message) -> str:
+    """What smolagents makes of an answer."""
+    calls = [
+        {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": json.loads(call.arguments)}}
+        for call in answer.tool_calls
+    ]
+    return f"Calling tools:\n{calls}"

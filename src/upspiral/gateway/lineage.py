@@ -3,13 +3,18 @@
 Content is the evidence: a conversation whose opening repeats an argument of a tool call was started by that call, one
 that repeats an answer given before goes on from it as a summary, and a tool result that repeats the last answer of a
 started conversation brings it home. Only where content says nothing, headers that name a parent or a purpose decide.
+
+Agents ask for summaries in elements (<summary>...</summary>) and hand on what stands inside, with blank lines of their
+own: texts are compared without white space, and a part of an answer between tags counts as much as the whole.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 from upspiral.gateway.hints import Hints
@@ -18,6 +23,7 @@ from upspiral.types import Edge, Message, Node
 
 LEAST_QUOTE = 24
 """Characters that a repeated text has to have: shorter ones repeat by chance."""
+_TAG = re.compile(r"</?[A-Za-z][\w-]{0,40}>")
 COMPACTION = "compaction"
 """What Codex says the purpose of a request is that asks for a summary."""
 
@@ -44,13 +50,14 @@ class Lineage:
         self._last_answers: dict[int, Node | None] = {}
         """By the first node of a spawned conversation: its newest answer."""
 
-    def start_of(self, opening: Sequence[Message], hints: Hints) -> Start | None:
-        """How a conversation that begins with these messages came about; None: nobody in this rollout started it."""
+    def start_of(self, opening: Sequence[Message], hints: Hints, anchor: int | None = None) -> Start | None:
+        """How a conversation that begins with these messages, below the node `anchor`, came about; None: nobody in this
+        rollout started it."""
         text = "\n".join(message.text for message in opening if message.role in ("system", "user"))
         quotes = [(length, start) for start, length in self._quotes(text)]
         if quotes:
             return max(quotes, key=lambda quote: (quote[0], quote[1].source))[1]
-        return self._start_by_header(hints)
+        return self._start_by_own_words(opening, anchor) or self._start_by_header(hints)
 
     def answered(self, node: Node, hints: Hints) -> None:
         """Takes in a new answer."""
@@ -79,16 +86,40 @@ class Lineage:
 
     def _quotes(self, text: str) -> Iterator[tuple[Start, int]]:
         """What the opening repeats of earlier answers, with how much of it."""
-        for node in self._graph.nodes:
-            if node.message is None or node.role != "assistant" or node.auxiliary:
-                continue
-            said = node.message.text.strip()
-            if len(said) >= LEAST_QUOTE and said in text:
-                yield Start("compaction", node.id, "content"), len(said)
-            for call in node.message.tool_calls:
+        plain = _plain(text)
+        for node, message in self._answers():
+            repeated = max((len(part) for part in _parts(message.text) if part in plain), default=0)
+            if repeated:
+                yield Start("compaction", node.id, "content"), repeated
+            for call in message.tool_calls:
                 longest = max((len(value) for value in _strings(call.arguments) if value in text), default=0)
                 if longest:
                     yield Start("spawn", node.id, "content"), longest
+
+    def _start_by_own_words(self, opening: Sequence[Message], anchor: int | None) -> Start | None:
+        """An agent may hand a summary on as if the model had said it in the new conversation. Then it was given under
+        another system prompt and to another question; a history that was only edited changes one of them at most."""
+        system = opening[0].text if opening[0].role == "system" else self._system(anchor)
+        told = {_plain(after.text): before.text for before, after in pairwise(opening) if after.role == "assistant"}
+        for node, message in self._answers():
+            question = told.get(_plain(message.text))
+            if question is None or len(_plain(message.text)) < LEAST_QUOTE:
+                continue
+            asked = None if node.parent is None else self._graph.nodes[node.parent].message
+            if self._system(node.id) != system and (asked is None or asked.text != question):
+                return Start("compaction", node.id, "content")
+        return None
+
+    def _answers(self) -> Iterator[tuple[Node, Message]]:
+        """What was answered so far, without side calls and without what an agent wrote in the model's name."""
+        for node in self._graph.nodes:
+            if node.message is not None and node.num_sampled and not node.auxiliary:
+                yield node, node.message
+
+    def _system(self, node_id: int | None) -> str:
+        """The system prompt above a node."""
+        first = None if node_id is None else self._graph.path(node_id)[0]
+        return first.message.text if first is not None and first.role == "system" and first.message else ""
 
     def _start_by_header(self, hints: Hints) -> Start | None:
         newest = sorted(self._conversation_of, reverse=True)
@@ -106,6 +137,17 @@ class Lineage:
                 return self._first_of[current]
             current = self._graph.nodes[current].parent
         return current
+
+
+def _plain(text: str) -> str:
+    """The words of a text."""
+    return " ".join(text.split())
+
+
+def _parts(text: str) -> list[str]:
+    """What an agent may hand on of an answer and is long enough to tell: all of it, and what stands between tags."""
+    parts = {_plain(part) for part in (text, *_TAG.split(text))}
+    return [part for part in parts if len(part) >= LEAST_QUOTE]
 
 
 def _text(node: Node) -> str:

@@ -261,7 +261,7 @@ class Session:
         """The prompt's new nodes, and the edges that come with them."""
         prompt, start, edges = asked.prompt, None, []
         if self._history.begins_conversation(prompt) and not asked.auxiliary:
-            start = self._lineage.start_of([segment.message for segment in prompt.segments], asked.hints)
+            start = self._lineage.start_of([segment.message for segment in prompt.segments], asked.hints, prompt.anchor)
         reason = "auxiliary" if asked.auxiliary else start.kind if start else None
         parent, nodes = self._history.add_context(prompt, reason)
         if start is not None and nodes:

@@ -165,6 +165,41 @@ def test_a_conversation_that_goes_on_from_a_summary(tmp_path: Path) -> None:
     asyncio.run(scene())
 
 
+def test_a_summary_is_known_by_what_stands_between_its_tags(tmp_path: Path) -> None:
+    async def scene() -> None:
+        tagged = f"<analysis>\nfine\n</analysis>\n<summary>\n{SUMMARY}\n\n\nIt is done.\n</summary>"
+        async with live_gateway(tmp_path, ["fine", tagged, "on"]) as live, aiohttp.ClientSession() as http:
+            caller = Caller(live, http)
+            await caller.ask([said("user", "count")])
+            await caller.ask([said("user", "count"), said("assistant", "fine"), said("user", "Summarise.")])
+            await caller.ask([said("user", f"Summary:\n{SUMMARY}\n\nIt is done.\nGo on.")])
+            assert live.store.graph("r1").edges == [Edge("compaction", 3, 4)]
+
+    asyncio.run(scene())
+
+
+def test_a_summary_may_come_back_as_the_models_own_words_and_an_edited_history_is_none(tmp_path: Path) -> None:
+    async def scene() -> None:
+        async with live_gateway(tmp_path, ["fine", SUMMARY, "on", "no"]) as live, aiohttp.ClientSession() as http:
+            caller = Caller(live, http)
+            work, summarise = said("system", "You work."), said("system", "You summarise.")
+            await caller.ask([work, said("user", "count")])
+            await caller.ask([summarise, said("user", "They counted.")])
+            handed_on = [said("user", "What was done?"), said("assistant", SUMMARY), said("user", "Go on.")]
+            await caller.ask([work, *handed_on])
+            graph = live.store.graph("r1")
+            assert graph.edges == [Edge("compaction", 5, 6)]
+            assert [node.reason for node in graph.nodes][6:] == ["compaction", "append", "append", "append"]
+            # The same question under another system prompt: the history was edited.
+            edited = [said("user", "They counted."), said("assistant", SUMMARY), said("user", "Go on.")]
+            await caller.ask([said("system", "You write."), *edited])
+            graph = live.store.graph("r1")
+            assert len(graph.edges) == 1
+            assert [node.reason for node in graph.nodes][10:] == ["root", "append", "append", "append", "append"]
+
+    asyncio.run(scene())
+
+
 def test_side_calls_are_answered_and_masked(tmp_path: Path) -> None:
     async def scene() -> None:
         async with live_gateway(tmp_path, ["a title", "x", "an answer"]) as live, aiohttp.ClientSession() as http:

@@ -18,6 +18,14 @@ _QUIET = {
 }
 
 
+_COMPACT_AT = 0.75
+"""Of the model's context: the rest is for the tool result that it did not foresee, the request for a summary and the
+summary."""
+_KEPT_FREE = 33_000
+"""Tokens that Claude Code takes off the window that it believes in: it compacts when no more are left. In a window of
+32,000 it would never do anything else."""
+
+
 @dataclass(frozen=True, slots=True)
 class ClaudeCode:
     """Satisfies Launcher."""
@@ -38,7 +46,9 @@ class ClaudeCode:
             "IS_SANDBOX": "1",
         }
         if task.context_length:
-            env["CLAUDE_CODE_AUTO_COMPACT_WINDOW"] = str(task.context_length)
+            # Its setting for when to compact takes nothing below 100,000, what it takes for the window anything.
+            window = int(_COMPACT_AT * task.context_length) + _KEPT_FREE
+            env["CLAUDE_CODE_MAX_CONTEXT_TOKENS"] = str(window)
         settings = json.dumps({"env": {"CLAUDE_CODE_ATTRIBUTION_HEADER": "0"}})
         binary = f"{FOLDER}/node_modules/@anthropic-ai/claude-code-linux-*/claude"
         return Launch(f"exec {binary} {flags}", env, {".claude/settings.json": settings})
