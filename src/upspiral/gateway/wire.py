@@ -36,6 +36,7 @@ _STATUS_CODES: tuple[tuple[type[UpspiralError], int, str], ...] = (
     (StoreError, 500, "store_error"),
 )
 _COMMENT = b": keepalive\n\n"
+_TOO_DEEP = "the request's body is nested too deeply"
 
 
 def json_response(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
@@ -56,13 +57,19 @@ async def raw_body(request: Request) -> bytes:
 
 
 def json_object(raw: bytes) -> dict[str, Any]:
-    """Raises RequestError when the text is not a JSON object."""
+    """Raises RequestError when the text is not a JSON object, or nested deeper than answers that repeat a part of it
+    can be written."""
     try:
         value = orjson.loads(raw)
     except ValueError as error:
         raise RequestError(f"the request's body is not valid JSON: {error}") from error
     if not isinstance(value, dict):
         raise RequestError(f"the request's body must be a JSON object, not {type(value).__name__}")
+    try:
+        # An answer repeats tools and metadata at most so much deeper than they stood in the request.
+        orjson.dumps([[[[value]]]])
+    except TypeError:
+        raise RequestError(_TOO_DEEP) from None
     return value
 
 
@@ -80,7 +87,7 @@ def failure_of(error: Exception) -> Failure:
         field = error.field if isinstance(error, FieldError) else None
         return Failure(error.status, error.code, str(error), field, request_id)
     if isinstance(error, RecursionError):
-        return Failure(400, "invalid_request", "the request's body is nested too deeply", request_id=request_id)
+        return Failure(400, "invalid_request", _TOO_DEEP, request_id=request_id)
     for kind, status, code in _STATUS_CODES:
         if isinstance(error, kind):
             return Failure(status, code, str(error), request_id=request_id)

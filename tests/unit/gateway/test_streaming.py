@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -124,6 +125,27 @@ def test_deep_nesting_is_refused(tmp_path: Path, path: str) -> None:
                 nested = b"[" * depth + b"]" * depth
                 raw = b'{"model": "m", "tools": [{"parameters": {"x": ' + nested + b"}}]}"
                 assert await status_of_raw(live, path, raw) == 400
+
+    asyncio.run(main())
+
+
+@paths
+@pytest.mark.parametrize("place", ["tools", "metadata"])
+def test_nesting_that_can_be_read_but_not_written_is_refused_before_anything_is_sampled(
+    tmp_path: Path, path: str, place: str
+) -> None:
+    async def main() -> None:
+        async with live_gateway(tmp_path, ["one"] * 200) as live:
+            function = {"name": "look", "parameters": {"x": "deep"}, "input_schema": {"x": "deep"}}
+            tool = function if path == "/v1/messages" else {"type": "function", **function, "function": function}
+            raw = json.dumps({**BODIES[path], place: [tool] if place == "tools" else {"x": "deep"}})
+            for depth in (100, *range(236, 258, 3), 300, 900):
+                before = len(live.engine.calls)
+                nested = raw.replace('"deep"', "[" * depth + "]" * depth)
+                status = await status_of_raw(live, path, nested.encode())
+                assert status == (200 if len(live.engine.calls) > before else 400), depth
+                assert status == 200 or depth > 100
+                assert status == 400 or depth < 300
 
     asyncio.run(main())
 
