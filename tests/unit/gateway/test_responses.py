@@ -14,6 +14,7 @@ from tests.fixtures.wire_client import CALL, SECOND_CALL, wire_client
 from upspiral.gateway.dialects.base import RolloutDesk
 from upspiral.gateway.dialects.openai_responses.compaction import PROMPT
 from upspiral.gateway.dialects.openai_responses.dialect import read_exchange
+from upspiral.gateway.dialects.pieces import carried_text
 from upspiral.gateway.request import AnswerRequest, ToolChoice
 from upspiral.types import Message
 
@@ -470,5 +471,16 @@ def test_pages_of_input_items_are_bounded(tmp_path: Path) -> None:
                 assert reply.status == 400 and reply.body["error"]["param"] == query.partition("=")[0]
             reply = await client.call("GET", f"{PATH}/{name}?stream=true")
             assert reply.status == 400 and reply.body["error"]["param"] == "stream"
+
+    asyncio.run(main())
+
+
+def test_a_retry_on_another_path_is_another_request(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with live_gateway(tmp_path, ["an answer", "a summary"]) as live, wire_client(live) as client:
+            body, retry = {"model": "m", "input": "Hi."}, {"x-stainless-retry-count": "1"}
+            await client.post("/v1/responses", body)
+            compacted = await client.call("POST", "/v1/responses/compact", body, retry)
+            assert carried_text("compaction", compacted.body["output"][-1]["encrypted_content"]) == "a summary"
 
     asyncio.run(main())

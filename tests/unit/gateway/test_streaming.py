@@ -155,3 +155,23 @@ async def status_of_raw(live: LiveGateway, path: str, raw: bytes) -> int:
     headers = {"authorization": f"Bearer {key}"}
     async with aiohttp.ClientSession() as session, session.post(live.url + path, data=raw, headers=headers) as response:
         return response.status
+
+
+@pytest.mark.parametrize("path", [*BODIES, "/v1/messages/count_tokens"])
+def test_a_rollout_that_is_sealed_while_a_body_arrives(tmp_path: Path, path: str) -> None:
+    async def main() -> None:
+        async with live_gateway(tmp_path, ["one"]) as live:
+            key = live.gateway.open_rollout(Rollout("r1", "t", "g"))
+            body = json.dumps(BODIES.get(path, BODIES["/v1/messages"])).encode()
+            host, _, port = live.url.removeprefix("http://").partition(":")
+            reader, writer = await asyncio.open_connection(host, int(port))
+            head = f"POST {path} HTTP/1.1\r\nhost: x\r\nx-api-key: {key}\r\ncontent-length: {len(body)}\r\n\r\n"
+            writer.write(head.encode() + body[:9])
+            await asyncio.sleep(0.1)
+            await live.gateway.seal_rollout("r1")
+            writer.write(body[9:])
+            assert (await reader.readline()).startswith(b"HTTP/1.1 409 ")
+            assert not live.nodes()
+            writer.close()
+
+    asyncio.run(main())
