@@ -235,6 +235,9 @@ class Session:
         except UpspiralError as error:
             self._failed = str(error)
             raise
+        except Exception as error:  # boundary: nobody may be served what is not recorded
+            self._failed = f"{call.plan.name} could not be recorded: {type(error).__name__}: {error}"
+            raise LedgerError(self._failed) from error
         errors = [error for generation in call.plan.generations for error in generation.answer().errors]
         self._room.metrics.committed(nodes, errors)
 

@@ -11,7 +11,7 @@ import pytest
 
 from tests.fixtures.tiny_model import make_tokenizer
 from upspiral.engine.scripted import ScriptedEngine, ScriptLine
-from upspiral.errors import ContextLengthError
+from upspiral.errors import ContextLengthError, LedgerError, SealedRolloutError
 from upspiral.gateway.call import HungUpError
 from upspiral.gateway.hints import Hints
 from upspiral.gateway.metrics import GatewayMetrics
@@ -28,7 +28,7 @@ async def a_session(
 ) -> AsyncIterator[tuple[Session, ScriptedEngine]]:
     renderer = Renderer.from_folder(make_tokenizer(folder / "model"))
     engine = ScriptedEngine(
-        [ScriptLine(text="one two three")] * 4, encode=renderer.encode_answer, context_length=100, pause_s=pause_s
+        [ScriptLine(text="one two three")] * 8, encode=renderer.encode_answer, context_length=100, pause_s=pause_s
     )
     store = TrajectoryStore(folder / "trajectories.db")
     rollout = Rollout("r1", "task", "group")
@@ -80,5 +80,32 @@ def test_a_retry_does_not_join_a_call_that_is_being_cancelled(tmp_path: Path) ->
             assert again is not first
             await again.task
             assert again.error is None and again.usage.completion_tokens > 0
+
+    asyncio.run(scene())
+
+
+def test_a_call_that_is_cancelled_before_it_began_has_an_error_and_no_answer(tmp_path: Path) -> None:
+    """A request and the end of its rollout can come in the same turn of the event loop."""
+
+    async def scene() -> None:
+        async with a_session(tmp_path, SessionPolicy()) as (session, _):
+            sealing = asyncio.create_task(session.seal())
+            call = session.begin(asked("hello"))
+            await sealing
+            assert isinstance(call.error, SealedRolloutError) and not call.delivered
+            with pytest.raises(SealedRolloutError):
+                _ = [event async for event in call.events()]
+
+    asyncio.run(scene())
+
+
+def test_nobody_is_served_what_cannot_be_recorded(tmp_path: Path) -> None:
+    async def scene() -> None:
+        async with a_session(tmp_path, SessionPolicy()) as (session, engine):
+            engine.version = 2**40  # does not fit a node's
+            call = session.begin(asked("hello"))
+            await call.task
+            assert isinstance(call.error, LedgerError) and "could not be recorded" in str(call.error)
+            assert session.failed == str(call.error)
 
     asyncio.run(scene())
