@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections import OrderedDict
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,7 +35,8 @@ from upspiral.types import Edge, Node, Rollout
 SEAL_DEADLINE_S = 30.0
 """How long the engine may take to let go of cancelled generations."""
 REMEMBERED_CALLS = 4
-"""So many of the newest complete calls of a rollout can be sent again to a client that retries."""
+"""So many of the newest complete calls of a rollout can be sent again to a client that retries, beside all that are
+still being answered."""
 
 
 class MaxCallsError(RequestError):
@@ -88,8 +88,8 @@ class Session:
         self._history = History(rollout.id, room.renderer, keeps_thinking=policy.gateway.thinking == "preserve")
         self._lineage = Lineage(self._history.graph)
         self._in_flight: set[Call] = set()
-        self._recent: OrderedDict[bytes, Call] = OrderedDict()
-        """The newest calls by the digest of their bodies."""
+        self._recent: dict[bytes, Call] = {}
+        """The newest calls by the digest of their bodies, oldest first, and all in flight."""
         self._planned = 0
         """Requests that got a prompt, side calls included: each has a number, and so a seed, of its own."""
         self._calls = 0
@@ -176,10 +176,11 @@ class Session:
     def _remember(self, call: Call, hints: Hints) -> None:
         if not hints.body_digest:
             return
+        self._recent.pop(hints.body_digest, None)
         self._recent[hints.body_digest] = call
-        self._recent.move_to_end(hints.body_digest)
-        while len(self._recent) > REMEMBERED_CALLS:
-            self._recent.popitem(last=False)
+        complete = [digest for digest, each in self._recent.items() if each.task.done()]
+        for digest in complete[:-REMEMBERED_CALLS]:
+            del self._recent[digest]
 
     def _room_left(self, length: int) -> int:
         """Tokens left for an answer behind a prompt of `length` tokens."""

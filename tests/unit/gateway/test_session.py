@@ -16,7 +16,7 @@ from upspiral.gateway.call import HungUpError
 from upspiral.gateway.hints import Hints
 from upspiral.gateway.metrics import GatewayMetrics
 from upspiral.gateway.request import AnswerRequest, SessionPolicy
-from upspiral.gateway.session import MaxCallsError, Room, Session
+from upspiral.gateway.session import REMEMBERED_CALLS, MaxCallsError, Room, Session
 from upspiral.rendering.renderer import Renderer
 from upspiral.trajectory.store import TrajectoryStore
 from upspiral.types import Message, Rollout
@@ -107,5 +107,34 @@ def test_nobody_is_served_what_cannot_be_recorded(tmp_path: Path) -> None:
             await call.task
             assert isinstance(call.error, LedgerError) and "could not be recorded" in str(call.error)
             assert session.failed == str(call.error)
+
+    asyncio.run(scene())
+
+
+def test_a_retry_joins_its_call_however_many_others_are_in_flight(tmp_path: Path) -> None:
+    async def scene() -> None:
+        async with a_session(tmp_path, SessionPolicy(), pause_s=0.02) as (session, engine):
+            calls = [session.begin(asked(f"question {n}"), Hints(body_digest=b"%d" % n)) for n in range(8)]
+            again = [session.begin(asked(f"question {n}"), Hints(retry=1, body_digest=b"%d" % n)) for n in range(8)]
+            assert again == calls
+            await asyncio.gather(*(call.task for call in calls))
+            assert len(engine.calls) == 8
+            assert session.begin(asked("question 7"), Hints(retry=1, body_digest=b"7")) is calls[7]
+
+    asyncio.run(scene())
+
+
+def test_only_the_newest_complete_calls_are_remembered(tmp_path: Path) -> None:
+    async def scene() -> None:
+        async with a_session(tmp_path, SessionPolicy()) as (session, _):
+            calls = []
+            for n in range(REMEMBERED_CALLS + 2):
+                calls.append(session.begin(asked(f"question {n}"), Hints(body_digest=b"%d" % n)))
+                await calls[-1].task
+            joined = [
+                session.begin(asked(f"question {n}"), Hints(retry=1, body_digest=b"%d" % n)) is call
+                for n, call in reversed([*enumerate(calls)])
+            ]
+            assert joined[:REMEMBERED_CALLS] == [True] * REMEMBERED_CALLS and not joined[-1]
 
     asyncio.run(scene())
