@@ -52,7 +52,7 @@ class SealedRollout:
     calls: int
     """Requests that reached the engine, without side calls."""
     truncated: str | None
-    """The limit that its last request ran into: "max_calls" or "context_length_exceeded"."""
+    """The limit that its last request ran into, side calls left out: "max_calls" or "context_length_exceeded"."""
     failed: str | None
     """What broke in the engine or the store. Infrastructure: the rollout is to be masked (DESIGN law 6)."""
 
@@ -123,10 +123,16 @@ class Session:
         if not auxiliary:
             self._check_calls()
         asked = _Asked(self._history.prompt(request.messages, request.tools), hints, auxiliary)
-        plan = self._plan(request, asked.prompt)
+        try:
+            plan = self._plan(request, asked.prompt)
+        except ContextLengthError as error:
+            self._truncated = self._truncated if auxiliary else error.code
+            raise
         # Only now: a request that is refused costs the agent no call.
         self._planned += 1
-        self._calls += not auxiliary
+        if not auxiliary:
+            self._calls += 1
+            self._truncated = None
         self._room.metrics.prompt(len(plan.prompt_ids), plan.reused_tokens)
         call = Call(self._room.engine, plan, lambda call: self._end(call, asked))
         self._in_flight.add(call)
@@ -186,7 +192,6 @@ class Session:
         """Tokens left for an answer behind a prompt of `length` tokens."""
         limit = self._room.engine.context_length
         if length >= limit:
-            self._truncated = ContextLengthError.code
             raise ContextLengthError(
                 f"the prompt has {length} tokens and the model's context holds {limit}, at least one of them for the "
                 "answer; shorten the history"
@@ -227,8 +232,6 @@ class Session:
         """Commits what a call sampled: the new context and its answers in one transaction."""
         if isinstance(call.error, EngineError | DeadlineError):
             self._failed = str(call.error)
-        elif call.error is None:
-            self._truncated = None
         if not any(generation.token_ids for generation in call.plan.generations):
             return
         try:

@@ -138,3 +138,31 @@ def test_only_the_newest_complete_calls_are_remembered(tmp_path: Path) -> None:
             assert joined[:REMEMBERED_CALLS] == [True] * REMEMBERED_CALLS and not joined[-1]
 
     asyncio.run(scene())
+
+
+def test_what_was_begun_before_does_not_undo_a_truncation(tmp_path: Path) -> None:
+    async def scene() -> None:
+        async with a_session(tmp_path, SessionPolicy(max_calls=1), pause_s=0.02) as (session, _):
+            begun = session.begin(asked("hello"))
+            with pytest.raises(MaxCallsError):
+                session.begin(asked("hello again"))
+            await begun.task
+            await session.begin(asked("a title?", "small-auxiliary")).task
+            assert begun.error is None and session.truncated == "max_calls"
+
+    asyncio.run(scene())
+
+
+def test_an_agent_that_shortens_its_history_goes_on(tmp_path: Path) -> None:
+    async def scene() -> None:
+        async with a_session(tmp_path, SessionPolicy()) as (session, _):
+            with pytest.raises(ContextLengthError):
+                session.begin(asked("much " * 200, "small-auxiliary"))
+            assert session.truncated is None
+            with pytest.raises(ContextLengthError):
+                session.begin(asked("much " * 200))
+            assert session.truncated == "context_length_exceeded"
+            await session.begin(asked("little")).task
+            assert session.truncated is None
+
+    asyncio.run(scene())
