@@ -247,22 +247,27 @@ class Session:
 
     def _commit(self, call: Call, asked: _Asked) -> list[Node]:
         parent, nodes, edges = self._add_context(asked)
+        lost = self._lost_answer(parent, asked.hints)
         for generation in call.plan.generations:
             if not generation.token_ids:
                 continue
-            before = self._history.answers_below(parent)
-            answered = Answered(generation.answer().message, call.delivered, asked.auxiliary, asked.hints.retry > 0)
+            answered = Answered(generation.answer().message, call.delivered, asked.auxiliary, lost is not None)
             try:
                 node = self._history.add_answer(parent, generation.tokens(), answered, asked.prompt)
             except ValueError as error:
                 raise EngineError(f"rollout {self.rollout.id}: the engine's tokens are unusable: {error}") from error
-            if node.reason == "retry":
-                edges.append(self._connected(Edge("retry", before[-1].id, node.id, "header")))
+            if lost is not None:
+                edges.append(self._connected(Edge("retry", lost.id, node.id, "header")))
             self._lineage.answered(node, asked.hints)
             nodes.append(node)
         self._check_usage(call, nodes)
         self._room.store.commit(self.rollout.id, nodes, edges)
         return nodes
+
+    def _lost_answer(self, parent: int | None, hints: Hints) -> Node | None:
+        """The answer that a retry asks for again: the newest that nobody received, else the newest."""
+        below = self._history.answers_below(parent) if hints.retry else []
+        return max(below, key=lambda node: (not node.delivered, node.id), default=None)
 
     def _add_context(self, asked: _Asked) -> tuple[int | None, list[Node], list[Edge]]:
         """The prompt's new nodes, and the edges that come with them."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from upspiral.gateway.request import AnswerRequest, SessionPolicy
 from upspiral.gateway.session import REMEMBERED_CALLS, MaxCallsError, Room, Session
 from upspiral.rendering.renderer import Renderer
 from upspiral.trajectory.store import TrajectoryStore
-from upspiral.types import Message, Rollout
+from upspiral.types import Edge, Message, Rollout
 
 
 @asynccontextmanager
@@ -164,5 +165,32 @@ def test_an_agent_that_shortens_its_history_goes_on(tmp_path: Path) -> None:
             assert session.truncated == "context_length_exceeded"
             await session.begin(asked("little")).task
             assert session.truncated is None
+
+    asyncio.run(scene())
+
+
+def test_a_retry_of_what_never_began_has_answers_like_any_other(tmp_path: Path) -> None:
+    async def scene() -> None:
+        async with a_session(tmp_path, SessionPolicy()) as (session, _):
+            two = replace(asked("hello"), answers=2)
+            await session.begin(two, Hints(retry=1, body_digest=b"same")).task
+            assert [node.reason for node in session.graph.nodes] == ["root", "append", "sibling"]
+            assert not session.graph.edges
+
+    asyncio.run(scene())
+
+
+def test_every_answer_to_a_retry_comes_from_the_one_that_never_arrived(tmp_path: Path) -> None:
+    async def scene() -> None:
+        async with a_session(tmp_path, SessionPolicy(), pause_s=0.02) as (session, engine):
+            lost = session.begin(asked("hello"), Hints(body_digest=b"one"))
+            while engine.stats().sampled_tokens == 0:
+                await asyncio.sleep(0.005)
+            lost.leave(HungUpError("the client left"))
+            await lost.task
+            await session.begin(asked("hello"), Hints(body_digest=b"other")).task
+            await session.begin(replace(asked("hello"), answers=2), Hints(retry=1, body_digest=b"two")).task
+            assert [node.reason for node in session.graph.nodes] == ["root", "append", "sibling", "retry", "retry"]
+            assert session.graph.edges == [Edge("retry", 1, 3, "header"), Edge("retry", 1, 4, "header")]
 
     asyncio.run(scene())
