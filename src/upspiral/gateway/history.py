@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from upspiral.errors import TailMismatch
 from upspiral.gateway.echo import MessageKey
-from upspiral.gateway.line import Line, Lines
+from upspiral.gateway.line import Line, LineId, Lines
 from upspiral.rendering.renderer import Renderer, Segment
 from upspiral.trajectory.graph import TokenRun, TrajectoryGraph
 from upspiral.types import Message, Node, Role, ToolSpec
@@ -74,7 +74,7 @@ class History:
         self._keeps_thinking = keeps_thinking
         self._lines = Lines()
         self._last_tools = b""
-        self._at_line: dict[int, list[int]] = {}
+        self._at_line: dict[LineId, list[int]] = {}
         """By the line of conversation: the answers that end it, oldest first."""
         self._context_nodes: dict[tuple[int | None, Role, bytes], int] = {}
         """Parent, role and tokens -> the node there that nobody sampled."""
@@ -125,11 +125,11 @@ class History:
             parent, tokens, role="assistant", reason=reason, message=answered.message,
             delivered=answered.delivered, auxiliary=answered.auxiliary,
         )  # fmt: skip
-        key = self._lines.key(answered.message)
+        key, line = prompt.line.going_on(answered.message)
         last = self._last_answer(parent)
         before = 0 if last is None else self._given[last].sampled
         self._given[node.id] = _Given(key, prompt.tools_key, before + 1)
-        self._at_line.setdefault(self._lines.longer(prompt.line, key), []).append(node.id)
+        self._at_line.setdefault(line, []).append(node.id)
         self._keep_path(node, prompt)
         return node
 
@@ -248,7 +248,7 @@ class History:
             tools_changed = tools_changed or bool(repeated)
         return None, 0, tools_changed
 
-    def _ending(self, line: int) -> list[Node]:
+    def _ending(self, line: LineId) -> list[Node]:
         """The answers that end a line of conversation."""
         return [self.graph.nodes[node_id] for node_id in self._at_line.get(line, ())]
 
