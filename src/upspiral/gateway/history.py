@@ -22,6 +22,9 @@ from upspiral.rendering.renderer import Renderer, Segment
 from upspiral.trajectory.graph import TokenRun, TrajectoryGraph
 from upspiral.types import Message, Node, Role, ToolSpec
 
+_PATHS_KEPT = 16
+"""A rollout has that many conversations at a time, or their paths are gathered from the nodes again."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Prompt:
@@ -81,7 +84,7 @@ class History:
         self._given: dict[int, _Given] = {}
         """By answer node."""
         self._paths: dict[int, NDArray[np.int32]] = {}
-        """Tokens up to the end of the newest answers, which is what requests continue."""
+        """Tokens up to the end of the newest answers, oldest first: they are what requests continue."""
 
     def prompt(self, messages: Sequence[Message], tools: Sequence[ToolSpec]) -> Prompt:
         """Builds the prompt for a request. Changes nothing that a reader could see."""
@@ -95,11 +98,13 @@ class History:
         if anchor is not None:
             if self._keeps_thinking or not self._loses_thinking(anchor, messages):
                 try:
-                    return self._extended(anchor, messages[depth:], line, tools_key)
+                    return self._extended(anchor, messages[depth:], line, tools_key, fork)
                 except TailMismatch:
                     pass
-            messages, fork = self._with_thinking(anchor, messages), "template"
-        return self._by_tokens(self._renderer.render(messages, tools), line, tools_key, fork)
+            messages = self._with_thinking(anchor, messages)
+        prompt = self._by_tokens(self._renderer.render(messages, tools), line, tools_key, fork)
+        changed = anchor is not None and not self._goes_on(prompt, anchor)
+        return replace(prompt, fork="template") if changed and not fork else prompt
 
     def add_context(self, prompt: Prompt, start: str | None = None) -> tuple[int | None, list[Node]]:
         """Adds the nodes of a prompt that the graph does not have yet; `start` is the reason of the first of them where
@@ -167,7 +172,7 @@ class History:
         path = self.graph.path(anchor.id)[:kept_from]
         return any(node.id in self._given and node.message and node.message.thinking for node in path)
 
-    def _extended(self, anchor: Node, tail: Sequence[Message], line: Line, tools_key: bytes) -> Prompt:
+    def _extended(self, anchor: Node, tail: Sequence[Message], line: Line, tools_key: bytes, fork: str) -> Prompt:
         stored = self._path_ids(anchor.id)
         after = anchor.finish_reason or "cancelled"
         segments = self._renderer.render_tail(
@@ -184,7 +189,7 @@ class History:
             segments=tuple(segments),
             line=line,
             tools_key=tools_key,
-            fork="edited" if edited else "",
+            fork=fork or ("edited" if edited else ""),
         )
 
     def _by_tokens(self, segments: Sequence[Segment], line: Line, tools_key: bytes, fork: str) -> Prompt:
@@ -202,6 +207,11 @@ class History:
             tools_key=tools_key,
             fork=fork,
         )
+
+    def _goes_on(self, prompt: Prompt, answer: Node) -> bool:
+        """Whether a prompt that was rendered whole has the stored tokens up to the end of an answer all the same."""
+        stored = self._path_ids(answer.id)
+        return np.array_equal(prompt.token_ids[: len(stored)], stored)
 
     def _stored_path(self, segments: Sequence[Segment], keys: Sequence[MessageKey]) -> tuple[int | None, list[Segment]]:
         """The last node of the longest stored path that has the segments' tokens, and the segments that remain. An
@@ -236,15 +246,15 @@ class History:
 
     def _find_anchor(self, line: Line, tools_key: bytes) -> tuple[Node | None, int, bool]:
         """The deepest answer that the messages repeat with the same tools, how many messages its path covers, and
-        whether only other tools stand in the way. Of equals, the path with more answers as they were sampled wins (an
-        agent may have written what the model later says), then a delivered one, then the newest."""
+        whether a deeper one was given with other tools. Of equals, the path with more answers as they were sampled wins
+        (an agent may have written what the model later says), then a delivered one, then the newest."""
         tools_changed = False
         # The last message is what the model answers to; it is always rendered.
         for depth in range(len(line.messages) - 1, 0, -1):
             repeated = [node for node in self._ending(line.ids[depth - 1]) if self._same_thoughts(node, line)]
             usable = [node for node in repeated if self._given[node.id].tools_key == tools_key]
             if usable:
-                return max(usable, key=self._worth), depth, False
+                return max(usable, key=self._worth), depth, tools_changed
             tools_changed = tools_changed or bool(repeated)
         return None, 0, tools_changed
 
@@ -286,6 +296,8 @@ class History:
         if prompt.anchor is not None:
             self._paths.pop(prompt.anchor, None)
         self._paths[node.id] = np.concatenate([prompt.token_ids, node.token_ids])
+        if len(self._paths) > _PATHS_KEPT:
+            del self._paths[next(iter(self._paths))]
 
 
 def _tools_key(tools: Sequence[ToolSpec]) -> bytes:
