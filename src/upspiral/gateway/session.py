@@ -258,7 +258,7 @@ class Session:
                 raise EngineError(f"rollout {self.rollout.id}: the engine's tokens are unusable: {error}") from error
             if lost is not None:
                 edges.append(self._connected(Edge("retry", lost.id, node.id, "header")))
-            self._lineage.answered(node, asked.hints)
+            self._lineage.answered(node, asked.hints, asked.prompt.continues)
             nodes.append(node)
         self._check_usage(call, nodes)
         self._room.store.commit(self.rollout.id, nodes, edges)
@@ -278,7 +278,7 @@ class Session:
         parent, nodes = self._history.add_context(prompt, reason)
         if start is not None and nodes:
             edges.append(self._connected(self._lineage.started(nodes[0], start)))
-        edges += [self._connected(edge) for edge in self._lineage.joins(nodes)]
+        edges += [self._connected(edge) for edge in self._lineage.joins(nodes, prompt.continues)]
         return parent, nodes, edges
 
     def _connected(self, edge: Edge) -> Edge:
