@@ -61,7 +61,7 @@ class Call:
         self.plan = plan
         self._error: UpspiralError | None = None
         self._engine = engine
-        self._on_end = on_end
+        self._on_end: Callable[[Call], None] | None = on_end
         self._readers = 1
         self._events: list[AnswerEvent] = []
         self._news = asyncio.Event()
@@ -145,8 +145,15 @@ class Call:
             self._error = EngineError(f"{self.plan.name}: the engine failed: {type(error).__name__}: {error}")
         for generation in self.plan.generations:
             generation.cancel()
+        self._hand_over()
+
+    def _hand_over(self) -> None:
+        """Calls `on_end` and lets go of it: what was cancelled stays in asyncio's tracebacks until the garbage
+        collector comes by, and would keep its whole rollout."""
+        on_end, self._on_end = self._on_end, None
+        assert on_end is not None
         try:
-            self._on_end(self)
+            on_end(self)
         except UpspiralError as error:
             self._error = error
 

@@ -149,6 +149,8 @@ class Session:
         """Refuses new requests, cancels those in flight and waits until what they sampled is committed. Afterwards
         nothing is recorded. Raises DeadlineError when the engine does not let go."""
         self._sealed = True
+        # Calls know their session: without this it lived on until the garbage collector came by, which it seldom does.
+        self._recent.clear()
         calls = list(self._in_flight)
         for call in calls:
             call.cancel(SealedRolloutError(f"rollout {self.rollout.id} ended while this request was answered"))

@@ -79,8 +79,11 @@ def request_headers(request: Request) -> dict[str, str]:
 
 
 def failure_of(error: Exception) -> Failure:
-    """How any error, ours or not, looks from outside."""
+    """How any error, ours or not, looks from outside. Where one of ours came from is forgotten: a call keeps its error,
+    the error its frames, and the frames the call and all of its rollout."""
     request_id = new_request_id()
+    if isinstance(error, UpspiralError):
+        error.__traceback__ = error.__cause__ = error.__context__ = None
     if isinstance(error, HTTPException):
         return Failure(error.status_code, "http_error", error.detail, request_id=request_id)
     if isinstance(error, RequestError):
