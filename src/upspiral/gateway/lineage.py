@@ -92,8 +92,9 @@ class Lineage:
 
     def _start_by_header(self, hints: Hints) -> Start | None:
         newest = sorted(self._conversation_of, reverse=True)
-        asked = next((node for node in newest if self._purpose_of[node] == COMPACTION), None)
-        if asked is not None and self._conversation_of[asked] == hints.conversation and hints.purpose != COMPACTION:
+        own = (node for node in newest if self._conversation_of[node] == hints.conversation)
+        asked = next((node for node in own if self._purpose_of[node] == COMPACTION), None)
+        if asked is not None and hints.purpose != COMPACTION:
             return Start("compaction", asked, "header")
         parent = next((node for node in newest if hints.parent and self._conversation_of[node] == hints.parent), None)
         return None if parent is None else Start("spawn", parent, "header")

@@ -216,6 +216,26 @@ def test_a_conversation_that_goes_on_from_a_summary(tmp_path: Path) -> None:
     asyncio.run(scene())
 
 
+def test_two_threads_that_are_compacted_at_the_same_time(tmp_path: Path) -> None:
+    """Codex names the purpose of a request; its summaries are told by that where they are not repeated word by word."""
+
+    async def scene() -> None:
+        async with live_gateway(tmp_path, ["a", "b", "short", "brief", "on", "on"]) as live:
+            async with aiohttp.ClientSession() as http:
+                caller = Caller(live, http)
+                for thread in ("t1", "t2"):
+                    await caller.ask([said("user", f"work of {thread}")], {"thread-id": thread})
+                for thread in ("t1", "t2"):
+                    headers = {"thread-id": thread, "x-codex-turn-metadata": '{"request_kind": "compaction"}'}
+                    await caller.ask([said("user", f"sum up {thread}")], headers)
+                for thread in ("t1", "t2"):
+                    await caller.ask([said("user", f"go on with {thread}")], {"thread-id": thread})
+            graph = live.store.graph("r1")
+            assert graph.edges == [Edge("compaction", 5, 8, "header"), Edge("compaction", 7, 10, "header")]
+
+    asyncio.run(scene())
+
+
 def test_side_calls_are_answered_and_masked(tmp_path: Path) -> None:
     async def scene() -> None:
         async with live_gateway(tmp_path, ["a title", "x", "an answer"]) as live, aiohttp.ClientSession() as http:
