@@ -36,7 +36,6 @@ _STATUS_CODES: tuple[tuple[type[UpspiralError], int, str], ...] = (
     (StoreError, 500, "store_error"),
 )
 _COMMENT = b": keepalive\n\n"
-_TOO_DEEP = "the request's body is nested too deeply"
 
 
 def json_response(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
@@ -65,12 +64,19 @@ def json_object(raw: bytes) -> dict[str, Any]:
         raise RequestError(f"the request's body is not valid JSON: {error}") from error
     if not isinstance(value, dict):
         raise RequestError(f"the request's body must be a JSON object, not {type(value).__name__}")
+    if not _is_writable(value):
+        field = next((key for key, each in value.items() if not _is_writable([each])), "body")
+        raise FieldError(field[:80], "is nested too deeply")
+    return value
+
+
+def _is_writable(value: Any) -> bool:
+    """Answers repeat tools and metadata of a request, at most four levels deeper than they stood there."""
     try:
-        # An answer repeats tools and metadata at most so much deeper than they stood in the request.
         orjson.dumps([[[[value]]]])
     except TypeError:
-        raise RequestError(_TOO_DEEP) from None
-    return value
+        return False
+    return True
 
 
 def request_headers(request: Request) -> dict[str, str]:
@@ -90,7 +96,7 @@ def failure_of(error: Exception) -> Failure:
         field = error.field if isinstance(error, FieldError) else None
         return Failure(error.status, error.code, str(error), field, request_id)
     if isinstance(error, RecursionError):
-        return Failure(400, "invalid_request", _TOO_DEEP, request_id=request_id)
+        return Failure(400, "invalid_request", "the request's body is nested too deeply", request_id=request_id)
     for kind, status, code in _STATUS_CODES:
         if isinstance(error, kind):
             return Failure(status, code, str(error), request_id=request_id)
