@@ -12,11 +12,8 @@ from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
-from upspiral.gateway.limits import Limits, headers_refused, refusal
+from upspiral.gateway.limits import LINGER_S, Limits, headers_refused, refusal
 
-LINGER_S = 2.0
-"""How long a client may go on sending what nobody reads once it has been answered. Closing at once would reset the
-connection, and it would never see why."""
 _SPARE_CONNECTIONS = 64
 """Beyond the limit, so many are told that there is no room; the others are dropped without a word."""
 

@@ -5,11 +5,16 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from upspiral.errors import RequestError
+
+LINGER_S = 2.0
+"""How long a client may go on sending what nobody reads once it has been answered. Closing at once would reset the
+connection, and it would never see why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +73,14 @@ class LimitedApp:
         if len(headers) > self._limits.headers or size > self._limits.header_bytes:
             await _refuse_headers(send, self._limits)
             return
-        await self._app(scope, _Body(receive, headers, self._limits).receive, send)
+        body = _Body(receive, headers, self._limits)
+
+        async def send_last(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                await body.drop_rest()
+            await send(message)
+
+        await self._app(scope, body.receive, send_last if _is_last(scope) else send)
 
 
 class _Body:
@@ -101,12 +113,29 @@ class _Body:
         self._complete = not message.get("more_body", False)
         return message
 
+    async def drop_rest(self) -> None:
+        """Reads what has not been read, for a while. The connection is about to be closed, and closing it over a client
+        that still sends would reset it: the client would never see its answer."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(LINGER_S):
+                while not self._complete:
+                    self._complete = not (await self._receive()).get("more_body", False)
+
     def _check_size(self, size: int) -> None:
         if size > self._limits.body_bytes:
             raise BodyTooLargeError(
                 f"the request's body has at least {size} bytes, at most {self._limits.body_bytes} are taken; "
                 "shorten the history, or raise --max-body-mb of `upspiral serve`"
             )
+
+
+def _is_last(scope: Scope) -> bool:
+    """Whether the connection ends with this request. A client that waits to be told to go on sends no body."""
+    headers = [(name, value.lower()) for name, value in scope["headers"] if name in (b"connection", b"expect")]
+    closes = scope["http_version"] == "1.0" or any(
+        name == b"connection" and b"close" in value for name, value in headers
+    )
+    return closes and not any(name == b"expect" for name, _ in headers)
 
 
 def headers_refused(limits: Limits) -> bytes:
