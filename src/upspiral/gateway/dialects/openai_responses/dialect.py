@@ -156,7 +156,7 @@ def _read(body: Mapping[str, Any], desk: RolloutDesk) -> tuple[list[Item], Offer
     tools = read_tools(body)
     choice, offered = read_tool_choice(body, tools.specs)
     request = AnswerRequest(
-        messages=messages,
+        messages=stored.as_written(memory, messages),
         tools=offered,
         tool_choice=choice,
         parallel_tool_calls=flag_field(body, "parallel_tool_calls", True),
