@@ -92,8 +92,11 @@ class _Admin:
         _check_known(body, "reward")
         reward = _reward(body)
         if not self._host.is_live(rollout.id):
-            raise SealedRolloutError(f"rollout {rollout.id} has ended before ({rollout.status.value})")
+            raise _ended(rollout)
         sealed = await self._host.seal_rollout(rollout.id)
+        rollout = self._rollout(request)
+        if rollout.status is not RolloutStatus.RUNNING:  # Another finish came while this one waited for the engine.
+            raise _ended(rollout)
         status, reason = _outcome(sealed)
         # What broke says nothing about the agent (DESIGN law 6).
         reward = None if status is RolloutStatus.FAILED else reward
@@ -165,6 +168,10 @@ def _reward(body: Mapping[str, Any]) -> float | None:
     if isinstance(reward, bool) or not isinstance(reward, int | float) or not math.isfinite(reward):
         raise RequestError(f"body.reward must be a finite number or null, not {shown(reward)}")
     return float(reward)
+
+
+def _ended(rollout: Rollout) -> SealedRolloutError:
+    return SealedRolloutError(f"rollout {rollout.id} has ended before ({rollout.status.value})")
 
 
 def _outcome(sealed: SealedRollout) -> tuple[RolloutStatus, str]:

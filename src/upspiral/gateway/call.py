@@ -59,17 +59,22 @@ class Call:
 
     def __init__(self, engine: Engine, plan: CallPlan, on_end: Callable[[Call], None]) -> None:
         self.plan = plan
-        self.error: UpspiralError | None = None
-        """Why there is no answer."""
+        self._error: UpspiralError | None = None
         self._engine = engine
-        self._on_end = on_end
+        self._on_end: Callable[[Call], None] | None = on_end
         self._readers = 1
         self._events: list[AnswerEvent] = []
         self._news = asyncio.Event()
         self._cancelled_by: UpspiralError | None = None
         self._task = asyncio.create_task(self._run(), name=plan.name)
-        # A task that is cancelled before its first step runs none of its code; its readers must wake all the same.
+        # Readers must wake even when none of the task's code has run.
         self._task.add_done_callback(lambda _: self._news.set())
+
+    @property
+    def error(self) -> UpspiralError | None:
+        """Why there is no answer."""
+        # A task that is cancelled before its first step runs none of its code.
+        return self._stopped_by() if self._task.cancelled() else self._error
 
     @property
     def delivered(self) -> bool:
@@ -133,17 +138,27 @@ class Call:
         try:
             await self._sample_all()
         except asyncio.CancelledError:
-            self.error = self._cancelled_by or HungUpError("the gateway is shutting down")
+            self._error = self._stopped_by()
         except UpspiralError as error:
-            self.error = error
+            self._error = error
         except Exception as error:  # boundary: whatever an engine does must end as a record, not as a hanging client
-            self.error = EngineError(f"{self.plan.name}: the engine failed: {type(error).__name__}: {error}")
+            self._error = EngineError(f"{self.plan.name}: the engine failed: {type(error).__name__}: {error}")
         for generation in self.plan.generations:
             generation.cancel()
+        self._hand_over()
+
+    def _hand_over(self) -> None:
+        """Calls `on_end` and lets go of it: what was cancelled stays in asyncio's tracebacks until the garbage
+        collector comes by, and would keep its whole rollout."""
+        on_end, self._on_end = self._on_end, None
+        assert on_end is not None
         try:
-            self._on_end(self)
+            on_end(self)
         except UpspiralError as error:
-            self.error = error
+            self._error = error
+
+    def _stopped_by(self) -> UpspiralError:
+        return self._cancelled_by or HungUpError("the gateway is shutting down")
 
     async def _sample_all(self) -> None:
         try:

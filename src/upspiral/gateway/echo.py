@@ -16,59 +16,47 @@ from upspiral.types import Message, ToolSpec
 
 MessageKey = tuple[object, ...]
 """Equal for messages that mean the same."""
+Defaults = Mapping[str, Mapping[str, str]]
+"""Tool -> its arguments that have a default -> the default as canonical JSON."""
 _EXACT_BELOW = 2**53
 """Whole numbers from here on are not all different as floats."""
 
 
-class EchoKeys:
-    """Keys of messages. Remembers what it canonicalised: an agent sends its whole history with every request."""
-
-    def __init__(self) -> None:
-        self._canonical: dict[tuple[str, str], str] = {}
-        self._defaults: dict[str, dict[str, Any]] = {}
-        """Tool -> arguments that its schema gives a default."""
-
-    def offered(self, tools: Sequence[ToolSpec]) -> bool:
-        """Learns what the tools take for granted: some agents write that into the calls they send back. Returns whether
-        keys that were made before may be others now."""
-        has_changed = False
-        for tool in tools:
-            properties = tool.parameters.get("properties")
-            fields = properties.items() if isinstance(properties, Mapping) else ()
-            defaults = {
-                name: each["default"] for name, each in fields if isinstance(each, Mapping) and "default" in each
-            }
-            if self._defaults.get(tool.name, {}) != defaults:
-                self._defaults[tool.name] = defaults
-                self._canonical.clear()
-                has_changed = True
-        return has_changed
-
-    def of(self, messages: Sequence[Message], start: int = 0) -> list[MessageKey]:
-        """One key for each message from `start` on. A tool result is tied to its call by the call's position, because
-        clients rename ids."""
-        keys: list[MessageKey] = []
-        asked = next((each for each in reversed(messages[:start]) if each.role == "assistant"), None)
-        call_ids = [call.id for call in asked.tool_calls] if asked else []
-        for message in messages[start:]:
-            position, calls, text = None, (), message.text
-            if message.role == "assistant":
-                call_ids = [call.id for call in message.tool_calls]
-                calls = tuple((call.name, self._arguments(call.name, call.arguments)) for call in message.tool_calls)
-                text = text.strip()
-            elif message.tool_call_id in call_ids:
-                position = call_ids.index(message.tool_call_id)
-            keys.append((message.role, text, calls, position))
-        return keys
-
-    def _arguments(self, tool: str, text: str) -> str:
-        known = self._canonical.get((tool, text))
-        if known is None:
-            known = self._canonical[tool, text] = canonical_json(text, self._defaults.get(tool, {}))
-        return known
+def defaults_of(tools: Sequence[ToolSpec]) -> Defaults:
+    """What the tools take for granted: some agents write it into the calls that they send back."""
+    found: dict[str, Mapping[str, str]] = {}
+    for tool in tools:
+        properties = tool.parameters.get("properties")
+        fields = properties.items() if isinstance(properties, Mapping) else ()
+        found[tool.name] = {
+            name: canonical_json(json.dumps(each["default"]))
+            for name, each in fields
+            if isinstance(each, Mapping) and "default" in each
+        }
+    return found
 
 
-def canonical_json(text: str, defaults: Mapping[str, Any] | None = None) -> str:
+def message_keys(messages: Sequence[Message], defaults: Defaults, start: int = 0) -> list[MessageKey]:
+    """One key for each message from `start` on. A tool result is tied to its call by the call's position, because
+    clients rename ids."""
+    keys: list[MessageKey] = []
+    asked = next((each for each in reversed(messages[:start]) if each.role == "assistant"), None)
+    call_ids = [call.id for call in asked.tool_calls] if asked else []
+    for message in messages[start:]:
+        position, calls, text = None, (), message.text
+        if message.role == "assistant":
+            call_ids = [call.id for call in message.tool_calls]
+            calls = tuple(
+                (call.name, canonical_json(call.arguments, defaults.get(call.name, {}))) for call in message.tool_calls
+            )
+            text = text.strip()
+        elif message.tool_call_id in call_ids:
+            position = call_ids.index(message.tool_call_id)
+        keys.append((message.role, text, calls, position))
+    return keys
+
+
+def canonical_json(text: str, defaults: Mapping[str, str] = {}) -> str:
     """The same text for JSON that differs only in spacing, escapes, key order, how a number is written or members that
     equal their default; other text unchanged."""
     try:
@@ -76,7 +64,11 @@ def canonical_json(text: str, defaults: Mapping[str, Any] | None = None) -> str:
     except ValueError:
         return text
     if defaults and isinstance(value, dict):
-        value = {name: each for name, each in value.items() if not _is_default(name, each, defaults)}
+        value = {name: each for name, each in value.items() if name not in defaults or _json(each) != defaults[name]}
+    return _json(value)
+
+
+def _json(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"))
 
 
@@ -84,8 +76,3 @@ def _number(text: str) -> float | int:
     """A whole number as one, however it is written, as long as that is exact."""
     value = float(text)
     return int(value) if value.is_integer() and abs(value) < _EXACT_BELOW else value
-
-
-def _is_default(name: str, value: Any, defaults: Mapping[str, Any]) -> bool:
-    """As JSON has it: false is not 0."""
-    return name in defaults and type(value) is type(defaults[name]) and value == defaults[name]

@@ -28,7 +28,7 @@ class Hints:
     retry: int = 0
     """Above 0: the client sends the same request again because it got no answer."""
     body_digest: bytes = b""
-    """Tells equal bodies; b"" when the caller did not compute it."""
+    """Tells equal bodies for the same endpoint; b"" when the caller did not compute it."""
 
 
 NO_HINTS = Hints()
@@ -42,14 +42,18 @@ def hints_of(headers: Mapping[str, str], body_digest: bytes = b"") -> Hints:
     parent = _first(headers, "x-claude-code-parent-agent-id", "x-parent-session-id") or _text(codex, "parent_thread_id")
     if not parent and headers.get("x-claude-code-agent-id"):
         parent = session  # the main agent sends no agent id
-    retry = headers.get("x-stainless-retry-count", "") or headers.get("x-upspiral-retry", "")
+    retries = [_count(headers.get(name, "")) for name in ("x-stainless-retry-count", "x-upspiral-retry")]
     return Hints(
         conversation=conversation[:_MOST_CHARACTERS],
         parent=parent[:_MOST_CHARACTERS],
         purpose=_text(codex, "request_kind")[:_MOST_CHARACTERS],
-        retry=int(retry) if retry.isascii() and retry.isdigit() and len(retry) < 6 else 0,
+        retry=max(retries),
         body_digest=body_digest,
     )
+
+
+def _count(text: str) -> int:
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 6 else 0
 
 
 def _first(headers: Mapping[str, str], *names: str) -> str:

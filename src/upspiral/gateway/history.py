@@ -17,10 +17,13 @@ from numpy.typing import NDArray
 
 from upspiral.errors import TailMismatch
 from upspiral.gateway.echo import MessageKey
-from upspiral.gateway.line import Line, Lines
+from upspiral.gateway.line import Line, LineId, Lines
 from upspiral.rendering.renderer import Renderer, Segment
 from upspiral.trajectory.graph import TokenRun, TrajectoryGraph
 from upspiral.types import Message, Node, Role, ToolSpec
+
+_PATHS_KEPT = 16
+"""A rollout has that many conversations at a time, or their paths are gathered from the nodes again."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -37,6 +40,8 @@ class Prompt:
     line: Line
     """The request's messages."""
     tools_key: bytes
+    continues: int | None = None
+    """The last answer that the request repeats, whether or not its tokens could be gone on from."""
     fork: str = ""
     """Why the request does not go on from what it repeats: "tools" (it offers others), "template" (the chat template
     renders the past differently) or "edited" (it holds an answer that was never given); "" when it does."""
@@ -74,14 +79,14 @@ class History:
         self._keeps_thinking = keeps_thinking
         self._lines = Lines()
         self._last_tools = b""
-        self._at_line: dict[int, list[int]] = {}
+        self._at_line: dict[LineId, list[int]] = {}
         """By the line of conversation: the answers that end it, oldest first."""
         self._context_nodes: dict[tuple[int | None, Role, bytes], int] = {}
         """Parent, role and tokens -> the node there that nobody sampled."""
         self._given: dict[int, _Given] = {}
         """By answer node."""
         self._paths: dict[int, NDArray[np.int32]] = {}
-        """Tokens up to the end of the newest answers, which is what requests continue."""
+        """Tokens up to the end of the newest answers, oldest first: they are what requests continue."""
 
     def prompt(self, messages: Sequence[Message], tools: Sequence[ToolSpec]) -> Prompt:
         """Builds the prompt for a request. Changes nothing that a reader could see."""
@@ -90,16 +95,17 @@ class History:
             self._lines.offered(tools)
             self._last_tools = tools_key
         line = self._lines.follow(messages)
-        anchor, depth, tools_changed = self._find_anchor(line, tools_key)
-        fork = "tools" if tools_changed else ""
-        if anchor is not None:
-            if self._keeps_thinking or not self._loses_thinking(anchor, messages):
-                try:
-                    return self._extended(anchor, messages[depth:], line, tools_key)
-                except TailMismatch:
-                    pass
-            messages, fork = self._with_thinking(anchor, messages), "template"
-        return self._by_tokens(self._renderer.render(messages, tools), line, tools_key, fork)
+        anchor, depth, other = self._find_anchor(line, tools_key)
+        prompt = None if anchor is None else self._extended(anchor, messages, depth, line, tools_key)
+        if prompt is None:
+            known = messages if anchor is None else self._with_thinking(anchor, messages)
+            prompt = self._by_tokens(self._renderer.render(known, tools), line, tools_key)
+        if other is not None:
+            return replace(prompt, fork="tools", continues=other.id)
+        if anchor is None:
+            return prompt
+        changed = prompt.anchor != anchor.id and not self._goes_on(prompt, anchor)
+        return replace(prompt, fork="template" if changed else prompt.fork, continues=anchor.id)
 
     def add_context(self, prompt: Prompt, start: str | None = None) -> tuple[int | None, list[Node]]:
         """Adds the nodes of a prompt that the graph does not have yet; `start` is the reason of the first of them where
@@ -125,11 +131,11 @@ class History:
             parent, tokens, role="assistant", reason=reason, message=answered.message,
             delivered=answered.delivered, auxiliary=answered.auxiliary,
         )  # fmt: skip
-        key = self._lines.key(answered.message)
+        key, line = prompt.line.going_on(answered.message)
         last = self._last_answer(parent)
         before = 0 if last is None else self._given[last].sampled
         self._given[node.id] = _Given(key, prompt.tools_key, before + 1)
-        self._at_line.setdefault(self._lines.longer(prompt.line, key), []).append(node.id)
+        self._at_line.setdefault(line, []).append(node.id)
         self._keep_path(node, prompt)
         return node
 
@@ -138,8 +144,9 @@ class History:
         return [node for node in self.graph.children(parent) if node.id in self._given]
 
     def begins_conversation(self, prompt: Prompt) -> bool:
-        """Whether new nodes of the prompt start a line of conversation in which nothing was answered yet."""
-        if self._last_answer(prompt.anchor) is not None:
+        """Whether new nodes of the prompt start a line of conversation in which nothing was answered yet. One that goes
+        on in a tree of its own, with other tools or as the template has it, was begun before."""
+        if prompt.continues is not None or self._last_answer(prompt.anchor) is not None:
             return False
         parent = prompt.anchor
         for segment in prompt.segments:
@@ -167,15 +174,24 @@ class History:
         path = self.graph.path(anchor.id)[:kept_from]
         return any(node.id in self._given and node.message and node.message.thinking for node in path)
 
-    def _extended(self, anchor: Node, tail: Sequence[Message], line: Line, tools_key: bytes) -> Prompt:
+    def _extended(
+        self, anchor: Node, messages: Sequence[Message], depth: int, line: Line, tools_key: bytes
+    ) -> Prompt | None:
+        """The prompt that goes on from an answer's stored tokens, which end `depth` messages; None where it must be
+        rendered whole."""
+        if not self._keeps_thinking and self._loses_thinking(anchor, messages):
+            return None
         stored = self._path_ids(anchor.id)
         after = anchor.finish_reason or "cancelled"
-        segments = self._renderer.render_tail(
-            tail,
-            after=after,
-            stop_token=int(stored[-1]) if after == "stop" else None,
-            calls=anchor.message.tool_calls if anchor.message else (),
-        )
+        try:
+            segments = self._renderer.render_tail(
+                messages[depth:],
+                after=after,
+                stop_token=int(stored[-1]) if after == "stop" else None,
+                calls=anchor.message.tool_calls if anchor.message else (),
+            )
+        except TailMismatch:
+            return None
         edited = any(segment.role == "assistant" for segment in segments)
         return Prompt(
             token_ids=np.concatenate([stored, *(segment.token_ids for segment in segments)]),
@@ -187,11 +203,10 @@ class History:
             fork="edited" if edited else "",
         )
 
-    def _by_tokens(self, segments: Sequence[Segment], line: Line, tools_key: bytes, fork: str) -> Prompt:
+    def _by_tokens(self, segments: Sequence[Segment], line: Line, tools_key: bytes) -> Prompt:
         """Hangs a whole prompt below the longest stored path with exactly its tokens."""
         anchor, rest = self._stored_path(segments, line.keys)
-        if not fork and anchor is not None and any(segment.role == "assistant" for segment in rest):
-            fork = "edited"
+        edited = anchor is not None and any(segment.role == "assistant" for segment in rest)
         ids = np.concatenate([segment.token_ids for segment in segments])
         return Prompt(
             token_ids=ids,
@@ -200,8 +215,13 @@ class History:
             segments=tuple(rest),
             line=line,
             tools_key=tools_key,
-            fork=fork,
+            fork="edited" if edited else "",
         )
+
+    def _goes_on(self, prompt: Prompt, answer: Node) -> bool:
+        """Whether a prompt that was rendered whole has the stored tokens up to the end of an answer all the same."""
+        stored = self._path_ids(answer.id)
+        return np.array_equal(prompt.token_ids[: len(stored)], stored)
 
     def _stored_path(self, segments: Sequence[Segment], keys: Sequence[MessageKey]) -> tuple[int | None, list[Segment]]:
         """The last node of the longest stored path that has the segments' tokens, and the segments that remain. An
@@ -234,21 +254,22 @@ class History:
         node_id = self._context_nodes.get((parent, role, ids.tobytes()))
         return None if node_id is None else self.graph.nodes[node_id]
 
-    def _find_anchor(self, line: Line, tools_key: bytes) -> tuple[Node | None, int, bool]:
-        """The deepest answer that the messages repeat with the same tools, how many messages its path covers, and
-        whether only other tools stand in the way. Of equals, the path with more answers as they were sampled wins (an
-        agent may have written what the model later says), then a delivered one, then the newest."""
-        tools_changed = False
+    def _find_anchor(self, line: Line, tools_key: bytes) -> tuple[Node | None, int, Node | None]:
+        """The deepest answer that the messages repeat with the same tools, how many messages its path covers, and the
+        deepest one below it, if any, that was given with other tools. Of equals, the path with more answers as they
+        were sampled wins (an agent may have written what the model later says), then a delivered one, then the
+        newest."""
+        other: Node | None = None
         # The last message is what the model answers to; it is always rendered.
         for depth in range(len(line.messages) - 1, 0, -1):
             repeated = [node for node in self._ending(line.ids[depth - 1]) if self._same_thoughts(node, line)]
             usable = [node for node in repeated if self._given[node.id].tools_key == tools_key]
             if usable:
-                return max(usable, key=self._worth), depth, False
-            tools_changed = tools_changed or bool(repeated)
-        return None, 0, tools_changed
+                return max(usable, key=self._worth), depth, other
+            other = other or max(repeated, key=self._worth, default=None)
+        return None, 0, other
 
-    def _ending(self, line: int) -> list[Node]:
+    def _ending(self, line: LineId) -> list[Node]:
         """The answers that end a line of conversation."""
         return [self.graph.nodes[node_id] for node_id in self._at_line.get(line, ())]
 
@@ -286,6 +307,8 @@ class History:
         if prompt.anchor is not None:
             self._paths.pop(prompt.anchor, None)
         self._paths[node.id] = np.concatenate([prompt.token_ids, node.token_ids])
+        if len(self._paths) > _PATHS_KEPT:
+            del self._paths[next(iter(self._paths))]
 
 
 def _tools_key(tools: Sequence[ToolSpec]) -> bytes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -81,15 +82,12 @@ class LimitedApp:
             return
         body = _Body(receive, headers, self._limits)
 
-        async def send_when_read(message: Message) -> None:
+        async def send_last(message: Message) -> None:
             if message["type"] == "http.response.start":
-                await body.discard_rest()
+                await body.drop_rest()
             await send(message)
 
-        # The server closes such a connection right behind the answer. Under a client that still sends, that is a reset,
-        # which takes the answer along. Other connections stay open until the client is done.
-        closes = any(name == b"connection" and value.lower() == b"close" for name, value in headers)
-        await self._app(scope, body.receive, send_when_read if closes else send)
+        await self._app(scope, body.receive, send_last if _is_last(scope) else send)
 
 
 class _Body:
@@ -122,13 +120,13 @@ class _Body:
         self._complete = not message.get("more_body", False)
         return message
 
-    async def discard_rest(self) -> None:
-        """Takes what the application did not read, as far as the limits allow."""
-        try:
-            while not self._complete:
-                await self.receive()
-        except (BodyTooLargeError, SlowBodyError):
-            self._complete = True
+    async def drop_rest(self) -> None:
+        """Reads what has not been read, for a while. The connection is about to be closed, and closing it over a client
+        that still sends would reset it: the client would never see its answer."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(LINGER_S):
+                while not self._complete:
+                    self._complete = not (await self._receive()).get("more_body", False)
 
     def _check_size(self, size: int) -> None:
         if size > self._limits.body_bytes:
@@ -136,6 +134,15 @@ class _Body:
                 f"the request's body has at least {size} bytes, at most {self._limits.body_bytes} are taken; "
                 "shorten the history, or raise --max-body-mb of `upspiral serve`"
             )
+
+
+def _is_last(scope: Scope) -> bool:
+    """Whether the connection ends with this request. A client that waits to be told to go on sends no body."""
+    headers = [(name, value.lower()) for name, value in scope["headers"] if name in (b"connection", b"expect")]
+    closes = scope["http_version"] == "1.0" or any(
+        name == b"connection" and b"close" in value for name, value in headers
+    )
+    return closes and not any(name == b"expect" for name, _ in headers)
 
 
 def headers_refused(limits: Limits) -> bytes:

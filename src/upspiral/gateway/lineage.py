@@ -45,10 +45,10 @@ class Lineage:
         self._conversation_of: dict[int, str] = {}
         """Answer node -> what the agent called its conversation."""
         self._purpose_of: dict[int, str] = {}
-        self._first_of: dict[int, int | None] = {}
-        """Answer node -> the first node of the spawned conversation that it belongs to; None: of none."""
-        self._last_answers: dict[int, Node | None] = {}
-        """By the first node of a spawned conversation: its newest answer."""
+        self._newest: dict[int, Node | None] = {}
+        """First node of a spawned conversation -> its newest answer."""
+        self._home: dict[int, int] = {}
+        """Answer node -> the first node of its conversation, if that was spawned."""
 
     def start_of(self, opening: Sequence[Message], hints: Hints, anchor: int | None = None) -> Start | None:
         """How a conversation that begins with these messages, below the node `anchor`, came about; None: nobody in this
@@ -59,30 +59,30 @@ class Lineage:
             return max(quotes, key=lambda quote: (quote[0], quote[1].source))[1]
         return self._start_by_own_words(opening, anchor) or self._start_by_header(hints)
 
-    def answered(self, node: Node, hints: Hints) -> None:
-        """Takes in a new answer."""
+    def answered(self, node: Node, hints: Hints, continues: int | None) -> None:
+        """Takes in a new answer. `continues` is the one that its request repeats last, which may stand in another
+        tree."""
+        home = self._home_of(node, continues)
+        if home is not None:
+            self._home[node.id] = home
+            self._newest[home] = node
         self._conversation_of[node.id] = hints.conversation
         self._purpose_of[node.id] = hints.purpose
-        first = self._first_of[node.id] = self._first_above(node)
-        if first is not None:
-            self._last_answers[first] = node
 
     def started(self, first: Node, start: Start) -> Edge:
         """The edge of a new conversation whose first node is now in the graph."""
         if start.kind == "spawn":
-            self._last_answers[first.id] = None
+            self._newest[first.id] = None
         return Edge(start.kind, start.source, first.id, start.evidence)
 
-    def joins(self, nodes: Sequence[Node]) -> list[Edge]:
-        """Edges from spawned conversations to the new nodes whose messages repeat their last answers."""
-        results = [node for node in nodes if node.role in ("tool", "user") and node.message]
-        edges = []
-        for first, last in self._last_answers.items() if results else ():
-            said = last.message.text.strip() if last is not None and last.message is not None else ""
-            for node in results:
-                if last is not None and said and said in _text(node) and self._first_above(node) != first:
-                    edges.append(Edge("join", last.id, node.id))
-        return edges
+    def joins(self, nodes: Sequence[Node], continues: int | None) -> list[Edge]:
+        """Edges from spawned conversations to the new nodes of a prompt whose messages repeat their last answers."""
+        results = [node for node in nodes if node.role in ("tool", "user")]
+        if not results or not self._newest:
+            return []
+        here = self._home_of(nodes[0], continues)
+        last = [node for first, node in sorted(self._newest.items()) if node is not None and first != here]
+        return [Edge("join", said.id, node.id) for said in last for node in results if _repeats(_text(node), said)]
 
     def _quotes(self, text: str) -> Iterator[tuple[Start, int]]:
         """What the opening repeats of earlier answers, with how much of it."""
@@ -123,20 +123,22 @@ class Lineage:
 
     def _start_by_header(self, hints: Hints) -> Start | None:
         newest = sorted(self._conversation_of, reverse=True)
-        asked = next((node for node in newest if self._purpose_of[node] == COMPACTION), None)
-        if asked is not None and self._conversation_of[asked] == hints.conversation and hints.purpose != COMPACTION:
+        own = (node for node in newest if self._conversation_of[node] == hints.conversation)
+        asked = next((node for node in own if self._purpose_of[node] == COMPACTION), None)
+        if asked is not None and hints.purpose != COMPACTION:
             return Start("compaction", asked, "header")
         parent = next((node for node in newest if hints.parent and self._conversation_of[node] == hints.parent), None)
         return None if parent is None else Start("spawn", parent, "header")
 
-    def _first_above(self, node: Node) -> int | None:
-        """The first node of the spawned conversation that a node belongs to."""
+    def _home_of(self, node: Node, continues: int | None) -> int | None:
+        """The first node of the spawned conversation that a node belongs to; None: to one that nobody spawned."""
         current: int | None = node.id
-        while current is not None and current not in self._last_answers:
-            if current in self._first_of:
-                return self._first_of[current]
+        while current is not None and current not in self._conversation_of:
+            if current in self._newest:
+                return current
             current = self._graph.nodes[current].parent
-        return current
+        answer = continues if current is None else current
+        return None if answer is None else self._home.get(answer)
 
 
 def _plain(text: str) -> str:
@@ -152,6 +154,14 @@ def _parts(text: str) -> list[str]:
 
 def _text(node: Node) -> str:
     return node.message.text if node.message else ""
+
+
+def _repeats(text: str, answer: Node) -> bool:
+    """Whether a text holds an answer; a short one must stand alone, because it may be anywhere by chance."""
+    said = _text(answer).strip()
+    if len(said) >= LEAST_QUOTE:
+        return said in text
+    return bool(said) and (said == text.strip() or f'"{said}"' in text or said in map(str.strip, text.splitlines()))
 
 
 def _strings(arguments: str) -> list[str]:

@@ -163,8 +163,9 @@ class Gateway:
     async def _answer_exchange(self, dialect: Dialect, read: ReadExchange, request: Request) -> Response:
         session = self._session(request)
         raw = await raw_body(request)
-        exchange = read(json_object(raw), self._desks[session.rollout.id])
-        digest = hashlib.blake2b(raw, digest_size=16).digest()
+        exchange = read(json_object(raw), self._desk(session))
+        # The same body asks for something else on another path.
+        digest = hashlib.blake2b(request.url.path.encode() + b"\n" + raw, digest_size=16).digest()
         call = session.begin(exchange.request, hints_of(request_headers(request), digest))
         if exchange.stream:
             return AnswerStream(call, exchange.writer(call), dialect)
@@ -176,7 +177,7 @@ class Gateway:
         session = self._session(request)
         body = json_object(await raw_body(request)) if lookup.method == "POST" else {}
         wanted = WireRequest(body, request.path_params, request.query_params)
-        return json_response(lookup.reply(wanted, self._desks[session.rollout.id]))
+        return json_response(lookup.reply(wanted, self._desk(session)))
 
     async def _converse(self, dialect: Dialect, open_channel: OpenChannel, websocket: WebSocket) -> None:
         try:
@@ -197,8 +198,15 @@ class Gateway:
             raise UnknownKeyError(self._unknown_key(key))
         session = self._live.get(rollout_id)
         if session is None:
-            raise SealedRolloutError(f"rollout {rollout_id} has ended; nothing more is answered or recorded")
+            raise _sealed(rollout_id)
         return session
+
+    def _desk(self, session: Session) -> RolloutDesk:
+        """The rollout may have been sealed while the request's body arrived."""
+        desk = self._desks.get(session.rollout.id)
+        if desk is None:
+            raise _sealed(session.rollout.id)
+        return desk
 
     def _unknown_key(self, key: str) -> str:
         if key and key == self._admin_key:
@@ -229,6 +237,10 @@ async def _refuse_socket(websocket: WebSocket) -> None:
     paths = " and ".join(path for dialect in DIALECTS for path in dialect.channels)
     error = HTTPException(404, f"no WebSocket is served here, only at {paths}")
     await websocket.send_denial_response(failure_response(failure_of(error), DIALECTS[0]))
+
+
+def _sealed(rollout_id: str) -> SealedRolloutError:
+    return SealedRolloutError(f"rollout {rollout_id} has ended; nothing more is answered or recorded")
 
 
 def _dialect_of(request: Request) -> Dialect:

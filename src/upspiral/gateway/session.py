@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections import OrderedDict
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,7 +35,8 @@ from upspiral.types import Edge, Node, Rollout
 SEAL_DEADLINE_S = 30.0
 """How long the engine may take to let go of cancelled generations."""
 REMEMBERED_CALLS = 4
-"""So many of the newest complete calls of a rollout can be sent again to a client that retries."""
+"""So many of the newest complete calls of a rollout can be sent again to a client that retries, beside all that are
+still being answered."""
 
 
 class MaxCallsError(RequestError):
@@ -52,7 +52,7 @@ class SealedRollout:
     calls: int
     """Requests that reached the engine, without side calls."""
     truncated: str | None
-    """The limit that its last request ran into: "max_calls" or "context_length_exceeded"."""
+    """The limit that its last request ran into, side calls left out: "max_calls" or "context_length_exceeded"."""
     failed: str | None
     """What broke in the engine or the store. Infrastructure: the rollout is to be masked (DESIGN law 6)."""
 
@@ -88,8 +88,8 @@ class Session:
         self._history = History(rollout.id, room.renderer, keeps_thinking=policy.gateway.thinking == "preserve")
         self._lineage = Lineage(self._history.graph)
         self._in_flight: set[Call] = set()
-        self._recent: OrderedDict[bytes, Call] = OrderedDict()
-        """The newest calls by the digest of their bodies."""
+        self._recent: dict[bytes, Call] = {}
+        """The newest calls by the digest of their bodies, oldest first, and all in flight."""
         self._planned = 0
         """Requests that got a prompt, side calls included: each has a number, and so a seed, of its own."""
         self._calls = 0
@@ -123,10 +123,16 @@ class Session:
         if not auxiliary:
             self._check_calls()
         asked = _Asked(self._history.prompt(request.messages, request.tools), hints, auxiliary)
-        plan = self._plan(request, asked.prompt)
+        try:
+            plan = self._plan(request, asked.prompt)
+        except ContextLengthError as error:
+            self._truncated = self._truncated if auxiliary else error.code
+            raise
         # Only now: a request that is refused costs the agent no call.
         self._planned += 1
-        self._calls += not auxiliary
+        if not auxiliary:
+            self._calls += 1
+            self._truncated = None
         self._room.metrics.prompt(len(plan.prompt_ids), plan.reused_tokens)
         call = Call(self._room.engine, plan, lambda call: self._end(call, asked))
         self._in_flight.add(call)
@@ -143,6 +149,8 @@ class Session:
         """Refuses new requests, cancels those in flight and waits until what they sampled is committed. Afterwards
         nothing is recorded. Raises DeadlineError when the engine does not let go."""
         self._sealed = True
+        # Calls know their session: without this it lived on until the garbage collector came by, which it seldom does.
+        self._recent.clear()
         calls = list(self._in_flight)
         for call in calls:
             call.cancel(SealedRolloutError(f"rollout {self.rollout.id} ended while this request was answered"))
@@ -176,16 +184,16 @@ class Session:
     def _remember(self, call: Call, hints: Hints) -> None:
         if not hints.body_digest:
             return
+        self._recent.pop(hints.body_digest, None)
         self._recent[hints.body_digest] = call
-        self._recent.move_to_end(hints.body_digest)
-        while len(self._recent) > REMEMBERED_CALLS:
-            self._recent.popitem(last=False)
+        complete = [digest for digest, each in self._recent.items() if each.task.done()]
+        for digest in complete[:-REMEMBERED_CALLS]:
+            del self._recent[digest]
 
     def _room_left(self, length: int) -> int:
         """Tokens left for an answer behind a prompt of `length` tokens."""
         limit = self._room.engine.context_length
         if length >= limit:
-            self._truncated = ContextLengthError.code
             raise ContextLengthError(
                 f"the prompt has {length} tokens and the model's context holds {limit}, at least one of them for the "
                 "answer; shorten the history"
@@ -226,8 +234,6 @@ class Session:
         """Commits what a call sampled: the new context and its answers in one transaction."""
         if isinstance(call.error, EngineError | DeadlineError):
             self._failed = str(call.error)
-        elif call.error is None:
-            self._truncated = None
         if not any(generation.token_ids for generation in call.plan.generations):
             return
         try:
@@ -235,27 +241,35 @@ class Session:
         except UpspiralError as error:
             self._failed = str(error)
             raise
+        except Exception as error:  # boundary: nobody may be served what is not recorded
+            self._failed = f"{call.plan.name} could not be recorded: {type(error).__name__}: {error}"
+            raise LedgerError(self._failed) from error
         errors = [error for generation in call.plan.generations for error in generation.answer().errors]
         self._room.metrics.committed(nodes, errors)
 
     def _commit(self, call: Call, asked: _Asked) -> list[Node]:
         parent, nodes, edges = self._add_context(asked)
+        lost = self._lost_answer(parent, asked.hints)
         for generation in call.plan.generations:
             if not generation.token_ids:
                 continue
-            before = self._history.answers_below(parent)
-            answered = Answered(generation.answer().message, call.delivered, asked.auxiliary, asked.hints.retry > 0)
+            answered = Answered(generation.answer().message, call.delivered, asked.auxiliary, lost is not None)
             try:
                 node = self._history.add_answer(parent, generation.tokens(), answered, asked.prompt)
             except ValueError as error:
                 raise EngineError(f"rollout {self.rollout.id}: the engine's tokens are unusable: {error}") from error
-            if node.reason == "retry":
-                edges.append(self._connected(Edge("retry", before[-1].id, node.id, "header")))
-            self._lineage.answered(node, asked.hints)
+            if lost is not None:
+                edges.append(self._connected(Edge("retry", lost.id, node.id, "header")))
+            self._lineage.answered(node, asked.hints, asked.prompt.continues)
             nodes.append(node)
         self._check_usage(call, nodes)
         self._room.store.commit(self.rollout.id, nodes, edges)
         return nodes
+
+    def _lost_answer(self, parent: int | None, hints: Hints) -> Node | None:
+        """The answer that a retry asks for again: the newest that nobody received, else the newest."""
+        below = self._history.answers_below(parent) if hints.retry else []
+        return max(below, key=lambda node: (not node.delivered, node.id), default=None)
 
     def _add_context(self, asked: _Asked) -> tuple[int | None, list[Node], list[Edge]]:
         """The prompt's new nodes, and the edges that come with them."""
@@ -266,7 +280,7 @@ class Session:
         parent, nodes = self._history.add_context(prompt, reason)
         if start is not None and nodes:
             edges.append(self._connected(self._lineage.started(nodes[0], start)))
-        edges += [self._connected(edge) for edge in self._lineage.joins(nodes)]
+        edges += [self._connected(edge) for edge in self._lineage.joins(nodes, prompt.continues)]
         return parent, nodes, edges
 
     def _connected(self, edge: Edge) -> Edge:

@@ -58,7 +58,8 @@ async def raw_body(request: Request) -> bytes:
 
 
 def json_object(raw: bytes) -> dict[str, Any]:
-    """Raises RequestError when the text is not a JSON object."""
+    """Raises RequestError when the text is not a JSON object, or nested deeper than answers that repeat a part of it
+    can be written."""
     try:
         value = orjson.loads(raw)
     except ValueError as error:
@@ -74,12 +75,12 @@ def _check_depth(raw: bytes, value: dict[str, Any]) -> None:
     if raw.count(b"{") + raw.count(b"[") < _MOST_NESTED or _is_writable(value):
         return
     field = next((name for name, each in value.items() if not _is_writable({name: each})), "the body")
-    raise FieldError(field, f"is nested deeper than {_MOST_NESTED} levels; flatten it")
+    raise FieldError(field[:80], f"is nested deeper than {_MOST_NESTED} levels; flatten it")
 
 
 def _is_writable(value: Any) -> bool:
+    """What goes back stands some levels deeper there: an event holds a response, which holds the item."""
     try:
-        # What goes back stands some levels deeper there: an event holds a response, which holds the item.
         orjson.dumps([[[[value]]]])
     except TypeError:
         return False
@@ -92,8 +93,11 @@ def request_headers(request: HTTPConnection) -> dict[str, str]:
 
 
 def failure_of(error: Exception) -> Failure:
-    """How any error, ours or not, looks from outside."""
+    """How any error, ours or not, looks from outside. Where one of ours came from is forgotten: a call keeps its error,
+    the error its frames, and the frames the call and all of its rollout."""
     request_id = new_request_id()
+    if isinstance(error, UpspiralError):
+        error.__traceback__ = error.__cause__ = error.__context__ = None
     if isinstance(error, HTTPException):
         return Failure(error.status_code, "http_error", error.detail, request_id=request_id)
     if isinstance(error, RequestError):

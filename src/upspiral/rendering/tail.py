@@ -75,13 +75,14 @@ class TailRenderer:
         return cut_segments(tail.encoded, ends, messages, start)
 
     def _answer_begin(self, text: str, head: Sequence[Message]) -> int:
-        """Where the dummy answer stands. Some templates leave out what is said beside a call."""
+        """Where the dummy answer stands. Some templates leave out what is said beside a call, and the messages behind
+        it may say the same: it begins with whatever of it comes first."""
         asked = text.find(QUESTION) + len(QUESTION)
         names = (call.name for call in head[-1].tool_calls)
-        begin = next((at for each in (SENTINEL, *names) if (at := text.find(each, asked)) >= 0), -1)
-        if begin < 0:
+        found = [at for each in (SENTINEL, *names) if (at := text.find(each, asked)) >= 0]
+        if not found:
             raise self._mismatch("leaves out an answer that messages follow")
-        return begin
+        return min(found)
 
     def _read(self, text: str, head: Sequence[Message], marks: Mapping[str, str]) -> _Tail:
         """Encoding may begin at the dummy answer: the special token that ends it parts what is before from the rest."""

@@ -129,3 +129,23 @@ def test_what_is_refused(tmp_path: Path) -> None:
                     assert (await stranger.call(method, path, {}))[0] == 401
 
     asyncio.run(main())
+
+
+def test_of_two_that_end_a_rollout_at_the_same_time_one_is_told_so(tmp_path: Path) -> None:
+    """Ending waits for the engine to let go of what is in flight; a client that is impatient asks again."""
+
+    async def main() -> None:
+        async with live_gateway(tmp_path, ["3 files"], pause_s=0.2) as live, aiohttp.ClientSession() as session:
+            admin = Admin(live, session)
+            _, opened = await admin.call("POST", body={"task": "t", "group": "g"})
+            client = live.client(opened["key"])
+            asking = asyncio.create_task(client.chat.completions.create(model="m", messages=ASK))  # pyright: ignore[reportArgumentType]
+            await asyncio.sleep(0.1)
+            ends = [admin.call("POST", f"/{opened['rollout']}/finish", {"reward": reward}) for reward in (1, 0)]
+            (first, _), (second, _) = await asyncio.gather(*ends)
+            await asyncio.wait([asking])
+            assert sorted([first, second]) == [200, 409]
+            assert live.store.rollout(opened["rollout"]).reward == (1.0 if first == 200 else 0.0)
+            assert asking.exception() is not None
+
+    asyncio.run(main())

@@ -109,6 +109,11 @@ class Peer:
     async def read(self) -> bytes:
         return await self._reader.read(200_000)
 
+    async def rest(self) -> bytes:
+        """Everything to the end. Raises ConnectionResetError when it ends badly."""
+        async with asyncio.timeout(DEADLINE_S):
+            return await self._reader.read()
+
     async def closed(self) -> bytes:
         """What still comes until the server closes."""
         async with asyncio.timeout(DEADLINE_S):
@@ -166,6 +171,24 @@ def test_a_refused_client_that_goes_on_sending_is_let_go() -> None:
             assert [(await peer.answer())[0] for peer in peers] == [413, 200, 404]
             for peer in peers:
                 assert await peer.closed() == b""
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("version", ["HTTP/1.1\r\nconnection: close", "HTTP/1.0", "HTTP/1.1\r\nConnection: TE, Close"])
+def test_a_refused_client_that_closes_its_connection_sees_why(version: str) -> None:
+    """A connection that is closed over what nobody has read is reset, and the answer is lost."""
+
+    async def main() -> None:
+        async with served(App(), body_bytes=1000) as connect:
+            for path, status in (("/echo", 413), ("/", 200), ("/nowhere", 404)):
+                peer = await connect()
+                peer.send(f"POST {path} {version}\r\ncontent-length: 3000000\r\n\r\n" + "x" * 3_000_000)
+                # To the end, where a reset would be raised.
+                assert (await peer.rest()).split(b" ", 2)[1] == str(status).encode()
+            peer = await connect()
+            peer.send("POST /echo HTTP/1.0\r\ncontent-length: 3000000\r\n\r\n" + "x" * 2000)
+            assert (await peer.answer())[0] == 413, "one that stops sending is answered too"
 
     asyncio.run(main())
 

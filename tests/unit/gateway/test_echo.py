@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from upspiral.gateway.echo import EchoKeys, canonical_json
+from upspiral.gateway.echo import canonical_json, defaults_of, message_keys
 from upspiral.types import Message, ToolCall, ToolSpec
 
 EDIT = ToolSpec(
@@ -15,6 +15,8 @@ EDIT = ToolSpec(
             "path": {"type": "string"},
             "all": {"type": "boolean", "default": False},
             "limit": {"default": 0},
+            "scale": {"type": "number", "default": 1.0},
+            "where": {"default": {"a": [0]}},
         },
     },
 )
@@ -26,6 +28,11 @@ EDIT = ToolSpec(
         ('{"path":"a"}', True),
         ('{"all":false,"path":"a"}', True),
         ('{"limit": 0, "path": "a", "all": false}', True),
+        ('{"path":"a","scale":1.0}', True),
+        ('{"path":"a","scale":1}', True),
+        ('{"path":"a","scale":2.0}', False),
+        ('{"path":"a","where":{"a":[0.0]}}', True),
+        ('{"path":"a","where":{"a":[false]}}', False),
         ('{"path":"a","all":true}', False),
         ('{"path":"a","all":0}', False),
         ('{"path":"a","limit":false}', False),
@@ -35,10 +42,9 @@ EDIT = ToolSpec(
 )
 def test_an_argument_that_equals_its_default_may_be_written_out(sent_back: str, same: bool) -> None:
     """As Claude Code does with `replace_all` of its Edit tool."""
-    echo = EchoKeys()
-    echo.offered([EDIT, ToolSpec("plain")])
+    defaults = defaults_of([EDIT, ToolSpec("plain")])
     served, echoed = (
-        echo.of([Message("assistant", tool_calls=(ToolCall(call_id, "edit", arguments),))])
+        message_keys([Message("assistant", tool_calls=(ToolCall(call_id, "edit", arguments),))], defaults)
         for call_id, arguments in (("1", '{"path": "a"}'), ("2", sent_back))
     )
     assert (served == echoed) is same

@@ -28,6 +28,7 @@ class Talk:
 
     def __init__(self, renderer: Renderer, *, keeps_thinking: bool) -> None:
         self.history = History("r", renderer, keeps_thinking=keeps_thinking)
+        self.tools = [BASH]
         self.messages = [Message("user", "one")]
         self.reasons: list[str] = []
         self._renderer = renderer
@@ -37,9 +38,9 @@ class Talk:
         return self.history.graph
 
     def answer(self, text: str, follow: str) -> None:
-        prompt = self.history.prompt(self.messages, [BASH])
+        prompt = self.history.prompt(self.messages, self.tools)
         parent, added = self.history.add_context(prompt)
-        self.reasons.append(added[0].reason)
+        self.reasons += [node.reason for node in added[:1]]
         ids = [*self._renderer.encode_answer(text), self._renderer.stop_token_ids[0]]
         opening = self._renderer.generation_prompt_after(self.messages[-1].role)
         run = TokenRun.answer(opening, ids, [0.0] * len(ids), [0] * len(ids), "stop")
@@ -86,3 +87,37 @@ def test_an_edit_that_the_template_writes_elsewhere_is_an_edit_once(tmp_path: Pa
     last = renderer.spell(talk.graph.path_ids(talk.graph.nodes[-1].id).tolist())
     assert "Be polite." in last and "Be brief." not in last
     assert '{"name":"bash","arguments":{"command":"ls"}}' in last
+
+
+def test_a_whole_prompt_that_goes_on_as_it_is_stored_is_no_fork(tmp_path: Path) -> None:
+    """Mistral's questions can only be rendered whole. Where the tokens stay, nothing about the past has changed."""
+    talk = Talk(Renderer.from_folder(make_family(tmp_path, "mistral")), keeps_thinking=True)
+    talk.tools = []
+    for number in range(3):
+        talk.answer(f" answer {number}", f"question {number}")
+    assert talk.reasons == ["root", "append", "append"]
+    assert [node.parent for node in talk.graph.nodes] == [None, *range(5)]
+    talk.answer("trimmed by the template", "more?")
+    talk.answer(" last", "")
+    assert talk.reasons[-1] == "template"
+
+
+def test_an_answer_that_was_given_with_other_tools_is_no_edit(renderer: Renderer) -> None:
+    """As an agent's request for a summary has none, and the one after it has all again."""
+    talk = Talk(renderer, keeps_thinking=True)
+    talk.answer("one", "two?")
+    talk.tools = []
+    talk.answer("two", "three?")
+    talk.tools = [BASH]
+    talk.answer("three", "four?")
+    assert talk.reasons == ["root", "tools", "tools"]
+
+
+def test_only_the_newest_paths_are_kept_whole(renderer: Renderer) -> None:
+    """An agent that asks the same again and again has as many answers that nothing continues."""
+    talk = Talk(renderer, keeps_thinking=True)
+    for _ in range(40):
+        talk.answer("same", "on")
+        del talk.messages[1:]
+    kept = talk.history._paths  # pyright: ignore[reportPrivateUsage]
+    assert len(kept) <= 16 and max(kept) == talk.graph.next_id - 1

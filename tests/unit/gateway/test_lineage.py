@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+import pytest
 
 from tests.fixtures.live_gateway import ADMIN_KEY, LiveGateway, live_gateway
 from upspiral.gateway.request import SessionPolicy
@@ -132,6 +133,56 @@ def test_a_sub_agent_is_spawned_by_a_call_and_joins_with_its_answer(tmp_path: Pa
     asyncio.run(scene())
 
 
+def test_a_sub_agent_that_is_offered_other_tools_is_spawned_once(tmp_path: Path) -> None:
+    """Other tools make another tree; its conversation is the one that it repeats, and comes home from there."""
+
+    async def scene() -> None:
+        script = [call_of("task", prompt=PROMPT), "Let me see.", "It is done.", "Fine."]
+        async with live_gateway(tmp_path, script) as live, aiohttp.ClientSession() as http:
+            caller = Caller(live, http)
+            history = [said("user", "How many lines?")]
+            main, sub = {"x-session-id": "main"}, {"x-session-id": "sub", "x-parent-session-id": "main"}
+            asked = message_of(await caller.ask(history, main, tools=[TASK_TOOL]))
+            seen = message_of(await caller.ask([said("user", PROMPT)], sub))
+            on = [said("user", PROMPT), seen, said("user", "Go on.")]
+            await caller.ask(on, sub, tools=[TASK_TOOL])
+            result = {"role": "tool", "tool_call_id": asked["tool_calls"][0]["id"], "content": "Result:\nIt is done."}
+            await caller.ask([*history, asked, result], main, tools=[TASK_TOOL])
+            graph = live.store.graph("r1")
+            assert [node.reason for node in graph.nodes if node.parent is None] == ["root", "spawn", "tools"]
+            assert graph.edges == [Edge("spawn", 1, 2), Edge("join", 7, 8)]
+            assert graph.nodes[7].message is not None and graph.nodes[7].message.text == "It is done."
+
+    asyncio.run(scene())
+
+
+@pytest.mark.parametrize(
+    ("result", "joins"),
+    [
+        ("14:32 file 1024 bytes", False),
+        ("4", True),
+        (" 4\n", True),
+        ('{"answer": "4"}', True),
+        ("Result:\n4\n(agent 1)", True),
+    ],
+)
+def test_a_short_answer_comes_home_only_where_it_stands_alone(tmp_path: Path, result: str, joins: bool) -> None:
+    async def scene() -> None:
+        async with live_gateway(tmp_path, [call_of("task", prompt=PROMPT), "4", "On."]) as live:
+            async with aiohttp.ClientSession() as http:
+                caller = Caller(live, http)
+                history = [said("user", "How many lines?")]
+                answer = message_of(await caller.ask(history, tools=[TASK_TOOL]))
+                await caller.ask([said("user", PROMPT)])
+                call_id = answer["tool_calls"][0]["id"]
+                results = {"role": "tool", "tool_call_id": call_id, "content": result}
+                await caller.ask([*history, answer, results], tools=[TASK_TOOL])
+            kinds = [edge.kind for edge in live.store.graph("r1").edges]
+            assert kinds == (["spawn", "join"] if joins else ["spawn"])
+
+    asyncio.run(scene())
+
+
 def test_headers_tell_the_parent_where_content_says_nothing(tmp_path: Path) -> None:
     async def scene() -> None:
         async with live_gateway(tmp_path, ["one", "two"]) as live, aiohttp.ClientSession() as http:
@@ -196,6 +247,26 @@ def test_a_summary_may_come_back_as_the_models_own_words_and_an_edited_history_i
             graph = live.store.graph("r1")
             assert len(graph.edges) == 1
             assert [node.reason for node in graph.nodes][10:] == ["root", "append", "append", "append", "append"]
+
+    asyncio.run(scene())
+
+
+def test_two_threads_that_are_compacted_at_the_same_time(tmp_path: Path) -> None:
+    """Codex names the purpose of a request; its summaries are told by that where they are not repeated word by word."""
+
+    async def scene() -> None:
+        async with live_gateway(tmp_path, ["a", "b", "short", "brief", "on", "on"]) as live:
+            async with aiohttp.ClientSession() as http:
+                caller = Caller(live, http)
+                for thread in ("t1", "t2"):
+                    await caller.ask([said("user", f"work of {thread}")], {"thread-id": thread})
+                for thread in ("t1", "t2"):
+                    headers = {"thread-id": thread, "x-codex-turn-metadata": '{"request_kind": "compaction"}'}
+                    await caller.ask([said("user", f"sum up {thread}")], headers)
+                for thread in ("t1", "t2"):
+                    await caller.ask([said("user", f"go on with {thread}")], {"thread-id": thread})
+            graph = live.store.graph("r1")
+            assert graph.edges == [Edge("compaction", 5, 8, "header"), Edge("compaction", 7, 10, "header")]
 
     asyncio.run(scene())
 

@@ -14,6 +14,7 @@ from tests.fixtures.wire_client import CALL, SECOND_CALL, wire_client
 from upspiral.gateway.dialects.base import RolloutDesk
 from upspiral.gateway.dialects.openai_responses.compaction import PROMPT
 from upspiral.gateway.dialects.openai_responses.dialect import read_exchange
+from upspiral.gateway.dialects.pieces import carried_text
 from upspiral.gateway.request import AnswerRequest, ToolChoice
 from upspiral.types import Message
 
@@ -470,5 +471,52 @@ def test_pages_of_input_items_are_bounded(tmp_path: Path) -> None:
                 assert reply.status == 400 and reply.body["error"]["param"] == query.partition("=")[0]
             reply = await client.call("GET", f"{PATH}/{name}?stream=true")
             assert reply.status == 400 and reply.body["error"]["param"] == "stream"
+
+    asyncio.run(main())
+
+
+def test_a_retry_on_another_path_is_another_request(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with live_gateway(tmp_path, ["an answer", "a summary"]) as live, wire_client(live) as client:
+            body, retry = {"model": "m", "input": "Hi."}, {"x-stainless-retry-count": "1"}
+            await client.post("/v1/responses", body)
+            compacted = await client.call("POST", "/v1/responses/compact", body, retry)
+            assert carried_text("compaction", compacted.body["output"][-1]["encrypted_content"]) == "a summary"
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("tool", "arguments"),
+    [
+        ("custom", {"patch": "x"}),
+        ("custom", {"input": "x", "why": "y"}),
+        ("custom", {"input": 3}),
+        ("custom", {}),
+        ("local_shell", {"command": ["ls"], "env": {}, "timeout": 3}),
+        ("local_shell", {"cmd": "ls"}),
+    ],
+)
+def test_a_call_that_its_item_cannot_say_is_no_edit(tmp_path: Path, tool: str, arguments: Any, stream: bool) -> None:
+    """Codex's apply_patch takes one text; a model that is still learning gives it other arguments."""
+
+    async def main() -> None:
+        name = "local_shell" if tool == "local_shell" else "apply_patch"
+        script = [f"<tool_call>\n{json.dumps({'name': name, 'arguments': arguments})}\n</tool_call>", "done"]
+        async with live_gateway(tmp_path, script) as live, wire_client(live) as client:
+            asked: list[Any] = [{"role": "user", "content": "go"}]
+            body = {"model": "m", "store": False, "tools": [{"type": tool, "name": name}]}
+            if stream:
+                events = await client.events("/v1/responses", {**body, "input": asked})
+                answer = next(each.data["response"] for each in events if each.name == "response.completed")
+            else:
+                answer = (await client.post("/v1/responses", {**body, "input": asked})).body
+            call = {key: value for key, value in answer["output"][-1].items() if tool == "local_shell" or key != "id"}
+            output = {"type": f"{call['type']}_output", "output": "ok"}
+            output |= {"id": call["id"]} if tool == "local_shell" else {"call_id": call["call_id"]}
+            sent = {**body, "input": [*asked, call, {**output, "call_id": call["call_id"]}]}
+            assert (await client.post("/v1/responses", sent)).status == 200
+            assert [node.reason for node in live.nodes()] == ["root", "append", "append", "append"]
 
     asyncio.run(main())

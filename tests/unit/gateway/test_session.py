@@ -5,21 +5,22 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from tests.fixtures.tiny_model import make_tokenizer
 from upspiral.engine.scripted import ScriptedEngine, ScriptLine
-from upspiral.errors import ContextLengthError
+from upspiral.errors import ContextLengthError, LedgerError, SealedRolloutError
 from upspiral.gateway.call import HungUpError
 from upspiral.gateway.hints import Hints
 from upspiral.gateway.metrics import GatewayMetrics
 from upspiral.gateway.request import AnswerRequest, SessionPolicy
-from upspiral.gateway.session import MaxCallsError, Room, Session
+from upspiral.gateway.session import REMEMBERED_CALLS, MaxCallsError, Room, Session
 from upspiral.rendering.renderer import Renderer
 from upspiral.trajectory.store import TrajectoryStore
-from upspiral.types import Message, Rollout
+from upspiral.types import Edge, Message, Rollout
 
 
 @asynccontextmanager
@@ -28,7 +29,7 @@ async def a_session(
 ) -> AsyncIterator[tuple[Session, ScriptedEngine]]:
     renderer = Renderer.from_folder(make_tokenizer(folder / "model"))
     engine = ScriptedEngine(
-        [ScriptLine(text="one two three")] * 4, encode=renderer.encode_answer, context_length=100, pause_s=pause_s
+        [ScriptLine(text="one two three")] * 8, encode=renderer.encode_answer, context_length=100, pause_s=pause_s
     )
     store = TrajectoryStore(folder / "trajectories.db")
     rollout = Rollout("r1", "task", "group")
@@ -80,5 +81,116 @@ def test_a_retry_does_not_join_a_call_that_is_being_cancelled(tmp_path: Path) ->
             assert again is not first
             await again.task
             assert again.error is None and again.usage.completion_tokens > 0
+
+    asyncio.run(scene())
+
+
+def test_a_call_that_is_cancelled_before_it_began_has_an_error_and_no_answer(tmp_path: Path) -> None:
+    """A request and the end of its rollout can come in the same turn of the event loop."""
+
+    async def scene() -> None:
+        async with a_session(tmp_path, SessionPolicy()) as (session, _):
+            sealing = asyncio.create_task(session.seal())
+            call = session.begin(asked("hello"))
+            await sealing
+            assert isinstance(call.error, SealedRolloutError) and not call.delivered
+            with pytest.raises(SealedRolloutError):
+                _ = [event async for event in call.events()]
+
+    asyncio.run(scene())
+
+
+def test_nobody_is_served_what_cannot_be_recorded(tmp_path: Path) -> None:
+    async def scene() -> None:
+        async with a_session(tmp_path, SessionPolicy()) as (session, engine):
+            engine.version = 2**40  # does not fit a node's
+            call = session.begin(asked("hello"))
+            await call.task
+            assert isinstance(call.error, LedgerError) and "could not be recorded" in str(call.error)
+            assert session.failed == str(call.error)
+
+    asyncio.run(scene())
+
+
+def test_a_retry_joins_its_call_however_many_others_are_in_flight(tmp_path: Path) -> None:
+    async def scene() -> None:
+        async with a_session(tmp_path, SessionPolicy(), pause_s=0.02) as (session, engine):
+            calls = [session.begin(asked(f"question {n}"), Hints(body_digest=b"%d" % n)) for n in range(8)]
+            again = [session.begin(asked(f"question {n}"), Hints(retry=1, body_digest=b"%d" % n)) for n in range(8)]
+            assert again == calls
+            await asyncio.gather(*(call.task for call in calls))
+            assert len(engine.calls) == 8
+            assert session.begin(asked("question 7"), Hints(retry=1, body_digest=b"7")) is calls[7]
+
+    asyncio.run(scene())
+
+
+def test_only_the_newest_complete_calls_are_remembered(tmp_path: Path) -> None:
+    async def scene() -> None:
+        async with a_session(tmp_path, SessionPolicy()) as (session, _):
+            calls = []
+            for n in range(REMEMBERED_CALLS + 2):
+                calls.append(session.begin(asked(f"question {n}"), Hints(body_digest=b"%d" % n)))
+                await calls[-1].task
+            joined = [
+                session.begin(asked(f"question {n}"), Hints(retry=1, body_digest=b"%d" % n)) is call
+                for n, call in reversed([*enumerate(calls)])
+            ]
+            assert joined[:REMEMBERED_CALLS] == [True] * REMEMBERED_CALLS and not joined[-1]
+
+    asyncio.run(scene())
+
+
+def test_what_was_begun_before_does_not_undo_a_truncation(tmp_path: Path) -> None:
+    async def scene() -> None:
+        async with a_session(tmp_path, SessionPolicy(max_calls=1), pause_s=0.02) as (session, _):
+            begun = session.begin(asked("hello"))
+            with pytest.raises(MaxCallsError):
+                session.begin(asked("hello again"))
+            await begun.task
+            await session.begin(asked("a title?", "small-auxiliary")).task
+            assert begun.error is None and session.truncated == "max_calls"
+
+    asyncio.run(scene())
+
+
+def test_an_agent_that_shortens_its_history_goes_on(tmp_path: Path) -> None:
+    async def scene() -> None:
+        async with a_session(tmp_path, SessionPolicy()) as (session, _):
+            with pytest.raises(ContextLengthError):
+                session.begin(asked("much " * 200, "small-auxiliary"))
+            assert session.truncated is None
+            with pytest.raises(ContextLengthError):
+                session.begin(asked("much " * 200))
+            assert session.truncated == "context_length_exceeded"
+            await session.begin(asked("little")).task
+            assert session.truncated is None
+
+    asyncio.run(scene())
+
+
+def test_a_retry_of_what_never_began_has_answers_like_any_other(tmp_path: Path) -> None:
+    async def scene() -> None:
+        async with a_session(tmp_path, SessionPolicy()) as (session, _):
+            two = replace(asked("hello"), answers=2)
+            await session.begin(two, Hints(retry=1, body_digest=b"same")).task
+            assert [node.reason for node in session.graph.nodes] == ["root", "append", "sibling"]
+            assert not session.graph.edges
+
+    asyncio.run(scene())
+
+
+def test_every_answer_to_a_retry_comes_from_the_one_that_never_arrived(tmp_path: Path) -> None:
+    async def scene() -> None:
+        async with a_session(tmp_path, SessionPolicy(), pause_s=0.02) as (session, engine):
+            lost = session.begin(asked("hello"), Hints(body_digest=b"one"))
+            while engine.stats().sampled_tokens == 0:
+                await asyncio.sleep(0.005)
+            lost.leave(HungUpError("the client left"))
+            await lost.task
+            await session.begin(asked("hello"), Hints(body_digest=b"other")).task
+            await session.begin(replace(asked("hello"), answers=2), Hints(retry=1, body_digest=b"two")).task
+            assert [node.reason for node in session.graph.nodes] == ["root", "append", "sibling", "retry", "retry"]
+            assert session.graph.edges == [Edge("retry", 1, 3, "header"), Edge("retry", 1, 4, "header")]
 
     asyncio.run(scene())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -128,8 +129,49 @@ def test_deep_nesting_is_refused(tmp_path: Path, path: str) -> None:
     asyncio.run(main())
 
 
+@paths
+@pytest.mark.parametrize("place", ["tools", "metadata"])
+def test_nesting_that_can_be_read_but_not_written_is_refused_before_anything_is_sampled(
+    tmp_path: Path, path: str, place: str
+) -> None:
+    async def main() -> None:
+        async with live_gateway(tmp_path, ["one"] * 200) as live:
+            function = {"name": "look", "parameters": {"x": "deep"}, "input_schema": {"x": "deep"}}
+            tool = function if path == "/v1/messages" else {"type": "function", **function, "function": function}
+            raw = json.dumps({**BODIES[path], place: [tool] if place == "tools" else {"x": "deep"}})
+            for depth in (100, *range(236, 258, 3), 300, 900):
+                before = len(live.engine.calls)
+                nested = raw.replace('"deep"', "[" * depth + "]" * depth)
+                status = await status_of_raw(live, path, nested.encode())
+                assert status == (200 if len(live.engine.calls) > before else 400), depth
+                assert status == 200 or depth > 100
+                assert status == 400 or depth < 300
+
+    asyncio.run(main())
+
+
 async def status_of_raw(live: LiveGateway, path: str, raw: bytes) -> int:
     key = live.gateway.open_rollout(Rollout(f"r{len(raw)}", "t", "g"))
     headers = {"authorization": f"Bearer {key}"}
     async with aiohttp.ClientSession() as session, session.post(live.url + path, data=raw, headers=headers) as response:
         return response.status
+
+
+@pytest.mark.parametrize("path", [*BODIES, "/v1/messages/count_tokens"])
+def test_a_rollout_that_is_sealed_while_a_body_arrives(tmp_path: Path, path: str) -> None:
+    async def main() -> None:
+        async with live_gateway(tmp_path, ["one"]) as live:
+            key = live.gateway.open_rollout(Rollout("r1", "t", "g"))
+            body = json.dumps(BODIES.get(path, BODIES["/v1/messages"])).encode()
+            host, _, port = live.url.removeprefix("http://").partition(":")
+            reader, writer = await asyncio.open_connection(host, int(port))
+            head = f"POST {path} HTTP/1.1\r\nhost: x\r\nx-api-key: {key}\r\ncontent-length: {len(body)}\r\n\r\n"
+            writer.write(head.encode() + body[:9])
+            await asyncio.sleep(0.1)
+            await live.gateway.seal_rollout("r1")
+            writer.write(body[9:])
+            assert (await reader.readline()).startswith(b"HTTP/1.1 409 ")
+            assert not live.nodes()
+            writer.close()
+
+    asyncio.run(main())

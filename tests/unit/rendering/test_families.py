@@ -389,3 +389,19 @@ def test_hugging_face_renders_every_family_the_same() -> None:
         )
         ours = joined(renderer.render(messages, [BASH])) + renderer.generation_prompt_after("tool").tolist()
         assert ours == list(theirs), family
+
+
+@append_only
+@pytest.mark.parametrize("words", ["upspiral", "a question about upspiral", "bash", "call00000"])
+def test_a_tail_may_say_what_the_dummy_conversation_says(family: str, words: str) -> None:
+    """Where a template leaves out what is said beside a call, the words of the dummy answer first stand in the tail."""
+    renderer, asked = renderer_of(family), call()
+    texts = [
+        [Message("tool", f"17 {said} 18", tool_call_id=asked.id), Message("assistant", "fine"), Message("user", said)]
+        for said in ("plain", words)
+    ]
+    stop = stop_before(renderer, texts[0][0])
+    plain, other = (joined(renderer.render_tail(tail, after="stop", stop_token=stop, calls=[asked])) for tail in texts)
+    assert renderer.spell(other) == renderer.spell(plain).replace("plain", words)
+    alone = joined(renderer.render_tail(texts[1][:1], after="stop", stop_token=stop, calls=[asked]))
+    assert renderer.spell(alone) in renderer.spell(other)

@@ -20,6 +20,8 @@ _OPENING = 2
 
 @dataclass(frozen=True, slots=True)
 class _Reading:
+    read_entry: ReadEntry
+    """Dialects mean other things by the same entry."""
     text: bytes
     """The entries as JSON, without the bracket that closes the list."""
     entries: int
@@ -33,8 +35,8 @@ def read_entries(
     again. Raises what `read_entry` raises."""
     text, key = _json(entries), f"read {hashlib.blake2b(_json(entries[:_OPENING]), digest_size=16).hexdigest()}"
     known: _Reading | None = memory.find(key)
-    if known is None or not _continues(text, known.text):
-        known = _Reading(b"", 0, ())
+    if known is None or known.read_entry is not read_entry or not _continues(text, known.text):
+        known = _Reading(read_entry, b"", 0, ())
     new = [
         message
         for index, entry in enumerate(entries[known.entries :], start=known.entries)
@@ -42,7 +44,7 @@ def read_entries(
     ]
     messages = (*known.messages, *new)
     # The messages hold the text once more.
-    memory.keep(key, _Reading(text, len(entries), messages), 2 * len(text))
+    memory.keep(key, _Reading(read_entry, text, len(entries), messages), 2 * len(text))
     return messages
 
 

@@ -19,13 +19,13 @@ import orjson
 from upspiral.gateway.call import Call
 from upspiral.gateway.dialects.base import Failure, RolloutDesk, WireEvent
 from upspiral.gateway.dialects.openai_responses.items import Item
-from upspiral.gateway.dialects.openai_responses.stored import Shelves, StoredResponse
+from upspiral.gateway.dialects.openai_responses.stored import Shelves, StoredResponse, keep_call
 from upspiral.gateway.dialects.openai_responses.tools import CallItem, OfferedTools, call_item
 from upspiral.gateway.dialects.pieces import ThinkingCount, carried, joined_pieces
 from upspiral.gateway.generation import AnswerEvent
 from upspiral.gateway.request import AnswerRequest
 from upspiral.rendering.answer import CallPiece, Piece, TextPiece, ThinkingPiece
-from upspiral.types import SamplingParams
+from upspiral.types import SamplingParams, ToolCall
 
 Emit = Callable[..., None]
 """emit(event name, **fields)"""
@@ -72,7 +72,7 @@ class ResponsesExchange:
     def item(self, piece: Piece, name: str) -> dict[str, Any]:
         """A complete item."""
         if isinstance(piece, CallPiece):
-            return call_item(piece.call, self.tools, name).item
+            return self.call(piece.call, name).item
         if isinstance(piece, TextPiece):
             return {**_message(name), "status": "completed", "content": [_text_part(piece.text)]}
         item = {**_reasoning(name), "status": "completed", "content": [_reasoning_part(piece.text)]}
@@ -81,6 +81,11 @@ class ResponsesExchange:
         if self.thinking.encrypted:
             item["encrypted_content"] = carried("thinking", piece.text)
         return item
+
+    def call(self, call: ToolCall, name: str) -> CallItem:
+        made = call_item(call, self.tools, name)
+        keep_call(self.desk.memory, call, made.item)
+        return made
 
     def finished(self, call: Call, name: str, output: list[dict[str, Any]], thinking_tokens: int) -> dict[str, Any]:
         """The response of a committed call, remembered if the request wants it."""
@@ -141,7 +146,7 @@ class _EventWriter:
         for piece in event.pieces:
             if isinstance(piece, CallPiece):
                 self._close()
-                self._call_item(call_item(piece.call, self._exchange.tools, self._names.next()))
+                self._call_item(self._exchange.call(piece.call, self._names.next()))
                 continue
             if self._open is None or not isinstance(piece, self._open.kind):
                 self._close()

@@ -162,7 +162,7 @@ def _read(body: Mapping[str, Any], shelves: Shelves) -> tuple[list[Item], Offere
     tools = read_tools(body)
     choice, offered = read_tool_choice(body, tools.specs)
     request = AnswerRequest(
-        messages=messages,
+        messages=stored.as_written(shelves.rollout, messages),
         tools=offered,
         tool_choice=choice,
         parallel_tool_calls=flag_field(body, "parallel_tool_calls", True),

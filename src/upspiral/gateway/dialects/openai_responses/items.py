@@ -181,6 +181,13 @@ _CALLS: Mapping[str, Callable[[Item, str], ToolCall]] = {
     "custom_tool_call": _custom_call,
     "local_shell_call": _local_shell_call,
 }
+
+
+def read_call(item: Item) -> ToolCall:
+    """The call that comes back when a client sends a call's item as it got it."""
+    return _CALLS[item["type"]](item, "")
+
+
 _OUTPUTS = ("function_call_output", "custom_tool_call_output", "local_shell_call_output")
 _COMPACTIONS = ("compaction", "compaction_summary", "context_compaction")
 

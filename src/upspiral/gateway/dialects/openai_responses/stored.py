@@ -6,18 +6,19 @@ A response of a socket that is not to be stored is remembered by the socket, and
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from upspiral.errors import RequestError
 from upspiral.gateway.dialects.base import RolloutDesk, WireRequest
 from upspiral.gateway.dialects.fields import FieldError, choice_field, shown
 from upspiral.gateway.dialects.memory import Memory
-from upspiral.gateway.dialects.openai_responses.items import Item
+from upspiral.gateway.dialects.openai_responses.items import Item, read_call
+from upspiral.gateway.echo import canonical_json
 from upspiral.gateway.request import AnswerRequest
-from upspiral.types import Message
+from upspiral.types import Message, ToolCall
 
-_RESPONSE, _ITEM = "response:", "item:"
+_RESPONSE, _ITEM, _CALL = "response:", "item:", "call:"
 """Begin the keys under which they are remembered."""
 _MOST_LISTED, _LISTED = 100, 20
 
@@ -79,6 +80,29 @@ def forget(memory: Memory, name: str) -> None:
         for item in response.body["output"]:
             memory.forget(_ITEM + item["id"])
         memory.forget(_RESPONSE + name)
+
+
+def keep_call(memory: Memory, call: ToolCall, item: Item) -> None:
+    """Remembers what the model wrote, if its item does not say it: a custom tool has one text and local_shell a few
+    fields, whatever arguments a model makes up."""
+    echoed = canonical_json(read_call(item).arguments)
+    if echoed != canonical_json(call.arguments):
+        memory.keep(_CALL + call.id, (echoed, call.arguments), len(echoed) + len(call.arguments))
+
+
+def as_written(memory: Memory, messages: Sequence[Message]) -> tuple[Message, ...]:
+    """The messages with the calls as the model wrote them, where a client sent back what it got."""
+    return tuple(
+        replace(message, tool_calls=tuple(_as_written(memory, call) for call in message.tool_calls))
+        if message.tool_calls
+        else message
+        for message in messages
+    )
+
+
+def _as_written(memory: Memory, call: ToolCall) -> ToolCall:
+    echoed, written = memory.find(_CALL + call.id) or ("", "")
+    return replace(call, arguments=written) if echoed and echoed == canonical_json(call.arguments) else call
 
 
 def _size_bytes(request: AnswerRequest) -> int:
