@@ -1,13 +1,14 @@
-"""The slow twin of `forest.pack`: one row per root-to-leaf path, nothing shared. For tests and for doubt.
+"""The slow twin of `forest.pack`: rows that share nothing. For tests, for benchmarks and for doubt.
 
 It shares no code with the packing: rows come straight from the graph. Loss and gradients equal those of the forest
-(DESIGN law 2): a token with k leaves below it stands in k rows, with a k-th of its positive and of its negative credit
-in each.
+(DESIGN law 2), whether there is a row for each root-to-leaf path (a token with k leaves below it stands in k rows, with
+a k-th of its positive and of its negative credit in each) or for each call of the model, with what the call sampled.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -26,17 +27,60 @@ def flatten(items: Sequence[Item]) -> list[ForestBatch]:
     return batches
 
 
-def _row(graph: TrajectoryGraph, credit: RolloutCredit, leaf: int) -> ForestBatch:
+def call_rows(items: Sequence[Item]) -> list[ForestBatch]:
+    """One batch per call: the whole history as it was sent, and as targets the tokens that this call sampled. What
+    trainers do that know requests and no graph."""
+    return [
+        _row(graph, replace(credit, nodes=(node,)), node.node_id, leaves=1)
+        for graph, credit in items
+        if credit.masked is None
+        for node in credit.nodes
+    ]
+
+
+def side_by_side(rows: Sequence[ForestBatch], tokens_per_microbatch: int) -> list[ForestBatch]:
+    """Rows joined to batches of at most so many tokens, without padding: each row is a tree of its own."""
+    parts: list[list[ForestBatch]] = []
+    room = 0
+    for row in rows:
+        if row.num_tokens > room:
+            parts.append([])
+            room = tokens_per_microbatch
+        parts[-1].append(row)
+        room -= row.num_tokens
+    return [_joined(part) for part in parts]
+
+
+def _joined(rows: Sequence[ForestBatch]) -> ForestBatch:
+    starts = np.cumsum([0, *(row.num_tokens for row in rows[:-1])])
+    columns = {
+        name: np.concatenate([getattr(row, name) for row in rows])
+        for name in ForestBatch.__slots__
+        if name.endswith(("_T", "_M"))
+    }
+    columns["sources_M"] = np.concatenate([row.sources_M + start for row, start in zip(rows, starts, strict=True)])
+    columns["rollout_M"] = np.repeat(np.arange(len(rows)), [row.num_targets for row in rows])
+    return ForestBatch(
+        **columns,
+        node_start_N=starts,
+        node_length_N=np.array([row.num_tokens for row in rows]),
+        node_parent_N=np.full(len(rows), -1),
+        rollout_ids=tuple(row.rollout_ids[0] for row in rows),
+    )
+
+
+def _row(graph: TrajectoryGraph, credit: RolloutCredit, leaf: int, leaves: int = 0) -> ForestBatch:
+    """The path to `leaf`. Credit is divided by `leaves`; 0: by those that the graph has below each node."""
     credit_of = {node.node_id: node for node in credit.nodes}
     targets, positive, negative, behavior, start = [], [], [], [], 0
     for node in graph.path(leaf):
         own = credit_of.get(node.id)
         if own is not None:
-            leaves = _leaves_below(graph, node.id)
+            shares = leaves or _leaves_below(graph, node.id)
             trained = np.flatnonzero(node.sampled)
             targets += (start + trained).tolist()
-            positive += [own.positive / leaves] * len(trained)
-            negative += [own.negative / leaves] * len(trained)
+            positive += [own.positive / shares] * len(trained)
+            negative += [own.negative / shares] * len(trained)
             behavior += node.logprobs[trained].tolist()
         start += len(node.token_ids)
     token_ids, sources = graph.path_ids(leaf).astype(np.int64), np.array(targets, np.int64) - 1

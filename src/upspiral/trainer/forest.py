@@ -65,8 +65,8 @@ def pack(
     of its own. With `minibatches` > 1, groups are dealt into that many optimizer steps and token weights scaled up by
     (groups of the batch / groups of the minibatch), so that each is a mean over its own groups.
 
-    With `lanes` > 1 the microbatches of a minibatch are made a multiple of it in number and about equal in size, as far
-    as the trees can be cut so, because that many are computed side by side.
+    With `lanes` > 1 that many microbatches are computed side by side, and one that is left alone has all cores. They are
+    made a multiple of it in number and about equal in size, unless what has to be repeated for that costs more time.
 
     How items are ordered, packed and split changes gradients only by rounding (DESIGN law 3).
     """
@@ -95,17 +95,29 @@ def _minibatches(items: Sequence[Item], count: int) -> list[list[Item]]:
 
 
 def _even_parts(branches: list[Branch], budget: int, lanes: int) -> list[list[int]]:
-    """The cheapest cut within the budget; for several lanes, the one with the smallest parts that has no more of them
-    than the cheapest, rounded up to a multiple of `lanes`."""
+    """The cheapest cut within the budget; for several lanes, if it is sooner done, the one with the smallest parts that
+    has no more of them than the cheapest, rounded up to a multiple of `lanes`."""
     parts = _parts(branches, budget)
     wanted = -(-len(parts) // lanes) * lanes
     size = sum(len(branch) for branch in branches) / max(wanted, 1)
     while lanes > 1 and size < budget:
         finer = _parts(branches, int(size))
         if len(finer) <= wanted:
-            return finer
+            return min(parts, finer, key=lambda cut: _duration(branches, cut, lanes))
         size *= 1.03
     return parts
+
+
+def _duration(branches: list[Branch], parts: list[list[int]], lanes: int) -> float:
+    """In the time that one core takes for a token. A part that runs alone has all cores and gains from them what it is
+    large enough for (measured on two cores: 1.3 times one core's speed with 63 tokens, 1.5 with 255, 1.8 with 1,520)."""
+    sizes = [sum(len(branches[index]) for index in part) for part in parts]
+    duration = 0.0
+    for first in range(0, len(sizes), lanes):
+        at_once = sizes[first : first + lanes]
+        gain = 1.0 if len(at_once) > 1 else 1 + (lanes - 1) * 0.85 * at_once[0] / (at_once[0] + 170)
+        duration += max(at_once) / gain
+    return duration
 
 
 def _parts(branches: list[Branch], budget: int) -> list[list[int]]:

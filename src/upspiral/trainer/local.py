@@ -122,7 +122,7 @@ class LocalTrainer:
         def backward(model: Any, item: tuple[ForestBatch, Tensor | None]) -> tuple[float, Mapping[str, Tensor]]:
             batch, old_logprobs = item
             logprobs, entropy = self._logprobs(model, batch, kind)
-            loss, metrics = self._losses[kind](_terms(batch, logprobs, old_logprobs))
+            loss, metrics = self._losses[kind](token_terms(batch, logprobs, old_logprobs))
             loss.backward()
             return loss.item(), {"entropy": entropy.sum(), **metrics}
 
@@ -149,7 +149,7 @@ class LocalTrainer:
         return self._config.lr * min(1.0, (self._policy_steps + 1) / (warmup + 1))
 
 
-def _terms(batch: ForestBatch, logprobs: Tensor, old_logprobs: Tensor | None) -> TokenTerms:
+def token_terms(batch: ForestBatch, logprobs: Tensor, old_logprobs: Tensor | None) -> TokenTerms:
     behavior, positive, negative, weight = (
         torch.from_numpy(array).to(logprobs)
         for array in (batch.behavior_logprobs_M, batch.positive_M, batch.negative_M, batch.token_weight_M)

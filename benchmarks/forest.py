@@ -1,0 +1,285 @@
+"""Forward and backward of the trajectory graph, beside the same targets in flat rows: one row for each call.
+
+    python benchmarks/forest.py [--save] [--only CASE ...] [--repeats 5]
+
+SmolLM2-135M in bfloat16. Both forms run through the trainer's own model, loss and lanes; flat rows are packed side by
+side without padding, up to the same tokens a microbatch. Forms take turns in one process; medians. Each form has its
+better setting of the machine's cores (LANES), found in the same run.
+
+- `a`: a prompt of 512 tokens, 16 answers of 64. `b`: a group of 8 rollouts that share 2,048 tokens, then 64 each.
+- `c_K`: one agent, K calls that send the history again, each with 16 new tokens, half of them sampled; `c64_K`: 64.
+- `d`: tool tasks in the shape of tau2: 2 tasks x 4 rollouts, a policy and tools of 1,500 tokens that all share, 6 to 12
+  calls each with 20 to 250 tokens of result and 20 to 120 of answer.
+
+`ideal` is the counted work of the flat form over that of the graph: linear layers by tokens, the output layer by
+targets, attention by pairs of query and key. `token_ratio` is the tokens of the flat form over those of the graph.
+`ratio` is seconds over seconds. Where the flat form has more than SAMPLE_TOKENS tokens, every n-th of its rows is timed
+(`flat_sample`: tokens timed over all) and the time scaled by counted work. Peaks are what a process of its own used at
+most beyond model and imports.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from random import Random
+from typing import Any
+
+from result import report
+from upspiral.trainer.flat import call_rows, side_by_side
+from upspiral.trainer.forest import ForestBatch, Item, pack
+from upspiral.trajectory.graph import TokenRun, TrajectoryGraph
+from upspiral.types import NodeCredit, RolloutCredit
+
+MODEL = "smollm2-135m"
+TOKENS_PER_MICROBATCH = 4096
+SAMPLE_TOKENS = 12_288
+CALLS = (2, 4, 8, 16, 32, 64, 79, 128)
+LANES = (1, 2)
+
+
+# The cases
+
+
+class Maker:
+    def __init__(self, name: str, vocabulary: int = 49_000) -> None:
+        self.random = Random(name)
+        self._vocabulary = vocabulary
+
+    def ids(self, count: int) -> list[int]:
+        return [self.random.randrange(self._vocabulary) for _ in range(count)]
+
+    def given(self, graph: TrajectoryGraph, parent: int | None, ids: Sequence[int]) -> int:
+        return graph.add(parent, TokenRun.given(ids), role="user", reason="append").id
+
+    def answer(self, graph: TrajectoryGraph, parent: int, count: int) -> int:
+        run = TokenRun.answer([], self.ids(count), [-1.0] * count, [0] * count, "stop")
+        return graph.add(parent, run, role="assistant", reason="append").id
+
+    def item(self, graph: TrajectoryGraph, group: str) -> Item:
+        nodes = [NodeCredit(node.id, self.random.random(), 0.0) for node in graph.nodes if node.num_sampled]
+        return graph, RolloutCredit(graph.rollout_id, group, tuple(nodes), 1e-3)
+
+
+def answers_to_one_prompt(name: str, prompt: int, answers: int, length: int) -> list[Item]:
+    maker, graph = Maker(name), TrajectoryGraph(name)
+    root = maker.given(graph, None, maker.ids(prompt))
+    for _ in range(answers):
+        maker.answer(graph, root, length)
+    return [maker.item(graph, name)]
+
+
+def group(name: str, prompt: int, rollouts: int, length: int) -> list[Item]:
+    maker, items = Maker(name), []
+    ids = maker.ids(prompt)
+    for number in range(rollouts):
+        graph = TrajectoryGraph(f"{name}-{number}")
+        maker.answer(graph, maker.given(graph, None, ids), length)
+        items.append(maker.item(graph, name))
+    return items
+
+
+def one_agent(name: str, calls: int, length: int) -> list[Item]:
+    maker, graph = Maker(name), TrajectoryGraph(name)
+    last: int | None = None
+    for _ in range(calls):
+        last = maker.answer(graph, maker.given(graph, last, maker.ids(length // 2)), length // 2)
+    return [maker.item(graph, name)]
+
+
+def tool_tasks(name: str) -> list[Item]:
+    maker, items = Maker(name), []
+    policy = maker.ids(1500)
+    for task in range(2):
+        question = maker.ids(80)
+        for number in range(4):
+            graph = TrajectoryGraph(f"{name}-{task}-{number}")
+            last = maker.given(graph, maker.given(graph, None, policy), question)
+            for _ in range(maker.random.randint(6, 12)):
+                last = maker.answer(graph, last, maker.random.randint(20, 120))
+                last = maker.given(graph, last, maker.ids(maker.random.randint(20, 250)))
+            items.append(maker.item(graph, f"{name}-{task}"))
+    return items
+
+
+CASES: dict[str, Callable[[], list[Item]]] = {
+    "a": lambda: answers_to_one_prompt("a", 512, 16, 64),
+    "b": lambda: group("b", 2048, 8, 64),
+    "d": lambda: tool_tasks("d"),
+    **{f"c_{calls}": lambda calls=calls: one_agent(f"c_{calls}", calls, 16) for calls in CALLS},
+    **{f"c64_{calls}": lambda calls=calls: one_agent(f"c64_{calls}", calls, 64) for calls in CALLS},
+}
+
+
+# Counting
+
+
+class Work:
+    """Multiplications of forward and backward, of a model of this shape."""
+
+    def __init__(self, config: Any) -> None:
+        heads, size = config.num_attention_heads, config.head_dim
+        width, inner = config.hidden_size, config.intermediate_size
+        projections = 2 * width * heads * size + 2 * width * config.num_key_value_heads * size
+        layers = config.num_hidden_layers
+        # Backward costs twice the forward; the output layer's and attention's scores are computed once more there.
+        self._token = 3 * layers * (projections + 3 * width * inner)
+        self._target = 4 * width * config.vocab_size
+        self._pair = layers * heads * size * 7
+
+    def of(self, batches: Sequence[ForestBatch]) -> float:
+        tokens = sum(batch.num_tokens for batch in batches)
+        targets = sum(batch.num_targets for batch in batches)
+        pairs = sum(int((batch.positions_T + 1).sum()) for batch in batches)
+        return self._token * tokens + self._target * targets + self._pair * pairs
+
+
+def sampled(rows: Sequence[ForestBatch]) -> Sequence[ForestBatch]:
+    """Every n-th row, so that about SAMPLE_TOKENS tokens are left; as many short ones as long ones."""
+    every = max(1, round(sum(row.num_tokens for row in rows) / SAMPLE_TOKENS))
+    return rows[every // 2 :: every] if every > 1 else rows
+
+
+# Measuring
+
+
+class Bench:
+    def __init__(self) -> None:
+        import torch
+
+        from upspiral.trainer.lanes import Lanes
+        from upspiral.weights.cpu import keep_freed_memory
+        from upspiral.weights.load import load_model
+        from upspiral.weights.models import resolve_model
+
+        keep_freed_memory()
+        torch.set_num_threads(1)
+        self.loaded = load_model(resolve_model(MODEL), dtype="bfloat16", device="cpu")
+        self.work = Work(self.loaded.config)
+        self._lanes = {count: Lanes(self.loaded.module.eval(), count) for count in LANES}
+
+    def forms(self, case: str, lanes: int) -> dict[str, tuple[list[ForestBatch], float]]:
+        """Each form's microbatches, and by what their time is to be multiplied."""
+        items = CASES[case]()
+        rows = call_rows(items)
+        timed = sampled(rows)
+        flat = side_by_side(timed, TOKENS_PER_MICROBATCH)
+        return {
+            "graph": (pack(items, tokens_per_microbatch=TOKENS_PER_MICROBATCH, lanes=lanes), 1.0),
+            "flat": (flat, self.work.of(rows) / self.work.of(timed)),
+        }
+
+    def seconds(self, batches: Sequence[ForestBatch], lanes: int) -> float:
+        """Of forward and backward of all microbatches, gradients added up."""
+        from upspiral.algorithm.loss import SftLoss
+        from upspiral.trainer.attention import forest_attention_in
+        from upspiral.trainer.local import token_terms
+        from upspiral.trainer.logprob import target_logprobs
+        from upspiral.weights.cpu import num_cores, use_threads
+
+        def backward(model: Any, batch: ForestBatch) -> None:
+            logprobs, _ = target_logprobs(model, batch, temperature=1.0)
+            SftLoss()(token_terms(batch, logprobs, None))[0].backward()
+
+        side = self._lanes[lanes]
+        use_threads(num_cores() if lanes == 1 else 1)
+        with ExitStack() as stack:
+            for model in side.models:
+                stack.enter_context(forest_attention_in(model))
+            started = time.perf_counter()
+            for first in range(0, len(batches), lanes):
+                side.run(backward, batches[first : first + lanes])
+            took = time.perf_counter() - started
+        for model in side.models:
+            model.zero_grad(set_to_none=True)
+        return took
+
+
+def measure_times(case: str, repeats: int) -> dict[str, Any]:
+    bench = Bench()
+    best: dict[str, float] = {"graph": float("inf"), "flat": float("inf")}
+    used: dict[str, int] = {}
+    for lanes in LANES:
+        forms = bench.forms(case, lanes)
+        bench.seconds(forms["graph"][0], lanes)  # warm
+        times: dict[str, list[float]] = {"graph": [], "flat": []}
+        for _ in range(repeats):
+            for form, (batches, factor) in forms.items():
+                times[form].append(factor * bench.seconds(batches, lanes))
+        for form, found in times.items():
+            if (median := statistics.median(found)) < best[form]:
+                best[form], used[form] = median, lanes
+    items = CASES[case]()
+    rows, packed = call_rows(items), pack(items, tokens_per_microbatch=2**30)
+    tokens = sum(row.num_tokens for row in rows)
+    return {
+        "ideal": bench.work.of(rows) / bench.work.of(packed),
+        "token_ratio": tokens / sum(batch.num_tokens for batch in packed),
+        "ratio": best["flat"] / best["graph"],
+        "graph_s": best["graph"],
+        "flat_s": best["flat"],
+        "graph_lanes": used["graph"],
+        "flat_lanes": used["flat"],
+        "flat_sample": sum(row.num_tokens for row in sampled(rows)) / tokens,
+    }
+
+
+def measure_peak(case: str, form: str, lanes: int) -> dict[str, Any]:
+    bench = Bench()
+    batches, _ = bench.forms(case, lanes)[form]
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    bench.seconds(batches, lanes)
+    return {"peak_mb": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024}
+
+
+def in_a_process(*arguments: str) -> dict[str, Any]:
+    command = [sys.executable, __file__, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=3600)
+    if done.returncode:
+        raise RuntimeError(done.stderr[-3000:])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def measure(case: str, repeats: int) -> dict[str, Any]:
+    figures = in_a_process("--time", case, "--repeats", str(repeats))
+    for form, name in (("graph", "peak_mb"), ("flat", "flat_peak_mb")):
+        lanes = str(figures[f"{form}_lanes"])
+        figures[name] = in_a_process("--peak", case, "--form", form, "--lanes", lanes)["peak_mb"]
+    return {name: round(value, 3) if isinstance(value, float) else value for name, value in figures.items()}
+
+
+def targets() -> dict[str, Any]:
+    return {"share_of_ideal": 0.85, "cases": ["a", "b", "d", *(f"c_{k}" for k in CALLS if k <= 64)], "c_79": 28}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="*", choices=list(CASES), help="measure only these")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--save", action="store_true", help="write benchmarks/results/forest.json")
+    parser.add_argument("--time", choices=list(CASES), help=argparse.SUPPRESS)
+    parser.add_argument("--peak", choices=list(CASES), help=argparse.SUPPRESS)
+    parser.add_argument("--form", choices=("graph", "flat"), help=argparse.SUPPRESS)
+    parser.add_argument("--lanes", type=int, default=1, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.time:
+        print(json.dumps(measure_times(options.time, options.repeats)))
+    elif options.peak:
+        print(json.dumps(measure_peak(options.peak, options.form, options.lanes)))
+    else:
+        figures = {}
+        for case in options.only or CASES:
+            figures[case] = measure(case, options.repeats)
+            print(case, figures[case], file=sys.stderr, flush=True)
+        report("forest", {**figures, "model": MODEL, "dtype": "bfloat16"}, targets(), save=options.save)
+
+
+if __name__ == "__main__":
+    main()
