@@ -26,9 +26,7 @@ import resource
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from random import Random
 from typing import Any
 
@@ -151,91 +149,73 @@ def sampled(rows: Sequence[ForestBatch]) -> Sequence[ForestBatch]:
 
 
 class Bench:
-    def __init__(self) -> None:
+    def __init__(self, lanes: int) -> None:
         import torch
 
-        from upspiral.trainer.lanes import Lanes
-        from upspiral.weights.cpu import keep_freed_memory
+        from upspiral.config.models import AlgorithmConfig, TrainerConfig
+        from upspiral.trainer.local import LocalTrainer
+        from upspiral.weights.cpu import keep_freed_memory, num_cores, use_threads
         from upspiral.weights.load import load_model
         from upspiral.weights.models import resolve_model
 
         keep_freed_memory()
         torch.set_num_threads(1)
-        self.loaded = load_model(resolve_model(MODEL), dtype="bfloat16", device="cpu")
-        self.work = Work(self.loaded.config)
-        self._lanes = {count: Lanes(self.loaded.module.eval(), count) for count in LANES}
+        use_threads(num_cores())
+        loaded = load_model(resolve_model(MODEL), dtype="bfloat16", device="cpu")
+        self.work = Work(loaded.config)
+        self.lanes = lanes
+        self._trainer = LocalTrainer(loaded.module, TrainerConfig(), AlgorithmConfig(), temperature=1.0, lanes=lanes)
 
-    def forms(self, case: str, lanes: int) -> dict[str, tuple[list[ForestBatch], float]]:
+    def forms(self, case: str) -> dict[str, tuple[list[ForestBatch], float]]:
         """Each form's microbatches, and by what their time is to be multiplied."""
         items = CASES[case]()
         rows = call_rows(items)
         timed = sampled(rows)
-        flat = side_by_side(timed, TOKENS_PER_MICROBATCH)
         return {
-            "graph": (pack(items, tokens_per_microbatch=TOKENS_PER_MICROBATCH, lanes=lanes), 1.0),
-            "flat": (flat, self.work.of(rows) / self.work.of(timed)),
+            "graph": (pack(items, tokens_per_microbatch=TOKENS_PER_MICROBATCH, lanes=self.lanes), 1.0),
+            "flat": (
+                side_by_side(timed, TOKENS_PER_MICROBATCH, self.lanes),
+                self.work.of(rows) / self.work.of(timed),
+            ),
         }
 
-    def seconds(self, batches: Sequence[ForestBatch], lanes: int) -> float:
+    def seconds(self, batches: Sequence[ForestBatch]) -> float:
         """Of forward and backward of all microbatches, gradients added up."""
-        from upspiral.algorithm.loss import SftLoss
-        from upspiral.trainer.attention import forest_attention_in
-        from upspiral.trainer.local import token_terms
-        from upspiral.trainer.logprob import target_logprobs
-        from upspiral.weights.cpu import num_cores, use_threads
-
-        def backward(model: Any, batch: ForestBatch) -> None:
-            logprobs, _ = target_logprobs(model, batch, temperature=1.0)
-            SftLoss()(token_terms(batch, logprobs, None))[0].backward()
-
-        side = self._lanes[lanes]
-        use_threads(num_cores() if lanes == 1 else 1)
-        with ExitStack() as stack:
-            for model in side.models:
-                stack.enter_context(forest_attention_in(model))
-            started = time.perf_counter()
-            for first in range(0, len(batches), lanes):
-                side.run(backward, batches[first : first + lanes])
-            took = time.perf_counter() - started
-        for model in side.models:
-            model.zero_grad(set_to_none=True)
-        return took
+        return self._trainer.gradients(batches).seconds
 
 
-def measure_times(case: str, repeats: int) -> dict[str, Any]:
-    bench = Bench()
-    best: dict[str, float] = {"graph": float("inf"), "flat": float("inf")}
-    used: dict[str, int] = {}
-    for lanes in LANES:
-        forms = bench.forms(case, lanes)
-        bench.seconds(forms["graph"][0], lanes)  # warm
-        times: dict[str, list[float]] = {"graph": [], "flat": []}
-        for _ in range(repeats):
-            for form, (batches, factor) in forms.items():
-                times[form].append(factor * bench.seconds(batches, lanes))
-        for form, found in times.items():
-            if (median := statistics.median(found)) < best[form]:
-                best[form], used[form] = median, lanes
-    items = CASES[case]()
-    rows, packed = call_rows(items), pack(items, tokens_per_microbatch=2**30)
+def measure_times(case: str, lanes: int, repeats: int) -> dict[str, Any]:
+    bench = Bench(lanes)
+    forms = bench.forms(case)
+    for batches, _ in forms.values():
+        bench.seconds(batches[:lanes])  # warm
+    times: dict[str, list[float]] = {"graph": [], "flat": []}
+    for _ in range(repeats):
+        for form, (batches, factor) in forms.items():
+            times[form].append(factor * bench.seconds(batches))
+    return {form: statistics.median(found) for form, found in times.items()}
+
+
+def count(case: str) -> dict[str, float]:
+    from transformers import AutoConfig
+
+    from upspiral.weights.models import resolve_model
+
+    work, items = Work(AutoConfig.from_pretrained(resolve_model(MODEL))), CASES[case]()
+    rows, packed = call_rows(items), pack(items, tokens_per_microbatch=TOKENS_PER_MICROBATCH)
     tokens = sum(row.num_tokens for row in rows)
     return {
-        "ideal": bench.work.of(rows) / bench.work.of(packed),
+        "ideal": work.of(rows) / work.of(packed),
         "token_ratio": tokens / sum(batch.num_tokens for batch in packed),
-        "ratio": best["flat"] / best["graph"],
-        "graph_s": best["graph"],
-        "flat_s": best["flat"],
-        "graph_lanes": used["graph"],
-        "flat_lanes": used["flat"],
         "flat_sample": sum(row.num_tokens for row in sampled(rows)) / tokens,
     }
 
 
 def measure_peak(case: str, form: str, lanes: int) -> dict[str, Any]:
-    bench = Bench()
-    batches, _ = bench.forms(case, lanes)[form]
+    bench = Bench(lanes)
+    batches, _ = bench.forms(case)[form]
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    bench.seconds(batches, lanes)
+    bench.seconds(batches)
     return {"peak_mb": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024}
 
 
@@ -248,10 +228,16 @@ def in_a_process(*arguments: str) -> dict[str, Any]:
 
 
 def measure(case: str, repeats: int) -> dict[str, Any]:
-    figures = in_a_process("--time", case, "--repeats", str(repeats))
-    for form, name in (("graph", "peak_mb"), ("flat", "flat_peak_mb")):
-        lanes = str(figures[f"{form}_lanes"])
-        figures[name] = in_a_process("--peak", case, "--form", form, "--lanes", lanes)["peak_mb"]
+    figures: dict[str, Any] = count(case)
+    by_lanes = {
+        lanes: in_a_process("--time", case, "--lanes", str(lanes), "--repeats", str(repeats)) for lanes in LANES
+    }
+    for form in ("graph", "flat"):
+        lanes = min(LANES, key=lambda lanes, form=form: by_lanes[lanes][form])
+        figures[f"{form}_s"], figures[f"{form}_lanes"] = by_lanes[lanes][form], lanes
+        peak = "peak_mb" if form == "graph" else "flat_peak_mb"
+        figures[peak] = in_a_process("--peak", case, "--form", form, "--lanes", str(lanes))["peak_mb"]
+    figures["ratio"] = figures["flat_s"] / figures["graph_s"]
     return {name: round(value, 3) if isinstance(value, float) else value for name, value in figures.items()}
 
 
@@ -270,7 +256,7 @@ def main() -> None:
     parser.add_argument("--lanes", type=int, default=1, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.time:
-        print(json.dumps(measure_times(options.time, options.repeats)))
+        print(json.dumps(measure_times(options.time, options.lanes, options.repeats)))
     elif options.peak:
         print(json.dumps(measure_peak(options.peak, options.form, options.lanes)))
     else:

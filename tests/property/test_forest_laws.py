@@ -19,6 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from tests.property.forests import VOCABULARY, DoubleLlama, batches_of_rollouts, gradients, relative_difference
 from upspiral.algorithm.loss import PolicyLoss, SftLoss, TokenTerms
 from upspiral.trainer.attention import forest_attention_in
+from upspiral.trainer.depth_first import lanes_of
 from upspiral.trainer.flat import flatten
 from upspiral.trainer.forest import ForestBatch, Item, pack
 from upspiral.trainer.logprob import target_logprobs
@@ -52,21 +53,36 @@ def old_policy(batch: ForestBatch, like: Tensor) -> Tensor:
     return torch.from_numpy(batch.behavior_logprobs_M + (mixed / 1000 - 0.5) * 1.4).to(like)
 
 
+def policy_loss(batch: ForestBatch, logprobs: Tensor) -> Tensor:
+    behavior, positive, negative, weight = (
+        torch.from_numpy(x).to(logprobs)
+        for x in (batch.behavior_logprobs_M, batch.positive_M, batch.negative_M, batch.token_weight_M)
+    )
+    shift = (old_policy(batch, logprobs) - behavior) / 2
+    if not batch.num_targets:
+        return logprobs.sum()
+    return LOSS(TokenTerms(logprobs, logprobs.detach() + shift, behavior, positive, negative, weight))[0]
+
+
+def minibatches_of(batches: Sequence[ForestBatch]) -> list[list[ForestBatch]]:
+    return [[batch for batch in batches if batch.minibatch == n] for n in sorted({each.minibatch for each in batches})]
+
+
 def loss_and_gradients(model: nn.Module, batches: Sequence[ForestBatch]) -> tuple[float, list[Tensor]]:
     """The policy loss summed over batches, at a p_theta near p_old so that both sides of the clip occur."""
     model.zero_grad()
     total = 0.0
     with forest_attention_in(model):
-        for batch in batches:
-            logprobs, _ = target_logprobs(model, batch, temperature=0.7)
-            behavior, positive, negative, weight = (
-                torch.from_numpy(x).to(logprobs)
-                for x in (batch.behavior_logprobs_M, batch.positive_M, batch.negative_M, batch.token_weight_M)
-            )
-            shift = (old_policy(batch, logprobs) - behavior) / 2
-            loss, _ = LOSS(TokenTerms(logprobs, logprobs.detach() + shift, behavior, positive, negative, weight))
-            loss.backward()
-            total += loss.item()
+        for lane in (lane for part in minibatches_of(batches) for lane in lanes_of(part)):
+            for work in lane.remaining:
+                batch = lane.batches[work.batch]
+                if work.kind != "backward":
+                    logprobs, _ = target_logprobs(model, batch, temperature=0.7, forest=lane.begin(work))
+                    loss = policy_loss(batch, logprobs)
+                    lane.keep_loss(work, loss)
+                    total += loss.item()
+                if work.kind != "forward":
+                    lane.end(work)
     return total, gradients(model)
 
 
@@ -112,22 +128,27 @@ def test_each_credited_token_is_a_target_once_and_each_context_is_its_path(items
         for position in node.sampled.nonzero()[0]
     )
     batches = pack(items, tokens_per_microbatch=budget)
-    found = sorted(each for batch in batches for each in targets_with_context(batch))
+    found = sorted(each for batch in batches for each in targets_with_context(batch, batches))
     assert found == wanted
-    for batch in batches:
-        is_single_path = len(batch.node_start_N) == 1
-        assert batch.num_tokens <= budget or is_single_path
+    assert all(batch.num_tokens <= budget for batch in batches)
+    whole = pack(items, tokens_per_microbatch=10_000)
+    assert sum(batch.num_tokens for batch in batches) == sum(batch.num_tokens for batch in whole)
 
 
-def targets_with_context(batch: ForestBatch) -> list[tuple[str, tuple[int, ...], float]]:
-    """For each target: its rollout, all tokens up to and with it, its weight; read from the node table alone."""
+def targets_with_context(
+    batch: ForestBatch, batches: Sequence[ForestBatch]
+) -> list[tuple[str, tuple[int, ...], float]]:
+    """For each target: its rollout, all tokens up to and with it, its weight; from the node table and the context."""
     found = []
+    above = [token for run in batch.context for token in batches[run.batch].token_ids_T[run.start : run.end].tolist()]
     for index, source in enumerate(batch.sources_M.tolist()):
         node = int((batch.node_start_N <= source).sum()) - 1
         context, end = [int(batch.targets_M[index])], source + 1
         while node >= 0:
             start = int(batch.node_start_N[node])
             context = batch.token_ids_T[start:end].tolist() + context
+            if batch.node_parent_N[node] < 0:
+                context = above[: int(batch.positions_T[start])] + context
             node = int(batch.node_parent_N[node])
             end = int(batch.node_start_N[node] + batch.node_length_N[node]) if node >= 0 else 0
         assert int(batch.positions_T[source]) == len(context) - 2

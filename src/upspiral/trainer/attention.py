@@ -6,7 +6,8 @@ result per node of its path. Partial softmaxes are merged by their log-sum-exp (
 section 3.1); backward, each span is differentiated with the *merged* result and log-sum-exp, which is exact because
 probabilities are exp(score - log-sum-exp) whichever span the key is in.
 
-Registered with transformers as "upspiral_forest"; the spans travel to it as the keyword `forest` of the forward pass.
+Registered with transformers as "upspiral_forest"; a `ForestPass` travels to it as the keyword `forest` of the forward
+pass. Keys and values of a batch's context stand before its own.
 Shapes: B = 1, H query heads, K key heads (H a multiple of K), T tokens, D head width.
 """
 
@@ -38,7 +39,8 @@ class Span:
 
 
 def spans_of(batch: ForestBatch) -> tuple[Span, ...]:
-    """The spans of a forest; own spans come before those of ancestors."""
+    """The spans of a forest; own spans come before those of ancestors. Keys are counted from the context's first."""
+    context = batch.context_length
     starts = batch.node_start_N.tolist()
     ends = [start + length for start, length in zip(starts, batch.node_length_N.tolist(), strict=True)]
     subtree_ends = list(ends)
@@ -46,13 +48,72 @@ def spans_of(batch: ForestBatch) -> tuple[Span, ...]:
         parent = int(batch.node_parent_N[node])
         if parent >= 0:
             subtree_ends[parent] = max(subtree_ends[parent], subtree_ends[node])
-    own = [Span(start, end, start, end, True) for start, end in zip(starts, ends, strict=True)]
+    own = [Span(start, end, context + start, context + end, True) for start, end in zip(starts, ends, strict=True)]
     below = [
-        Span(end, subtree_end, start, end, False)
+        Span(end, subtree_end, context + start, context + end, False)
         for start, end, subtree_end in zip(starts, ends, subtree_ends, strict=True)
         if subtree_end > end
     ]
-    return (*own, *below)
+    hanging = [
+        Span(start, subtree_end, 0, int(batch.positions_T[start]), False)
+        for start, subtree_end, parent in zip(starts, subtree_ends, batch.node_parent_N.tolist(), strict=True)
+        if parent < 0 and batch.positions_T[start] > 0
+    ]
+    return (*own, *below, *hanging)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class KeptLayer:
+    """Keys and values [1,K,T,D] of one layer, for batches that have this one as context."""
+
+    computed: tuple[Tensor, Tensor]
+    """With the graph that leads to them."""
+    leaves: tuple[Tensor, Tensor]
+    """The same numbers, cut off: what hangs below leaves its gradients here."""
+
+
+class ForestPass:
+    """One batch on its way through a model: which keys each query sees, and what batches below it will need.
+
+    Attention layers call it in their order; a pass serves one forward.
+    """
+
+    def __init__(self, batch: ForestBatch, earlier: Sequence[ForestPass | None] = (), *, keeps: bool = False) -> None:
+        """`earlier`: the passes of the lane's batches before this one, as far as they are kept. `keeps`: others hang
+        below it."""
+        self.spans = spans_of(batch)
+        self.kept: list[KeptLayer] = []
+        self._runs = [(earlier[run.batch], run) for run in batch.context]
+        self._keeps = keeps
+        self._layer = 0
+
+    def extend(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Puts the context's keys and values of the layer whose turn it is before those of the batch."""
+        layer, self._layer = self._layer, self._layer + 1
+        if self._keeps:
+            key_leaf, value_leaf = (tensor.detach().requires_grad_(tensor.requires_grad) for tensor in (key, value))
+            self.kept.append(KeptLayer((key, value), (key_leaf, value_leaf)))
+        if not self._runs:
+            return key, value
+        pairs = [(self._leaves(each, layer), run) for each, run in self._runs]
+        keys = [leaves[0][:, :, run.start : run.end] for leaves, run in pairs]
+        values = [leaves[1][:, :, run.start : run.end] for leaves, run in pairs]
+        return torch.cat([*keys, key], dim=2), torch.cat([*values, value], dim=2)
+
+    def backward(self, loss: Tensor | None) -> None:
+        """The backward pass of the batch, after those of all batches that have it as context."""
+        ends = [(loss, None)] if loss is not None and loss.requires_grad else []
+        for layer in self.kept:
+            pairs = zip(layer.computed, layer.leaves, strict=True)
+            ends += [(computed, leaf.grad) for computed, leaf in pairs if leaf.grad is not None]
+        self.kept.clear()
+        if ends:
+            torch.autograd.backward([end for end, _ in ends], [grad for _, grad in ends])
+
+    @staticmethod
+    def _leaves(earlier: ForestPass | None, layer: int) -> tuple[Tensor, Tensor]:
+        assert earlier is not None, "a batch needs the passes of its context"
+        return earlier.kept[layer].leaves
 
 
 class Kernel(Protocol):
@@ -189,14 +250,15 @@ def forest_attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **kwargs: Any
 ) -> tuple[Tensor, None]:
     """The attention function of transformers' interface. Takes query [1,H,T,D], key and value [1,K,T,D] after RoPE
-    and the keywords `scaling` and `forest` (spans); returns ([1,T,H,D], None)."""
-    spans: Sequence[Span] | None = kwargs.get("forest")
-    if spans is None:
+    and the keywords `scaling` and `forest` (a ForestPass); returns ([1,T,H,D], None)."""
+    forest: ForestPass | None = kwargs.get("forest")
+    if forest is None:
         raise ValueError(
-            f"attention {ATTENTION_NAME!r} needs the keyword forest=spans_of(batch) in the model's forward"
+            f"attention {ATTENTION_NAME!r} needs the keyword forest=ForestPass(batch) in the model's forward"
         )
     scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
-    output = ForestAttention.apply(query, key, value, spans, scale, kernel_for(query.device))
+    key, value = forest.extend(key, value)
+    output = ForestAttention.apply(query, key, value, forest.spans, scale, kernel_for(query.device))
     return output.transpose(1, 2), None
 
 

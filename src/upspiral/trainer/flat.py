@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -38,7 +39,7 @@ def call_rows(items: Sequence[Item]) -> list[ForestBatch]:
     ]
 
 
-def side_by_side(rows: Sequence[ForestBatch], tokens_per_microbatch: int) -> list[ForestBatch]:
+def side_by_side(rows: Sequence[ForestBatch], tokens_per_microbatch: int, lanes: int = 1) -> list[ForestBatch]:
     """Rows joined to batches of at most so many tokens, without padding: each row is a tree of its own."""
     parts: list[list[ForestBatch]] = []
     room = 0
@@ -48,12 +49,12 @@ def side_by_side(rows: Sequence[ForestBatch], tokens_per_microbatch: int) -> lis
             room = tokens_per_microbatch
         parts[-1].append(row)
         room -= row.num_tokens
-    return [_joined(part) for part in parts]
+    return [replace(_joined(part), lane=number % lanes) for number, part in enumerate(parts)]
 
 
 def _joined(rows: Sequence[ForestBatch]) -> ForestBatch:
     starts = np.cumsum([0, *(row.num_tokens for row in rows[:-1])])
-    columns = {
+    columns: dict[str, Any] = {
         name: np.concatenate([getattr(row, name) for row in rows])
         for name in ForestBatch.__slots__
         if name.endswith(("_T", "_M"))

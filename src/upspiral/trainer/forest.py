@@ -7,7 +7,7 @@ input of every trainer backend and knows none of them.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,11 +18,27 @@ from upspiral.types import RolloutCredit
 
 Item = tuple[TrajectoryGraph, RolloutCredit]
 
+_DEPTH_THAT_DOUBLES = 1500
+"""At this depth a token's attention costs as much as its linear layers (measured: 135M parameters, bfloat16, CPU)."""
+
+
+@dataclass(frozen=True, slots=True)
+class ContextRun:
+    """Tokens [start, end) of an earlier batch."""
+
+    batch: int
+    """Counted among the batches of the same minibatch and lane."""
+    start: int
+    end: int
+
+    def __len__(self) -> int:
+        return self.end - self.start
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ForestBatch:
-    """One forward and backward pass. A token attends to the earlier tokens of its node and to all of the node's
-    ancestors, and to nothing else."""
+    """One forward and backward pass. A token attends to the earlier tokens of its node, to all of the node's ancestors,
+    and to nothing else. Ancestors that an earlier batch computed are its `context`."""
 
     token_ids_T: NDArray[np.int64]
     positions_T: NDArray[np.int64]
@@ -31,7 +47,8 @@ class ForestBatch:
     """Nodes stand in depth-first preorder, their tokens side by side: a node's descendants follow it directly."""
     node_length_N: NDArray[np.int64]
     node_parent_N: NDArray[np.int64]
-    """-1 for a root."""
+    """-1 for a root, and for a node whose parent is in the context: it and its descendants see as many tokens of the
+    context as its first token is deep."""
     sources_M: NDArray[np.int64]
     """Index in T of the token whose hidden state predicts the target."""
     targets_M: NDArray[np.int64]
@@ -44,6 +61,11 @@ class ForestBatch:
     rollout_ids: tuple[str, ...]
     minibatch: int = 0
     """Batches of equal number share an optimizer step."""
+    lane: int = 0
+    """Batches of equal number are computed one after the other, in their order; those of others may be at the same
+    time."""
+    context: tuple[ContextRun, ...] = ()
+    """One path from its root down."""
 
     @property
     def num_tokens(self) -> int:
@@ -53,20 +75,24 @@ class ForestBatch:
     def num_targets(self) -> int:
         return len(self.targets_M)
 
+    @property
+    def context_length(self) -> int:
+        return sum(len(run) for run in self.context)
+
 
 def pack(
     items: Sequence[Item], *, tokens_per_microbatch: int, minibatches: int = 1, lanes: int = 1
 ) -> list[ForestBatch]:
     """Packs the rollouts of a step into microbatches of at most `tokens_per_microbatch` unique tokens.
 
-    What the rollouts share before they sampled anything stands once in a microbatch; masked rollouts and branches
-    without trained tokens do not enter. A tree larger than the budget is split at its branches and the path down to
-    them repeated; each trained token is a target exactly once. A single path longer than the budget gets a microbatch
-    of its own. With `minibatches` > 1, groups are dealt into that many optimizer steps and token weights scaled up by
-    (groups of the batch / groups of the minibatch), so that each is a mean over its own groups.
+    What the rollouts share before they sampled anything stands once in a lane; masked rollouts and branches without
+    trained tokens do not enter. A tree larger than the budget is split depth first, and what hangs below an earlier
+    part has the path to it as context: no prefix is computed twice. With `minibatches` > 1, groups are dealt into that
+    many optimizer steps and token weights scaled up by (groups of the batch / groups of the minibatch), so that each is
+    a mean over its own groups.
 
-    With `lanes` > 1 that many microbatches are computed side by side, and one that is left alone has all cores. They are
-    made a multiple of it in number and about equal in size, unless what has to be repeated for that costs more time.
+    With `lanes` > 1 the trees are dealt to that many lanes, about equal in cost. A tree that is cut for it has the path
+    down to the cut in both; where that costs more than it gains, there is one lane, which has all cores.
 
     How items are ordered, packed and split changes gradients only by rounding (DESIGN law 3).
     """
@@ -79,9 +105,13 @@ def pack(
         for index, (graph, credit) in enumerate(part):
             trie.insert(graph, credit.nodes, credit.token_weight * scale, index)
         trie.trim()
+        trie.divide(tokens_per_microbatch)
         rollout_ids = tuple(graph.rollout_id for graph, _ in part)
-        branches = list(trie.preorder())
-        batches += _batches(branches, _even_parts(branches, tokens_per_microbatch, lanes), rollout_ids, number)
+        done = set[int]()
+        for lane, branches in enumerate(_deal(list(trie.preorder()), lanes)):
+            for batch in _Layout(branches, done).batches(tokens_per_microbatch):
+                batches.append(replace(batch, rollout_ids=rollout_ids, minibatch=number, lane=lane))
+            done |= {id(branch) for branch in branches}
     return batches
 
 
@@ -94,147 +124,153 @@ def _minibatches(items: Sequence[Item], count: int) -> list[list[Item]]:
     return [[item for group in part for item in group] for part in dealt if part]
 
 
-def _even_parts(branches: list[Branch], budget: int, lanes: int) -> list[list[int]]:
-    """The cheapest cut within the budget; for several lanes, if it is sooner done, the one with the smallest parts that
-    has no more of them than the cheapest, rounded up to a multiple of `lanes`."""
-    parts = _parts(branches, budget)
-    wanted = -(-len(parts) // lanes) * lanes
-    size = sum(len(branch) for branch in branches) / max(wanted, 1)
-    while lanes > 1 and size < budget:
-        finer = _parts(branches, int(size))
-        if len(finer) <= wanted:
-            return min(parts, finer, key=lambda cut: _duration(branches, cut, lanes))
-        size *= 1.03
-    return parts
+def _deal(branches: list[Branch], lanes: int) -> list[list[Branch]]:
+    """At most `lanes` lists, each closed under ancestors and in preorder; one where dealing gains nothing."""
+    costs = _costs(branches)
+    whole, size = [branches], sum(costs.values()) / lanes
+    while lanes > 1 and size < sum(costs.values()):
+        dealt = _cut(branches, costs, size)
+        if len(dealt) <= lanes:
+            return min(whole, dealt, key=lambda parts: _duration(parts, costs, lanes))
+        size *= 1.02
+    return whole if branches else []
 
 
-def _duration(branches: list[Branch], parts: list[list[int]], lanes: int) -> float:
-    """In the time that one core takes for a token. A part that runs alone has all cores and gains from them what it is
-    large enough for (measured on two cores: 1.3 times one core's speed with 63 tokens, 1.5 with 255, 1.8 with 1,520)."""
-    sizes = [sum(len(branches[index]) for index in part) for part in parts]
-    duration = 0.0
-    for first in range(0, len(sizes), lanes):
-        at_once = sizes[first : first + lanes]
-        gain = 1.0 if len(at_once) > 1 else 1 + (lanes - 1) * 0.85 * at_once[0] / (at_once[0] + 170)
-        duration += max(at_once) / gain
-    return duration
+def _costs(branches: list[Branch]) -> dict[int, float]:
+    """Of each branch, by its id: in tokens of a short context."""
+    ends, costs = dict[int, int](), dict[int, float]()
+    for branch in branches:
+        depth = ends.get(id(branch.parent), 0)
+        ends[id(branch)] = depth + len(branch)
+        costs[id(branch)] = len(branch) * (1 + (depth + len(branch) / 2) / _DEPTH_THAT_DOUBLES)
+    return costs
 
 
-def _parts(branches: list[Branch], budget: int) -> list[list[int]]:
-    """The cheaper of two ways to cut: branches together while they fit, or wherever the budget ends."""
-    cuts = [_cut(branches, budget, keep_together=keep) for keep in (True, False)]
-    return min(cuts, key=lambda cut: (sum(len(branches[i]) for part in cut for i in part), len(cut)))
+def _duration(parts: list[list[Branch]], costs: dict[int, float], lanes: int) -> float:
+    """In the time that one core takes for a token. A lane that runs alone has all cores and gains from them what it is
+    large enough for (measured with two cores: 1.3 times one core's speed for 63 tokens, 1.5 for 255, 1.8 for 1,520)."""
+    longest = max((sum(costs[id(branch)] for branch in part) for part in parts), default=0.0)
+    return longest if len(parts) > 1 else longest / (1 + (lanes - 1) * 0.85 * longest / (longest + 170))
 
 
-def _batches(
-    branches: list[Branch], parts: list[list[int]], rollout_ids: tuple[str, ...], minibatch: int
-) -> list[ForestBatch]:
-    batches, used = [], set[int]()
-    for part in parts:
-        batches.append(_Writer(branches, part, used).write(rollout_ids, minibatch))
-        used.update(part)
-    return batches
+def _cut(branches: list[Branch], costs: dict[int, float], size: float) -> list[list[Branch]]:
+    """The preorder in parts of at most `size` in cost, if no path is longer; the path down to a part belongs to it."""
+    parts: list[dict[int, Branch]] = []
+    used = 0.0
+    for branch in branches:
+        path = _path(branch)
+        missing = [each for each in path if not parts or id(each) not in parts[-1]]
+        if not parts or used + sum(costs[id(each)] for each in missing) > size:
+            parts.append({})
+            missing, used = path, 0.0
+        parts[-1].update((id(each), each) for each in missing)
+        used += sum(costs[id(each)] for each in missing)
+    return [list(part.values()) for part in parts]
 
 
-def _cut(branches: list[Branch], budget: int, *, keep_together: bool) -> list[list[int]]:
-    """Parts of the preorder list, each closed under ancestors and within the budget if its longest path is."""
-    index_of = {id(branch): index for index, branch in enumerate(branches)}
-    parents = [index_of.get(id(branch.parent), -1) for branch in branches]
-    ends, sizes = _subtrees(branches, parents)
-    parts, current, used = [], dict[int, None](), 0
-    index = 0
-    while index < len(branches):
-        path = _path(parents, index)
-        whole = sizes[index] - len(branches[index])
-        missing = sum(len(branches[above]) for above in path if above not in current)
-        fresh = sum(len(branches[above]) for above in path)
-        is_leaf = ends[index] == index + 1
-        fits = used + missing + whole <= budget
-        if not fits and not is_leaf and not (keep_together and current and fresh + whole <= budget):
-            index += 1  # too large to enter whole: its children are placed one by one
-            continue
-        if not fits and current:
-            parts.append(sorted(current))
-            current, used, missing = {}, 0, fresh
-        current |= dict.fromkeys(path) | dict.fromkeys(range(index, ends[index]))
-        used += missing + whole
-        index = ends[index]
-    return [*parts, sorted(current)] if current else parts
-
-
-def _subtrees(branches: list[Branch], parents: list[int]) -> tuple[list[int], list[int]]:
-    """For each branch: where its subtree ends in the preorder, and how many tokens the subtree has."""
-    ends, sizes = list(range(1, len(branches) + 1)), [len(branch) for branch in branches]
-    for index in range(len(branches) - 1, -1, -1):
-        if parents[index] >= 0:
-            ends[parents[index]] = max(ends[parents[index]], ends[index])
-            sizes[parents[index]] += sizes[index]
-    return ends, sizes
-
-
-def _path(parents: list[int], index: int) -> list[int]:
+def _path(branch: Branch) -> list[Branch]:
+    """From below the trie's root down to the branch."""
     path = []
-    while index >= 0:
-        path.append(index)
-        index = parents[index]
-    return path
+    while branch.parent is not None:
+        path.append(branch)
+        branch = branch.parent
+    return path[::-1]
 
 
-class _Writer:
-    """Lays out one part of the trie as arrays. A branch with one child in the part is joined with it to one node."""
+class _Layout:
+    """Lays out the branches of one lane as batches."""
 
-    def __init__(self, branches: list[Branch], part: Sequence[int], done: set[int]) -> None:
-        """`done`: branches whose targets an earlier part has taken; they enter as context only."""
-        self._branches = [branches[index] for index in part]
-        self._targets = {id(branches[index]): [] if index in done else branches[index].targets for index in part}
-        self._node_of: dict[int, int] = {}
-        self._end_of: dict[int, int] = {}
-        self._nodes: list[list[int]] = []
+    def __init__(self, branches: list[Branch], done: set[int]) -> None:
+        """`done`: branches whose targets another lane has taken; they enter for those below them only."""
+        self._branches = branches
+        self._done = done
+        self._at: dict[int, tuple[int, int]] = {}
+        """Batch and place of each branch written so far."""
+        self._ends: dict[int, int] = {}
+        """Depth at which each branch ends."""
 
-    def write(self, rollout_ids: tuple[str, ...], minibatch: int) -> ForestBatch:
-        positions, sources, runs, at = [], [], [], 0
+    def batches(self, budget: int) -> list[ForestBatch]:
+        """At most `budget` tokens each, if no branch is longer."""
+        written: list[ForestBatch] = []
+        part, size = list[Branch](), 0
         for branch in self._branches:
-            depth = self._place(branch, at)
+            if part and size + len(branch) > budget:
+                written.append(self._batch(part, len(written)))
+                part, size = [], 0
+            part.append(branch)
+            size += len(branch)
+        return [*written, self._batch(part, len(written))] if part else written
+
+    def _batch(self, part: list[Branch], number: int) -> ForestBatch:
+        context = self._context(part[0])
+        positions, sources, runs, nodes, at = [], [], [], _Nodes(part), 0
+        for branch in part:
+            depth = self._ends.get(id(branch.parent), 0)
+            nodes.place(branch, at)
+            self._at[id(branch)], self._ends[id(branch)] = (number, at), depth + len(branch)
             positions.append(np.arange(depth, depth + len(branch)))
-            for run in self._targets[id(branch)]:
+            for run in () if id(branch) in self._done else branch.targets:
                 sources.append(np.arange(at + run.offset, at + run.offset + len(run)))
                 runs.append(run)
             at += len(branch)
-        starts, lengths, parents = (np.array(column, np.int64) for column in zip(*self._nodes, strict=True))
+        starts, lengths, parents = nodes.columns()
+        none = np.empty(0)
 
         def per_token(values: list[float]) -> NDArray[np.float64]:
             return np.repeat(np.array(values, np.float64), [len(run) for run in runs])
 
         return ForestBatch(
-            token_ids_T=np.concatenate([branch.token_ids for branch in self._branches]).astype(np.int64),
+            token_ids_T=np.concatenate([branch.token_ids for branch in part]).astype(np.int64),
             positions_T=np.concatenate(positions).astype(np.int64),
             node_start_N=starts,
             node_length_N=lengths,
             node_parent_N=parents,
-            sources_M=np.concatenate(sources).astype(np.int64),
-            targets_M=np.concatenate([run.token_ids for run in runs]).astype(np.int64),
+            sources_M=np.concatenate([none, *sources]).astype(np.int64),
+            targets_M=np.concatenate([none, *(run.token_ids for run in runs)]).astype(np.int64),
             positive_M=per_token([run.positive for run in runs]),
             negative_M=per_token([run.negative for run in runs]),
             token_weight_M=per_token([run.token_weight for run in runs]),
-            behavior_logprobs_M=np.concatenate([run.logprobs for run in runs]).astype(np.float64),
+            behavior_logprobs_M=np.concatenate([none, *(run.logprobs for run in runs)]).astype(np.float64),
             rollout_M=np.repeat(np.array([run.rollout for run in runs], np.int64), [len(run) for run in runs]),
-            rollout_ids=rollout_ids,
-            minibatch=minibatch,
+            rollout_ids=(),
+            context=context,
         )
 
-    def _place(self, branch: Branch, at: int) -> int:
-        """Gives the branch, whose first token stands at `at`, to a node. Returns the depth of that token."""
-        parent = id(branch.parent)
-        depth = self._end_of.get(parent, 0)
-        self._end_of[id(branch)] = depth + len(branch)
-        if parent in self._node_of and self._is_only_child(branch):
-            self._node_of[id(branch)] = self._node_of[parent]
-            self._nodes[self._node_of[parent]][1] += len(branch)
+    def _context(self, first: Branch) -> tuple[ContextRun, ...]:
+        """Where the path down to a batch's first branch stands. In preorder, all other branches of the batch hang below
+        that path or below each other."""
+        runs: list[ContextRun] = []
+        for branch in _path(first)[:-1]:
+            batch, at = self._at[id(branch)]
+            if runs and (runs[-1].batch, runs[-1].end) == (batch, at):
+                runs[-1] = ContextRun(batch, runs[-1].start, at + len(branch))
+            else:
+                runs.append(ContextRun(batch, at, at + len(branch)))
+        return tuple(runs)
+
+
+class _Nodes:
+    """The node table of one batch. A branch with one child in the batch is joined with it to one node."""
+
+    def __init__(self, part: list[Branch]) -> None:
+        self._part = {id(branch) for branch in part}
+        self._node_of: dict[int, int] = {}
+        self._rows: list[list[int]] = []
+
+    def place(self, branch: Branch, at: int) -> None:
+        """Gives the branch, whose first token stands at `at`, to a node."""
+        parent = self._node_of.get(id(branch.parent), -1)
+        if parent >= 0 and self._is_only_child(branch):
+            self._node_of[id(branch)] = parent
+            self._rows[parent][1] += len(branch)
         else:
-            self._node_of[id(branch)] = len(self._nodes)
-            self._nodes.append([at, len(branch), self._node_of.get(parent, -1)])
-        return depth
+            self._node_of[id(branch)] = len(self._rows)
+            self._rows.append([at, len(branch), parent])
+
+    def columns(self) -> tuple[NDArray[np.int64], ...]:
+        """Starts, lengths and parents."""
+        return tuple(np.array(column, np.int64) for column in zip(*self._rows, strict=True))
 
     def _is_only_child(self, branch: Branch) -> bool:
         assert branch.parent is not None
-        return sum(id(sibling) in self._targets for sibling in branch.parent.children) == 1
+        return sum(id(sibling) in self._part for sibling in branch.parent.children) == 1

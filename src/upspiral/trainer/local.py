@@ -19,7 +19,8 @@ from torch import Tensor
 
 from upspiral.algorithm.loss import Loss, PolicyLoss, SftLoss, TokenTerms
 from upspiral.config.models import AlgorithmConfig, TrainerConfig
-from upspiral.trainer.attention import forest_attention_in
+from upspiral.trainer.attention import ForestPass, forest_attention_in
+from upspiral.trainer.depth_first import Lane, Work, lanes_of
 from upspiral.trainer.forest import ForestBatch
 from upspiral.trainer.lanes import Lanes
 from upspiral.trainer.logprob import target_logprobs
@@ -84,10 +85,21 @@ class LocalTrainer:
             for model in self._lanes.models:
                 stack.enter_context(forest_attention_in(model))
             for minibatch, old in self._with_old_logprobs(batches, kind):
-                self._accumulate(list(zip(minibatch, old, strict=True)), kind, tally)
+                self._accumulate(minibatch, old, kind, tally)
                 self._update(rate, tally)
         self._policy_steps += kind == "policy" and bool(batches)
         return tally.metrics(rate, time.monotonic() - started)
+
+    def gradients(self, batches: Sequence[ForestBatch], kind: Literal["policy", "sft"] = "policy") -> StepMetrics:
+        """Computes the gradients of one minibatch and drops them: what a step costs without its update."""
+        started = time.monotonic()
+        tally = _Tally()
+        with ExitStack() as stack:
+            for model in self._lanes.models:
+                stack.enter_context(forest_attention_in(model))
+            self._accumulate(batches, {}, kind, tally)
+        self._optimizer.drop_gradients()
+        return tally.metrics(0.0, time.monotonic() - started)
 
     def forget_moments(self) -> None:
         """Starts the optimizer anew on the weights as they are, as between warm start and RL."""
@@ -104,32 +116,51 @@ class LocalTrainer:
 
     def _with_old_logprobs(
         self, batches: Sequence[ForestBatch], kind: str
-    ) -> Iterator[tuple[list[ForestBatch], list[Tensor | None]]]:
-        """The minibatches, each batch with log p_old. With a single minibatch p_old is p_theta and need not be
-        computed beforehand (None); with more, it is taken before the first update."""
+    ) -> Iterator[tuple[list[ForestBatch], dict[int, Tensor]]]:
+        """The minibatches, each with log p_old by the batch's `id()`. With a single minibatch p_old is p_theta and need
+        not be computed beforehand; with more, it is taken before the first update."""
         minibatches = [list(part) for _, part in groupby(batches, key=lambda batch: batch.minibatch)]
-        old: list[list[Tensor | None]] = [[None] * len(part) for part in minibatches]
+        old: dict[int, Tensor] = {}
         if len(minibatches) > 1 and kind == "policy":
-            with torch.no_grad():
-                old = [
-                    [self._logprobs(self._lanes.models[0], batch, kind)[0] for batch in part] for part in minibatches
-                ]
-        yield from zip(minibatches, old, strict=True)
+            for lane in (lane for part in minibatches for lane in lanes_of(part)):
+                old |= self._logprobs_of(lane, kind)
+        for part in minibatches:
+            yield part, old
 
-    def _accumulate(self, minibatch: list[tuple[ForestBatch, Tensor | None]], kind: str, tally: _Tally) -> None:
-        """Gradients of all microbatches, as many at once as there are lanes, summed in their order."""
+    @torch.no_grad()
+    def _logprobs_of(self, lane: Lane, kind: str) -> dict[int, Tensor]:
+        found: dict[int, Tensor] = {}
+        for work in lane.remaining:
+            if work.kind != "backward":
+                batch = lane.batches[work.batch]
+                found[id(batch)], _ = self._logprobs(self._lanes.models[0], batch, kind, lane.begin(work))
+        return found
 
-        def backward(model: Any, item: tuple[ForestBatch, Tensor | None]) -> tuple[float, Mapping[str, Tensor]]:
-            batch, old_logprobs = item
-            logprobs, entropy = self._logprobs(model, batch, kind)
-            loss, metrics = self._losses[kind](token_terms(batch, logprobs, old_logprobs))
-            loss.backward()
-            return loss.item(), {"entropy": entropy.sum(), **metrics}
+    def _accumulate(
+        self, minibatch: Sequence[ForestBatch], old_logprobs: Mapping[int, Tensor], kind: str, tally: _Tally
+    ) -> None:
+        """Gradients of all microbatches, those of the lanes at the same time, summed in their order."""
 
-        for start in range(0, len(minibatch), len(self._lanes)):
-            side_by_side = minibatch[start : start + len(self._lanes)]
-            for (batch, _), outcome in zip(side_by_side, self._lanes.run(backward, side_by_side), strict=True):
-                tally.add(batch, *outcome)
+        def compute(model: Any, item: tuple[Lane, Work]) -> tuple[float, Mapping[str, Tensor]]:
+            lane, work = item
+            outcome: tuple[float, Mapping[str, Tensor]] = 0.0, {}
+            if work.kind != "backward":
+                batch = lane.batches[work.batch]
+                logprobs, entropy = self._logprobs(model, batch, kind, lane.begin(work))
+                if batch.num_targets:
+                    loss, metrics = self._losses[kind](token_terms(batch, logprobs, old_logprobs.get(id(batch))))
+                    lane.keep_loss(work, loss)
+                    outcome = loss.item(), {"entropy": entropy.sum(), **metrics}
+            if work.kind != "forward":
+                lane.end(work)
+            return outcome
+
+        lanes = lanes_of(minibatch)
+        for batch in minibatch:
+            tally.count(batch)
+        while busy := [lane for lane in lanes if lane.remaining][: len(self._lanes)]:
+            for outcome in self._lanes.run(compute, [(lane, lane.remaining.popleft()) for lane in busy]):
+                tally.add(*outcome)
             for parameters in self._lanes.parameters():
                 self._optimizer.collect_gradients(parameters)
 
@@ -141,8 +172,8 @@ class LocalTrainer:
         else:
             self._optimizer.drop_gradients()
 
-    def _logprobs(self, model: Any, batch: ForestBatch, kind: str) -> tuple[Tensor, Tensor]:
-        return target_logprobs(model, batch, temperature=self._temperatures[kind])
+    def _logprobs(self, model: Any, batch: ForestBatch, kind: str, forest: ForestPass) -> tuple[Tensor, Tensor]:
+        return target_logprobs(model, batch, temperature=self._temperatures[kind], forest=forest)
 
     def _learning_rate(self) -> float:
         warmup = self._config.lr_warmup_steps
@@ -167,10 +198,12 @@ class _Tally:
         self._unique = self._trained = 0
         self._tokens: dict[str, float] = {}
 
-    def add(self, batch: ForestBatch, loss: float, metrics: Mapping[str, Tensor]) -> None:
-        self._loss += loss
+    def count(self, batch: ForestBatch) -> None:
         self._unique += batch.num_tokens
         self._trained += batch.num_targets
+
+    def add(self, loss: float, metrics: Mapping[str, Tensor]) -> None:
+        self._loss += loss
         for name, value in metrics.items():
             before, now = self._tokens.get(name, 0.0), value.item()
             self._tokens[name] = max(before, now) if name.startswith("max_") else before + now

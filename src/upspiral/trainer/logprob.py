@@ -10,16 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from upspiral.trainer.attention import spans_of
+from upspiral.trainer.attention import ForestPass
 from upspiral.trainer.forest import ForestBatch
 
 LOGITS_PER_CHUNK = 1 << 25
 """Elements of the largest block of logits: 128 MB in float32."""
 
 
-def target_logprobs(model: Any, batch: ForestBatch, *, temperature: float) -> tuple[Tensor, Tensor]:
+def target_logprobs(
+    model: Any, batch: ForestBatch, *, temperature: float, forest: ForestPass | None = None
+) -> tuple[Tensor, Tensor]:
     """(log p_theta of the batch's targets with gradient, entropy of the distributions they come from), both [M], at
-    least float32, natural log, after division of the logits by `temperature`.
+    least float32, natural log, after division of the logits by `temperature`. `forest`: the batch's pass, for one that
+    has a context or is one.
 
     `model` is a causal language model of transformers inside `forest_attention_in`, or any module with `get_decoder()`
     and `get_output_embeddings()` whose decoder takes the keyword `forest`.
@@ -30,7 +33,7 @@ def target_logprobs(model: Any, batch: ForestBatch, *, temperature: float) -> tu
         for array in (batch.token_ids_T, batch.positions_T, batch.sources_M, batch.targets_M)
     )
     hidden_TD = model.get_decoder()(
-        input_ids=token_ids[None], position_ids=positions[None], use_cache=False, forest=spans_of(batch)
+        input_ids=token_ids[None], position_ids=positions[None], use_cache=False, forest=forest or ForestPass(batch)
     ).last_hidden_state[0]
     logprobs, entropy = ChunkedLogprob.apply(hidden_TD.index_select(0, sources), head, targets, temperature)  # type: ignore[misc]
     return logprobs, entropy

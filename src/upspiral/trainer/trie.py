@@ -86,6 +86,12 @@ class Trie:
                 needed = max((run.offset + len(run) for run in branch.targets), default=0)
                 branch.token_ids = branch.token_ids[:needed]
 
+    def divide(self, most: int) -> None:
+        """Cuts branches so that none has more than `most` tokens."""
+        for branch in list(self.preorder()):
+            while len(branch) > most:
+                _split(branch, most)
+
     def preorder(self) -> Iterator[Branch]:
         """Every branch but the root, parents first."""
         stack = self.root.children[::-1]
@@ -125,15 +131,20 @@ def _common_length(a: NDArray[np.int32], b: NDArray[np.int32]) -> int:
 def _split(branch: Branch, at: int) -> Branch:
     """Puts a new branch with the first `at` tokens above `branch`, which keeps the rest and thereby its end: cursors
     that stand at the end of a branch stay right. Returns the new one."""
-    parent = branch.parent
+    parent, first = branch.parent, int(branch.token_ids[0])
     assert parent is not None
-    upper = Branch(branch.token_ids[:at], parent, [branch], {int(branch.token_ids[at]): branch})
-    # Targets in an unsampled branch are single tokens, so none of them straddles the cut.
-    upper.targets = [run for run in branch.targets if run.offset < at]
-    branch.targets = [run.shifted(-at) for run in branch.targets if run.offset >= at]
+    upper = Branch(branch.token_ids[:at], parent, [branch])
+    if parent.shared.get(first) is branch:
+        parent.shared[first] = upper
+        upper.shared = {int(branch.token_ids[at]): branch}
+    upper.targets = [run.part(0, at - run.offset) for run in branch.targets if run.offset < at]
+    branch.targets = [
+        run.part(max(0, at - run.offset), len(run)).shifted(max(0, at - run.offset) - at)
+        for run in branch.targets
+        if run.offset + len(run) > at
+    ]
     branch.token_ids, branch.parent = branch.token_ids[at:], upper
     parent.children[parent.children.index(branch)] = upper
-    parent.shared[int(upper.token_ids[0])] = upper
     return upper
 
 

@@ -84,7 +84,7 @@ def test_forest_equals_transformers_attention_path_by_path() -> None:
 def test_a_forward_without_spans_says_what_is_missing() -> None:
     config = LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
     model = LlamaForCausalLM(config)
-    with forest_attention_in(model), pytest.raises(ValueError, match="forest=spans_of"):
+    with forest_attention_in(model), pytest.raises(ValueError, match=r"forest=ForestPass\(batch\)"):
         model(torch.tensor([[1, 2]]))
     assert model(torch.tensor([[1, 2]])).logits.shape == (1, 2, 8)
 

@@ -43,18 +43,30 @@ def test_masked_rollouts_do_not_enter() -> None:
     assert pack([rollout("b", 60, masked="no_signal")], tokens_per_microbatch=1000) == []
 
 
-def test_groups_stay_together_when_it_saves_tokens() -> None:
+def test_a_tree_over_the_budget_is_split_without_repeating_anything() -> None:
     items = [rollout(f"{group}-{index}", group) for group in (50, 60, 70) for index in range(3)]
     budget = 20 + 12 + 3 * 12 + 30  # one group, and not quite a second
     batches = pack(items, tokens_per_microbatch=budget)
-    assert [len(set(batch.rollout_M.tolist())) for batch in batches] == [3, 3, 3]
-    assert all(batch.num_tokens <= budget for batch in batches)
+    assert sum(batch.num_tokens for batch in batches) == 20 + 3 * 12 + 9 * 12
+    assert len(batches) == 2 and all(batch.num_tokens <= budget for batch in batches)
+    # The second begins inside a rollout: above it stand the shared tokens, those of the group and its first answer.
+    assert batches[0].context == () and batches[1].context_length == 20 + 12 + 4
 
 
-def test_a_path_longer_than_the_budget_stands_alone() -> None:
+def test_a_path_longer_than_the_budget_is_cut() -> None:
     batches = pack([rollout("a", 50), rollout("b", 50)], tokens_per_microbatch=5)
-    assert [batch.num_tokens for batch in batches] == [44, 44]
-    assert [batch.num_targets for batch in batches] == [8 + 1, 8 - 1]  # the shared prompt predicts two, in the first
+    assert sum(batch.num_tokens for batch in batches) == 20 + 12 + 2 * 12
+    assert all(batch.num_tokens <= 5 for batch in batches)
+    assert sum(batch.num_targets for batch in batches) == 16
+
+
+def test_lanes_repeat_a_path_only_where_that_is_sooner_done() -> None:
+    def cost_of(turns: Sequence[int]) -> list[int]:
+        items = [rollout(f"a-{index}", 50, turns) for index in range(4)]
+        return [batch.num_tokens for batch in pack(items, tokens_per_microbatch=10**6, lanes=2)]
+
+    assert cost_of((2,)) == [20 + 12 + 4 * 1]
+    assert cost_of((2000,)) == [20 + 12 + 2 * 1999] * 2
 
 
 def test_minibatches_split_by_groups_and_keep_each_a_mean() -> None:

@@ -1,0 +1,72 @@
+"""The order in which one lane computes its batches: a batch is kept until everything that hangs below it is done.
+
+No prefix is computed twice, and what is alive at any time are the batches on one path, and one more.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from upspiral.trainer.attention import ForestPass
+from upspiral.trainer.forest import ForestBatch
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """`forward` keeps the batch for others below it, `backward` ends that; `both` is for a batch with none below."""
+
+    kind: Literal["forward", "backward", "both"]
+    batch: int
+
+
+def depth_first(batches: Sequence[ForestBatch]) -> Iterator[Work]:
+    """What to do with the batches of one lane, in order."""
+    last_use = {run.batch: number for number, batch in enumerate(batches) for run in batch.context}
+    open_batches: list[int] = []
+    for number in range(len(batches)):
+        while open_batches and last_use[open_batches[-1]] < number:
+            yield Work("backward", open_batches.pop())
+        if number in last_use:
+            open_batches.append(number)
+            yield Work("forward", number)
+        else:
+            yield Work("both", number)
+    for number in reversed(open_batches):
+        yield Work("backward", number)
+
+
+class Lane:
+    """The batches of one lane while they are computed. `remaining` is the work that is left."""
+
+    def __init__(self, batches: Sequence[ForestBatch]) -> None:
+        self.batches = batches
+        self.remaining = deque(depth_first(batches))
+        self._passes: list[ForestPass | None] = [None] * len(batches)
+        self._losses: dict[int, Tensor] = {}
+
+    def begin(self, work: Work) -> ForestPass:
+        """The pass of a batch, for its forward; its context must have begun and not ended."""
+        keeps = work.kind == "forward"
+        begun = self._passes[work.batch] = ForestPass(self.batches[work.batch], self._passes, keeps=keeps)
+        return begun
+
+    def keep_loss(self, work: Work, loss: Tensor) -> None:
+        """For the batch's backward."""
+        self._losses[work.batch] = loss
+
+    def end(self, work: Work) -> None:
+        """The batch's backward; afterwards nothing of it is kept."""
+        ended, self._passes[work.batch] = self._passes[work.batch], None
+        assert ended is not None
+        ended.backward(self._losses.pop(work.batch, None))
+
+
+def lanes_of(batches: Sequence[ForestBatch]) -> list[Lane]:
+    """The lanes of one minibatch."""
+    numbers = sorted({batch.lane for batch in batches})
+    return [Lane([batch for batch in batches if batch.lane == number]) for number in numbers]
