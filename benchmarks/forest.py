@@ -13,7 +13,7 @@ better setting of the machine's cores (LANES), found in the same run.
 
 `ideal` is the counted work of the flat form over that of the graph: linear layers by tokens, the output layer by
 targets, attention by pairs of query and key. `token_ratio` is the tokens of the flat form over those of the graph.
-`ratio` is seconds over seconds. Where the flat form has more than SAMPLE_TOKENS tokens, every n-th of its rows is timed
+`ratio` is seconds over seconds. Where the flat form has more than MOST_TOKENS tokens, every n-th of its rows is timed
 (`flat_sample`: tokens timed over all) and the time scaled by counted work. Peaks are what a process of its own used at
 most beyond model and imports.
 """
@@ -38,7 +38,7 @@ from upspiral.types import NodeCredit, RolloutCredit
 
 MODEL = "smollm2-135m"
 TOKENS_PER_MICROBATCH = 4096
-SAMPLE_TOKENS = 12_288
+MOST_TOKENS, SAMPLE_TOKENS = 10_240, 5_120
 CALLS = (2, 4, 8, 16, 32, 64, 79, 128)
 LANES = (1, 2)
 
@@ -141,8 +141,9 @@ class Work:
 
 def sampled(rows: Sequence[ForestBatch]) -> Sequence[ForestBatch]:
     """Every n-th row, so that about SAMPLE_TOKENS tokens are left; as many short ones as long ones."""
-    every = max(1, round(sum(row.num_tokens for row in rows) / SAMPLE_TOKENS))
-    return rows[every // 2 :: every] if every > 1 else rows
+    tokens = sum(row.num_tokens for row in rows)
+    every = round(tokens / SAMPLE_TOKENS)
+    return rows if tokens <= MOST_TOKENS else rows[every // 2 :: every]
 
 
 # Measuring

@@ -20,7 +20,7 @@ from tests.property.forests import VOCABULARY, DoubleLlama, batches_of_rollouts,
 from upspiral.algorithm.loss import PolicyLoss, SftLoss, TokenTerms
 from upspiral.trainer.attention import forest_attention_in
 from upspiral.trainer.depth_first import lanes_of
-from upspiral.trainer.flat import flatten
+from upspiral.trainer.flat import call_rows, flatten, side_by_side
 from upspiral.trainer.forest import ForestBatch, Item, pack
 from upspiral.trainer.logprob import target_logprobs
 
@@ -104,6 +104,16 @@ def test_forest_equals_one_row_per_path(
     theirs = loss_and_gradients(made, flatten(items))
     assert ours[0] == pytest.approx(theirs[0], rel=tolerance, abs=tolerance)
     assert relative_difference(ours[1], theirs[1]) <= tolerance
+
+
+@settings(max_examples=25, deadline=None)
+@given(items=batches_of_rollouts(), budget=st.integers(1, 60))
+def test_forest_equals_one_row_per_call(items: list[Item], budget: int) -> None:
+    model = double_llama()
+    ours = loss_and_gradients(model, pack(items, tokens_per_microbatch=budget, lanes=2))
+    theirs = loss_and_gradients(model, side_by_side(call_rows(items), tokens_per_microbatch=60))
+    assert ours[0] == pytest.approx(theirs[0], rel=1e-9, abs=1e-9)
+    assert relative_difference(ours[1], theirs[1]) <= 1e-9
 
 
 @settings(max_examples=40, deadline=None)
