@@ -3,8 +3,9 @@
     python benchmarks/forest.py [--save] [--only CASE ...] [--repeats 5]
 
 SmolLM2-135M in bfloat16. Both forms run through the trainer's own model, loss and lanes; flat rows are packed side by
-side without padding, up to the same tokens a microbatch. Forms take turns in one process; medians. Each form has its
-better setting of the machine's cores (LANES), found in the same run.
+side without padding, up to the same tokens a microbatch. Forms take turns in one process; medians. Both are computed as
+the trainer does it, with a lane for each core; flat rows are dealt to the lanes evenly, and up to FEW_TOKENS of them
+are also timed in one lane that has all cores: the faster counts.
 
 - `a`: a prompt of 512 tokens, 16 answers of 64. `b`: a group of 8 rollouts that share 2,048 tokens, then 64 each.
 - `c_K`: one agent, K calls that send the history again, each with 16 new tokens, half of them sampled; `c64_K`: 64.
@@ -39,8 +40,8 @@ from upspiral.types import NodeCredit, RolloutCredit
 MODEL = "smollm2-135m"
 TOKENS_PER_MICROBATCH = 4096
 MOST_TOKENS, SAMPLE_TOKENS = 10_240, 5_120
+FEW_TOKENS = 2048
 CALLS = (2, 4, 8, 16, 32, 64, 79, 128)
-LANES = (1, 2)
 
 
 # The cases
@@ -150,7 +151,7 @@ def sampled(rows: Sequence[ForestBatch]) -> Sequence[ForestBatch]:
 
 
 class Bench:
-    def __init__(self, lanes: int) -> None:
+    def __init__(self) -> None:
         import torch
 
         from upspiral.config.models import AlgorithmConfig, TrainerConfig
@@ -164,37 +165,39 @@ class Bench:
         use_threads(num_cores())
         loaded = load_model(resolve_model(MODEL), dtype="bfloat16", device="cpu")
         self.work = Work(loaded.config)
-        self.lanes = lanes
-        self._trainer = LocalTrainer(loaded.module, TrainerConfig(), AlgorithmConfig(), temperature=1.0, lanes=lanes)
+        self.lanes = num_cores()
+        self._trainer = LocalTrainer(
+            loaded.module, TrainerConfig(), AlgorithmConfig(), temperature=1.0, lanes=self.lanes
+        )
 
-    def forms(self, case: str) -> dict[str, tuple[list[ForestBatch], float]]:
-        """Each form's microbatches, and by what their time is to be multiplied."""
-        items = CASES[case]()
-        rows = call_rows(items)
+    def graph(self, case: str) -> list[ForestBatch]:
+        return pack(CASES[case](), tokens_per_microbatch=TOKENS_PER_MICROBATCH, lanes=self.lanes)
+
+    def flat(self, case: str) -> tuple[list[list[ForestBatch]], float]:
+        """The microbatches in the ways of dealing them that may be the fastest, and by what their time is to be
+        multiplied."""
+        rows = call_rows(CASES[case]())
         timed = sampled(rows)
-        return {
-            "graph": (pack(items, tokens_per_microbatch=TOKENS_PER_MICROBATCH, lanes=self.lanes), 1.0),
-            "flat": (
-                side_by_side(timed, TOKENS_PER_MICROBATCH, self.lanes),
-                self.work.of(rows) / self.work.of(timed),
-            ),
-        }
+        tokens, longest = sum(row.num_tokens for row in timed), max(row.num_tokens for row in timed)
+        ways = [self.lanes] if tokens > FEW_TOKENS else [1, self.lanes]
+        room = {lanes: min(TOKENS_PER_MICROBATCH, max(-(-tokens // lanes), longest)) for lanes in ways}
+        dealt = [side_by_side(timed, room[lanes], lanes) for lanes in ways]
+        return dealt, self.work.of(rows) / self.work.of(timed)
 
     def seconds(self, batches: Sequence[ForestBatch]) -> float:
         """Of forward and backward of all microbatches, gradients added up."""
         return self._trainer.gradients(batches).seconds
 
 
-def measure_times(case: str, lanes: int, repeats: int) -> dict[str, Any]:
-    bench = Bench(lanes)
-    forms = bench.forms(case)
-    for batches, _ in forms.values():
-        bench.seconds(batches[:lanes])  # warm
-    times: dict[str, list[float]] = {"graph": [], "flat": []}
-    for _ in range(repeats):
-        for form, (batches, factor) in forms.items():
-            times[form].append(factor * bench.seconds(batches))
-    return {form: statistics.median(found) for form, found in times.items()}
+def measure_times(case: str, repeats: int) -> dict[str, Any]:
+    bench = Bench()
+    graph, (ways, factor) = bench.graph(case), bench.flat(case)
+    forms = [graph, *ways]
+    for batches in forms:
+        bench.seconds(batches[: bench.lanes])  # warm
+    times = [[bench.seconds(batches) for batches in forms] for _ in range(repeats)]
+    graph_s, *flat_s = (statistics.median(column) for column in zip(*times, strict=True))
+    return {"graph_s": graph_s, "flat_s": factor * min(flat_s)}
 
 
 def count(case: str) -> dict[str, float]:
@@ -212,9 +215,9 @@ def count(case: str) -> dict[str, float]:
     }
 
 
-def measure_peak(case: str, form: str, lanes: int) -> dict[str, Any]:
-    bench = Bench(lanes)
-    batches, _ = bench.forms(case)[form]
+def measure_peak(case: str, form: str) -> dict[str, Any]:
+    bench = Bench()
+    batches = bench.graph(case) if form == "graph" else bench.flat(case)[0][-1]
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     bench.seconds(batches)
     return {"peak_mb": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024}
@@ -229,16 +232,10 @@ def in_a_process(*arguments: str) -> dict[str, Any]:
 
 
 def measure(case: str, repeats: int) -> dict[str, Any]:
-    figures: dict[str, Any] = count(case)
-    by_lanes = {
-        lanes: in_a_process("--time", case, "--lanes", str(lanes), "--repeats", str(repeats)) for lanes in LANES
-    }
-    for form in ("graph", "flat"):
-        lanes = min(LANES, key=lambda lanes, form=form: by_lanes[lanes][form])
-        figures[f"{form}_s"], figures[f"{form}_lanes"] = by_lanes[lanes][form], lanes
-        peak = "peak_mb" if form == "graph" else "flat_peak_mb"
-        figures[peak] = in_a_process("--peak", case, "--form", form, "--lanes", str(lanes))["peak_mb"]
+    figures: dict[str, Any] = {**count(case), **in_a_process("--time", case, "--repeats", str(repeats))}
     figures["ratio"] = figures["flat_s"] / figures["graph_s"]
+    for form, name in (("graph", "peak_mb"), ("flat", "flat_peak_mb")):
+        figures[name] = in_a_process("--peak", case, "--form", form)["peak_mb"]
     return {name: round(value, 3) if isinstance(value, float) else value for name, value in figures.items()}
 
 
@@ -254,12 +251,11 @@ def main() -> None:
     parser.add_argument("--time", choices=list(CASES), help=argparse.SUPPRESS)
     parser.add_argument("--peak", choices=list(CASES), help=argparse.SUPPRESS)
     parser.add_argument("--form", choices=("graph", "flat"), help=argparse.SUPPRESS)
-    parser.add_argument("--lanes", type=int, default=1, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.time:
-        print(json.dumps(measure_times(options.time, options.lanes, options.repeats)))
+        print(json.dumps(measure_times(options.time, options.repeats)))
     elif options.peak:
-        print(json.dumps(measure_peak(options.peak, options.form, options.lanes)))
+        print(json.dumps(measure_peak(options.peak, options.form)))
     else:
         figures = {}
         for case in options.only or CASES:

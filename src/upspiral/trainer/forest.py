@@ -18,6 +18,8 @@ from upspiral.types import RolloutCredit
 
 Item = tuple[TrajectoryGraph, RolloutCredit]
 
+_PASS_COSTS = 70
+"""Tokens in the time that a pass takes beside its tokens: weights are read and gradients written (the same model)."""
 _DEPTH_THAT_DOUBLES = 1500
 """At this depth a token's attention costs as much as its linear layers (measured: 135M parameters, bfloat16, CPU)."""
 
@@ -150,7 +152,9 @@ def _duration(parts: list[list[Branch]], costs: dict[int, float], lanes: int) ->
     """In the time that one core takes for a token. A lane that runs alone has all cores and gains from them what it is
     large enough for (measured with two cores: 1.3 times one core's speed for 63 tokens, 1.5 for 255, 1.8 for 1,520)."""
     longest = max((sum(costs[id(branch)] for branch in part) for part in parts), default=0.0)
-    return longest if len(parts) > 1 else longest / (1 + (lanes - 1) * 0.85 * longest / (longest + 170))
+    if len(parts) > 1:
+        return longest + _PASS_COSTS
+    return longest / (1 + (lanes - 1) * 0.85 * longest / (longest + 170)) + _PASS_COSTS / lanes
 
 
 def _cut(branches: list[Branch], costs: dict[int, float], size: float) -> list[list[Branch]]:
