@@ -54,12 +54,14 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How the engine samples. Temperature 0 is greedy; `top_k` 0 and `top_p` 1 switch those filters off."""
+    """How the engine samples. Temperature 0 is greedy; `min_p` 0, `top_k` 0 and `top_p` 1 switch those filters off."""
 
     max_tokens: int
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0
+    """Tokens less likely than this share of the likeliest one are left out (arXiv 2407.01082)."""
     stop_token_ids: tuple[int, ...] = ()
     seed: int | None = None
 

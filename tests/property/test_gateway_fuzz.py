@@ -61,6 +61,7 @@ CHAT: dict[str, Any] = {
     "temperature": 0.7,
     "top_p": 0.9,
     "seed": 7,
+    "min_p": 0.1,
     "logprobs": False,
     "user": "somebody",
 }

@@ -36,6 +36,7 @@ class AnswerRequest:
     top_p: float | None = None
     top_k: int | None = None
     """Sample from the k most likely tokens; 0: from all."""
+    min_p: float | None = None
     seed: int | None = None
     model: str = ""
     """The name that the agent gave. Every name is answered by the same model; rules may tell side calls by it."""
@@ -71,6 +72,7 @@ class SessionPolicy:
             top_p=_first(self.top_p, request.top_p, 1.0),
             # An owner who fixes how the policy is filtered means the whole filter.
             top_k=max(0, request.top_k or 0) if self.top_p is None else 0,
+            min_p=request.min_p or 0.0 if self.top_p is None else 0.0,
             stop_token_ids=stop_token_ids,
             seed=self._seed(request, call, answer),
         )

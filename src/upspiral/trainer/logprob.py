@@ -71,8 +71,11 @@ class ChunkedLogprob(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         hidden, weight, targets, lse = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros(weight.shape, dtype=lse.dtype, device=weight.device)
-        for rows in _chunks(len(targets), len(weight)):
+        chunks = _chunks(len(targets), len(weight))
+        # Several chunks are added up in full precision; a single one is rounded once, as it would be at the end.
+        wide = lse.dtype if len(chunks) > 1 else weight.dtype
+        grad_weight: Tensor | None = None
+        for rows in chunks:
             # d logprob / d logit = onehot(target) - softmax
             scaled = grads[0][rows] / ctx.temperature
             slope = _logits(hidden[rows], weight, ctx.temperature, lse.dtype).sub_(lse[rows, None]).exp_()
@@ -80,8 +83,10 @@ class ChunkedLogprob(torch.autograd.Function):
             slope.scatter_add_(1, targets[rows, None], scaled[:, None])
             slope = slope.to(weight.dtype)
             grad_hidden[rows] = slope @ weight
-            grad_weight += slope.mT @ hidden[rows]
-        return grad_hidden, grad_weight.to(weight.dtype), None, None
+            part = (slope.mT @ hidden[rows]).to(wide)
+            grad_weight = part if grad_weight is None else grad_weight.add_(part)
+        grad_weight = torch.zeros_like(weight) if grad_weight is None else grad_weight.to(weight.dtype)
+        return grad_hidden, grad_weight, None, None
 
 
 def _logits(hidden: Tensor, weight: Tensor, temperature: float, dtype: torch.dtype) -> Tensor:

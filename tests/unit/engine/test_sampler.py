@@ -22,7 +22,15 @@ def _draw(logits: torch.Tensor, count: int, **params: float) -> tuple[np.ndarray
 
 
 @pytest.mark.parametrize(
-    "params", [{}, {"temperature": 0.5}, {"top_k": 3}, {"top_p": 0.7}, {"temperature": 2.0, "top_k": 6, "top_p": 0.8}]
+    "params",
+    [
+        {},
+        {"temperature": 0.5},
+        {"top_k": 3},
+        {"top_p": 0.7},
+        {"min_p": 0.2},
+        {"temperature": 2.0, "min_p": 0.05, "top_k": 6, "top_p": 0.8},
+    ],
 )
 def test_frequencies_are_the_reported_probabilities(params: dict[str, float]) -> None:
     logits = torch.randn(300, generator=torch.Generator().manual_seed(1)) * 3
@@ -35,7 +43,15 @@ def test_frequencies_are_the_reported_probabilities(params: dict[str, float]) ->
 
 def test_filters_keep_the_fewest_that_suffice() -> None:
     logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
-    for params, kept in (({"top_p": 0.5}, {0}), ({"top_p": 0.51}, {0, 1}), ({"top_k": 3}, {0, 1, 2})):
+    cases: list[tuple[dict[str, float], set[int]]] = [
+        ({"top_p": 0.5}, {0}),
+        ({"top_p": 0.51}, {0, 1}),
+        ({"top_k": 3}, {0, 1, 2}),
+        ({"min_p": 0.25}, {0, 1, 2}),
+        ({"min_p": 0.5}, {0, 1}),
+        ({"min_p": 1.0}, {0}),
+    ]
+    for params, kept in cases:
         tokens, logprobs = _draw(logits, 2000, **params)
         assert set(tokens.tolist()) == kept
         shares = {int(token): np.exp(logprobs[tokens == token][0]) for token in kept}

@@ -398,16 +398,17 @@ def test_messages_in_all_their_forms() -> None:
     assert request.model == "any"
 
 
-def test_top_k_filters_unless_the_owner_decides(tmp_path: Path) -> None:
+def test_top_k_and_min_p_filter_unless_the_owner_decides(tmp_path: Path) -> None:
     async def main() -> None:
         async with live_gateway(tmp_path, ["one"] * 3) as live:
             for name, policy, extra in [
-                ("a", {}, {"top_k": 5}),
+                ("a", {}, {"top_k": 5, "min_p": 0.1}),
                 ("b", {}, {"top_k": -1}),
-                ("c", {"top_p": 1.0}, {"top_k": 5}),
+                ("c", {"top_p": 1.0}, {"top_k": 5, "min_p": 0.1}),
             ]:
                 await ask(live.open(name, **policy), ASK, extra_body=extra)
-            assert [call.params.top_k for call in live.engine.calls] == [5, 0, 0]
+            sampled_with = [(call.params.top_k, call.params.min_p) for call in live.engine.calls]
+            assert sampled_with == [(5, 0.1), (0, 0.0), (0, 0.0)]
 
     asyncio.run(main())
 

@@ -17,8 +17,8 @@ def sample(
 ) -> tuple[list[int], list[float]]:
     """Token ids and their log-probabilities, one for each of S rows over V tokens; `uniforms` lie in [0, 1).
 
-    The log-probability is that of the distribution drawn from: after temperature, then top-k, then top-p. Temperature 0
-    takes the likeliest token, with its log-probability under the plain softmax. A row with a NaN gives a NaN.
+    The log-probability is that of the distribution drawn from: after temperature, then min-p, then top-k, then top-p.
+    Temperature 0 takes the likeliest token, with its log-probability under the plain softmax. NaN gives NaN.
     """
     logits_SV = logits_SV.float()
     temperatures = [each.temperature or 1.0 for each in params]
@@ -26,7 +26,7 @@ def sample(
         logits_SV = logits_SV / torch.tensor(temperatures, device=logits_SV.device)[:, None]
     probabilities_SV = torch.softmax(logits_SV, dim=-1)
     for row, each in enumerate(params):
-        if each.temperature > 0 and (0 < each.top_k < logits_SV.shape[1] or each.top_p < 1):
+        if each.temperature > 0 and (0 < each.top_k < logits_SV.shape[1] or each.top_p < 1 or each.min_p > 0):
             probabilities_SV[row] = _filter(probabilities_SV[row], each)
     uniforms_S = torch.tensor(list(uniforms), dtype=torch.float64, device=logits_SV.device)
     tokens_S = _invert_cdf(probabilities_SV, uniforms_S)
@@ -38,8 +38,12 @@ def sample(
 
 
 def _filter(probabilities_V: Tensor, params: SamplingParams) -> Tensor:
-    """Keeps the top_k likeliest tokens, of these the fewest that hold top_p of the mass, and renormalises."""
+    """Keeps what min_p leaves, of these the top_k likeliest, of these the fewest that hold top_p of the mass, and
+    renormalises."""
     ordered, order = probabilities_V.sort(descending=True)
+    if params.min_p > 0:
+        ordered[ordered < params.min_p * ordered[0]] = 0
+        ordered /= ordered.sum()
     if params.top_k > 0:
         ordered[params.top_k :] = 0
         ordered /= ordered.sum()

@@ -51,7 +51,6 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "audio": (),
     "frequency_penalty": (0,),
     "logit_bias": ({},),
-    "min_p": (0,),
     "modalities": (["text"],),
     "prediction": (),
     "presence_penalty": (0,),
@@ -152,8 +151,9 @@ def _request(body: Mapping[str, Any], desk: RolloutDesk) -> AnswerRequest:
         max_tokens=whole_field(body, "max_completion_tokens", least=1) or whole_field(body, "max_tokens", least=1),
         temperature=number_field(body, "temperature", least=0),
         top_p=number_field(body, "top_p", least=1e-6, most=1),
-        # vLLM's extension, where -1 means all.
+        # vLLM's extensions; of top_k, -1 means all.
         top_k=whole_field(body, "top_k", least=-1),
+        min_p=number_field(body, "min_p", least=0, most=1),
         seed=whole_field(body, "seed", least=-(2**63)),
         model=optional_text(body, "model"),
     )
