@@ -44,6 +44,8 @@ class EngineConfig(_Section):
     """The most tokens a prompt plus its completion may have."""
     prefill_tokens: PositiveInt = 512
     """How many prompt tokens one engine step computes at most."""
+    exact: bool = False
+    """Whether engine and trainer compute each token's log-probability to the same bits. Slower."""
 
     @model_validator(mode="after")
     def _slots_hold_the_running(self) -> EngineConfig:

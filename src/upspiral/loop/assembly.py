@@ -69,7 +69,12 @@ async def assemble(config: RunConfig, folder: RunFolder, progress: Progress) -> 
         model = _load(config, model_folder)
         lanes = num_lanes(config)
         trainer = LocalTrainer(
-            model.module, config.trainer, config.algorithm, temperature=config.temperature, lanes=lanes
+            model.module,
+            config.trainer,
+            config.algorithm,
+            temperature=config.temperature,
+            lanes=lanes,
+            exact=config.engine.exact,
         )
         engine = EmbeddedEngine(model, config.engine, seed=config.seed, threads=lanes)
         await engine.start()

@@ -20,8 +20,10 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from upspiral.trainer.forest import ForestBatch
+from upspiral.weights.exact import exact_attention
 
 ATTENTION_NAME = "upspiral_forest"
 
@@ -63,6 +65,26 @@ def spans_of(batch: ForestBatch) -> tuple[Span, ...]:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Path:
+    """Queries [query_start, query_end) and all keys from the root of their node's path to the last of them."""
+
+    query_start: int
+    query_end: int
+    keys: Tensor
+    """[L] places, counted from the context's first."""
+
+
+def paths_of(batch: ForestBatch) -> tuple[Path, ...]:
+    paths: list[Path] = []
+    context, parents = batch.context_length, batch.node_parent_N.tolist()
+    for node, start in enumerate(batch.node_start_N.tolist()):
+        end = start + int(batch.node_length_N[node])
+        above = torch.arange(int(batch.positions_T[start])) if parents[node] < 0 else paths[parents[node]].keys
+        paths.append(Path(start, end, torch.cat([above, torch.arange(context + start, context + end)])))
+    return tuple(paths)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class KeptLayer:
     """Keys and values [1,K,T,D] of one layer, for batches that have this one as context."""
 
@@ -78,10 +100,18 @@ class ForestPass:
     Attention layers call it in their order; a pass serves one forward.
     """
 
-    def __init__(self, batch: ForestBatch, earlier: Sequence[ForestPass | None] = (), *, keeps: bool = False) -> None:
+    def __init__(
+        self,
+        batch: ForestBatch,
+        earlier: Sequence[ForestPass | None] = (),
+        *,
+        keeps: bool = False,
+        exact: bool = False,
+    ) -> None:
         """`earlier`: the passes of the lane's batches before this one, as far as they are kept. `keeps`: others hang
-        below it."""
+        below it. `exact`: to the same bits as the engine in its exact mode."""
         self.spans = spans_of(batch)
+        self.paths = paths_of(batch) if exact else ()
         self.kept: list[KeptLayer] = []
         self._runs = [(earlier[run.batch], run) for run in batch.context]
         self._keeps = keeps
@@ -204,12 +234,43 @@ def kernel_for(device: torch.device) -> Kernel:
     return FlashCpuKernel() if device.type == "cpu" else PlainKernel()
 
 
+def attend_exactly(
+    query: Tensor, key: Tensor, value: Tensor, paths: Sequence[Path], scale: float
+) -> tuple[Tensor, Tensor]:
+    """(output [1,H,T,D], log-sum-exp [1,H,T]), each path for itself and in its order."""
+    heads = key.shape[1]
+    grouped = query[0].unflatten(0, (heads, -1))
+    outputs, lses = [], []
+    for path in paths:
+        count, length = path.query_end - path.query_start, len(path.keys)
+        queries = grouped[:, :, path.query_start : path.query_end]
+        seen = torch.arange(length - count, length, device=query.device) + 1
+        output, lse = exact_attention(
+            queries.flatten(1, 2),
+            key[0, :, path.keys],
+            value[0, :, path.keys],
+            seen.repeat(queries.shape[1]).expand(heads, -1),
+            scale,
+        )
+        outputs.append(output.unflatten(1, (-1, count)).flatten(0, 1))
+        lses.append(lse.unflatten(1, (-1, count)).flatten(0, 1))
+    missing = query.shape[2] - paths[-1].query_end  # rows that only fill up
+    return F.pad(torch.cat(outputs, dim=1), (0, 0, 0, missing))[None], F.pad(torch.cat(lses, dim=1), (0, missing))[None]
+
+
 class ForestAttention(torch.autograd.Function):
-    """apply(query [1,H,T,D], key [1,K,T,D], value [1,K,T,D], spans, scale, kernel) -> [1,H,T,D]."""
+    """apply(query [1,H,T,D], key [1,K,C+T,D], value [1,K,C+T,D], spans, scale, kernel, paths) -> [1,H,T,D]. With paths
+    the forward is exact; the backward, which nobody compares with an engine, goes by spans either way."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
-        query, key, value, spans, scale, kernel = inputs
+        query, key, value, spans, scale, kernel, *rest = inputs
+        if rest and rest[0]:
+            output, lse = attend_exactly(query, key, value, rest[0], scale)
+            output = output.to(query.dtype)
+            ctx.save_for_backward(query, key, value, output, lse)
+            ctx.spans, ctx.scale, ctx.kernel = spans, scale, kernel
+            return output
         output = torch.zeros(query.shape, dtype=_accumulator(query.dtype), device=query.device)
         lse = torch.full(query.shape[:-1], float("-inf"), dtype=output.dtype, device=query.device)
         for span in spans:
@@ -243,7 +304,7 @@ class ForestAttention(torch.autograd.Function):
             parts = ctx.kernel.backward(grad[:, :, rows], qkv, merged, span.causal, ctx.scale)
             for total, part, where in zip(sums, parts, (rows, keys, keys), strict=True):
                 total[:, :, where] += part
-        return (*(total.to(dtype) for total in sums), None, None, None)
+        return (*(total.to(dtype) for total in sums), None, None, None, None)[: len(ctx.needs_input_grad)]
 
 
 def forest_attention(
@@ -258,7 +319,8 @@ def forest_attention(
         )
     scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
     key, value = forest.extend(key, value)
-    output = ForestAttention.apply(query, key, value, forest.spans, scale, kernel_for(query.device))
+    kernel = kernel_for(query.device)
+    output = ForestAttention.apply(query, key, value, forest.spans, scale, kernel, forest.paths)
     return output.transpose(1, 2), None
 
 

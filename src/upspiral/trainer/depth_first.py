@@ -43,8 +43,9 @@ def depth_first(batches: Sequence[ForestBatch]) -> Iterator[Work]:
 class Lane:
     """The batches of one lane while they are computed. `remaining` is the work that is left."""
 
-    def __init__(self, batches: Sequence[ForestBatch]) -> None:
+    def __init__(self, batches: Sequence[ForestBatch], *, exact: bool = False) -> None:
         self.batches = batches
+        self._exact = exact
         self.remaining = deque(depth_first(batches))
         self._passes: list[ForestPass | None] = [None] * len(batches)
         self._losses: dict[int, Tensor] = {}
@@ -52,7 +53,8 @@ class Lane:
     def begin(self, work: Work) -> ForestPass:
         """The pass of a batch, for its forward; its context must have begun and not ended."""
         keeps = work.kind == "forward"
-        begun = self._passes[work.batch] = ForestPass(self.batches[work.batch], self._passes, keeps=keeps)
+        begun = ForestPass(self.batches[work.batch], self._passes, keeps=keeps, exact=self._exact)
+        self._passes[work.batch] = begun
         return begun
 
     def keep_loss(self, work: Work, loss: Tensor) -> None:
@@ -66,7 +68,7 @@ class Lane:
         ended.backward(self._losses.pop(work.batch, None))
 
 
-def lanes_of(batches: Sequence[ForestBatch]) -> list[Lane]:
+def lanes_of(batches: Sequence[ForestBatch], *, exact: bool = False) -> list[Lane]:
     """The lanes of one minibatch."""
     numbers = sorted({batch.lane for batch in batches})
-    return [Lane([batch for batch in batches if batch.lane == number]) for number in numbers]
+    return [Lane([batch for batch in batches if batch.lane == number], exact=exact) for number in numbers]

@@ -55,16 +55,25 @@ class LocalTrainer:
     """Owns the optimizer of a model that it shares with the engine. `step` must not run while the engine samples."""
 
     def __init__(
-        self, model: Any, config: TrainerConfig, algorithm: AlgorithmConfig, *, temperature: float, lanes: int = 1
+        self,
+        model: Any,
+        config: TrainerConfig,
+        algorithm: AlgorithmConfig,
+        *,
+        temperature: float,
+        lanes: int = 1,
+        exact: bool = False,
     ) -> None:
         """`model`: a causal language model of transformers, on its device, with trainable parameters.
         `temperature`: that of the training rollouts; logits are divided by it, as the engine did.
-        `lanes`: microbatches computed side by side, on a CPU thread each.
+        `lanes`: microbatches computed side by side, on a CPU thread each. `exact`: log-probabilities to the same bits
+        as those of the embedded engine in its exact mode.
         Raises ModelError when nothing in the model is trainable."""
         # No dropout: the policy that is trained is the one that sampled.
         self._lanes = Lanes(model.eval(), lanes)
         self._config = config
         self._temperature = temperature
+        self._exact = exact
         self._losses: dict[str, Loss] = {"policy": PolicyLoss.from_config(algorithm), "sft": SftLoss()}
         self._temperatures = {"policy": temperature, "sft": 1.0}
         self._optimizer = MasterAdamW(model.parameters(), config)
@@ -122,7 +131,7 @@ class LocalTrainer:
         minibatches = [list(part) for _, part in groupby(batches, key=lambda batch: batch.minibatch)]
         old: dict[int, Tensor] = {}
         if len(minibatches) > 1 and kind == "policy":
-            for lane in (lane for part in minibatches for lane in lanes_of(part)):
+            for lane in (lane for part in minibatches for lane in lanes_of(part, exact=self._exact)):
                 old |= self._logprobs_of(lane, kind)
         for part in minibatches:
             yield part, old
@@ -155,7 +164,7 @@ class LocalTrainer:
                 lane.end(work)
             return outcome
 
-        lanes = lanes_of(minibatch)
+        lanes = lanes_of(minibatch, exact=self._exact)
         for batch in minibatch:
             tally.count(batch)
         while busy := [lane for lane in lanes if lane.remaining][: len(self._lanes)]:

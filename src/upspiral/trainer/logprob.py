@@ -12,6 +12,7 @@ from torch import Tensor
 
 from upspiral.trainer.attention import ForestPass
 from upspiral.trainer.forest import ForestBatch
+from upspiral.weights.exact import at_least_some_rows
 
 LOGITS_PER_CHUNK = 1 << 25
 """Elements of the largest block of logits: 128 MB in float32."""
@@ -32,8 +33,11 @@ def target_logprobs(
         torch.from_numpy(array).to(head.device)
         for array in (batch.token_ids_T, batch.positions_T, batch.sources_M, batch.targets_M)
     )
+    forest = forest or ForestPass(batch)
+    if forest.paths:
+        token_ids, positions = at_least_some_rows(token_ids), at_least_some_rows(positions)
     hidden_TD = model.get_decoder()(
-        input_ids=token_ids[None], position_ids=positions[None], use_cache=False, forest=forest or ForestPass(batch)
+        input_ids=token_ids[None], position_ids=positions[None], use_cache=False, forest=forest
     ).last_hidden_state[0]
     logprobs, entropy = ChunkedLogprob.apply(hidden_TD.index_select(0, sources), head, targets, temperature)  # type: ignore[misc]
     return logprobs, entropy
@@ -54,14 +58,11 @@ class ChunkedLogprob(torch.autograd.Function):
         for rows in _chunks(len(targets), len(weight)):
             logits = _logits(hidden[rows], weight, temperature, wide)
             chosen = logits.gather(1, targets[rows, None])[:, 0]
-            top = logits.amax(1, keepdim=True)
-            shifted = logits.sub_(top)
-            exponentials = shifted.exp()
-            total = exponentials.sum(1)
-            log_total = total.log()
-            lse[rows] = log_total + top[:, 0]
-            logprobs[rows] = chosen - lse[rows]
-            entropy[rows] = log_total - torch.linalg.vecdot(exponentials, shifted) / total
+            # As the engine does it, row by row to the same bits.
+            all_logprobs = logits.log_softmax(1)
+            logprobs[rows] = all_logprobs.gather(1, targets[rows, None])[:, 0]
+            lse[rows] = chosen - logprobs[rows]
+            entropy[rows] = -torch.linalg.vecdot(torch.exp(all_logprobs, out=logits), all_logprobs)
         ctx.save_for_backward(hidden, weight, targets, lse)
         ctx.temperature = temperature
         ctx.mark_non_differentiable(entropy)
@@ -90,7 +91,7 @@ class ChunkedLogprob(torch.autograd.Function):
 
 
 def _logits(hidden: Tensor, weight: Tensor, temperature: float, dtype: torch.dtype) -> Tensor:
-    logits = (hidden @ weight.mT).to(dtype)
+    logits = (at_least_some_rows(hidden) @ weight.mT)[: len(hidden)].to(dtype)
     return logits if temperature == 1.0 else logits.div_(temperature)
 
 

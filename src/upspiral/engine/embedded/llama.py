@@ -48,7 +48,7 @@ class _ChunkRows:
 
 
 @dataclass(frozen=True, slots=True)
-class _Rows:
+class Rows:
     """A batch as tensors. The first `decoding` rows decode."""
 
     ids_N: Tensor
@@ -91,7 +91,7 @@ class LlamaForward:
         hidden = self._normalize(hidden[rows.sampled_S], decoder.norm.weight)
         return F.linear(hidden, self._model.module.lm_head.weight)
 
-    def _attend(self, layer: _LayerWeights, keys_values: Tensor, hidden: Tensor, rows: _Rows) -> Tensor:
+    def _attend(self, layer: _LayerWeights, keys_values: Tensor, hidden: Tensor, rows: Rows) -> Tensor:
         query_heads, key_heads = self._heads, self._kv_heads
         qkv = F.linear(self._normalize(hidden, layer.attention_norm), layer.qkv)
         qkv = qkv.view(len(hidden), query_heads + 2 * key_heads, -1)
@@ -107,7 +107,7 @@ class LlamaForward:
         attended = parts[0] if len(parts) == 1 else torch.cat(parts)
         return F.linear(attended, layer.attention_out)
 
-    def _decode(self, queries: Tensor, keys_values: Tensor, rows: _Rows) -> Tensor:
+    def _decode(self, queries: Tensor, keys_values: Tensor, rows: Rows) -> Tensor:
         """[decoding, H, D] -> [decoding, H * D]"""
         span, length = rows.decode_mask.shape[0], rows.decode_mask.shape[-1]
         if rows.decode_slots is not None:
@@ -127,13 +127,13 @@ class LlamaForward:
         return F.rms_norm(hidden, weight.shape, weight, self._epsilon)
 
     @staticmethod
-    def _rotate(heads: Tensor, rows: _Rows) -> None:
+    def _rotate(heads: Tensor, rows: Rows) -> None:
         """RoPE in place on [N, heads, D]; the sign of the first half is in the sines."""
         first, second = heads.chunk(2, dim=-1)
         swapped = torch.cat((second, first), dim=-1)
         heads.mul_(rows.cosines).addcmul_(swapped, rows.sines)
 
-    def _rows(self, batch: Batch) -> _Rows:
+    def _rows(self, batch: Batch) -> Rows:
         cache, device = self._cache, self._model.device
         decode_slots = np.array([sequence.slot for sequence in batch.decoding], np.int64)
         slots, positions = [decode_slots], [cache.lengths[decode_slots]]
@@ -151,7 +151,7 @@ class LlamaForward:
         slots_N, positions_N = np.concatenate(slots), np.concatenate(positions)
         on_device = torch.from_numpy(positions_N).to(device)
         compact = np.array_equal(decode_slots, np.arange(len(decode_slots)))
-        return _Rows(
+        return Rows(
             ids_N=torch.from_numpy(cache.ids[slots_N, positions_N]).to(device),
             positions_N=on_device,
             slots_N=torch.from_numpy(slots_N).to(device),

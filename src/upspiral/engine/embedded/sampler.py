@@ -24,17 +24,22 @@ def sample(
     temperatures = [each.temperature or 1.0 for each in params]
     if any(temperature != 1.0 for temperature in temperatures):
         logits_SV = logits_SV / torch.tensor(temperatures, device=logits_SV.device)[:, None]
-    probabilities_SV = torch.softmax(logits_SV, dim=-1)
-    for row, each in enumerate(params):
-        if each.temperature > 0 and (0 < each.top_k < logits_SV.shape[1] or each.top_p < 1 or each.min_p > 0):
-            probabilities_SV[row] = _filter(probabilities_SV[row], each)
+    logprobs_SV = torch.log_softmax(logits_SV, dim=-1)
+    probabilities_SV = logprobs_SV.exp()
+    filtered = [row for row, each in enumerate(params) if _filters(each, logits_SV.shape[1])]
+    for row in filtered:
+        probabilities_SV[row] = _filter(torch.softmax(logits_SV[row], dim=-1), params[row])
+        logprobs_SV[row] = probabilities_SV[row].log()
     uniforms_S = torch.tensor(list(uniforms), dtype=torch.float64, device=logits_SV.device)
     tokens_S = _invert_cdf(probabilities_SV, uniforms_S)
     greedy = [row for row, each in enumerate(params) if each.temperature == 0]
     if greedy:
         tokens_S[greedy] = logits_SV[greedy].argmax(dim=-1)
-    logprobs_S = probabilities_SV.gather(1, tokens_S[:, None])[:, 0].log()
-    return tokens_S.tolist(), logprobs_S.tolist()
+    return tokens_S.tolist(), logprobs_SV.gather(1, tokens_S[:, None])[:, 0].tolist()
+
+
+def _filters(params: SamplingParams, vocabulary: int) -> bool:
+    return params.temperature > 0 and (0 < params.top_k < vocabulary or params.top_p < 1 or params.min_p > 0)
 
 
 def _filter(probabilities_V: Tensor, params: SamplingParams) -> Tensor:
