@@ -6,7 +6,7 @@ input of every trainer backend and knows none of them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -131,8 +131,8 @@ def _deal(branches: list[Branch], lanes: int) -> list[list[Branch]]:
     costs = _costs(branches)
     whole, size = [branches], sum(costs.values()) / lanes
     while lanes > 1 and size < sum(costs.values()):
-        dealt = _cut(branches, costs, size)
-        if len(dealt) <= lanes:
+        dealt = _cut(branches, costs, size, lanes)
+        if dealt is not None:
             return min(whole, dealt, key=lambda parts: _duration(parts, costs, lanes))
         size *= 1.02
     return whole if branches else []
@@ -157,25 +157,26 @@ def _duration(parts: list[list[Branch]], costs: dict[int, float], lanes: int) ->
     return longest / (1 + (lanes - 1) * 0.85 * longest / (longest + 170)) + _PASS_COSTS / lanes
 
 
-def _cut(branches: list[Branch], costs: dict[int, float], size: float) -> list[list[Branch]]:
-    """The preorder in parts of at most `size` in cost, if no path is longer; the path down to a part belongs to it."""
-    parts: list[dict[int, Branch]] = []
+def _cut(branches: list[Branch], costs: dict[int, float], size: float, most: int) -> list[list[Branch]] | None:
+    """The preorder in parts of at most `size` in cost, the path down to a part included; None: in more than `most`."""
+    parts: list[dict[int, Branch]] = [{}]
     used = 0.0
     for branch in branches:
-        path = _path(branch)
-        missing = [each for each in path if not parts or id(each) not in parts[-1]]
-        if not parts or used + sum(costs[id(each)] for each in missing) > size:
+        missing = _path(branch, parts[-1])
+        if parts[-1] and used + sum(costs[id(each)] for each in missing) > size:
+            if len(parts) == most:
+                return None
             parts.append({})
-            missing, used = path, 0.0
+            missing, used = _path(branch), 0.0
         parts[-1].update((id(each), each) for each in missing)
         used += sum(costs[id(each)] for each in missing)
     return [list(part.values()) for part in parts]
 
 
-def _path(branch: Branch) -> list[Branch]:
-    """From below the trie's root down to the branch."""
+def _path(branch: Branch, below: Container[int] = ()) -> list[Branch]:
+    """From below the trie's root, or below the last branch whose id is given, down to the branch."""
     path = []
-    while branch.parent is not None:
+    while branch.parent is not None and id(branch) not in below:
         path.append(branch)
         branch = branch.parent
     return path[::-1]

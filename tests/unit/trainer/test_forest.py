@@ -85,6 +85,6 @@ def test_equal_answers_of_two_rollouts_are_not_merged() -> None:
 
 
 def test_very_deep_rollouts_need_no_recursion() -> None:
-    [batch] = pack([rollout("a", 50, (2,) * 2000)], tokens_per_microbatch=10**6)
+    [batch] = pack([rollout("a", 50, (2,) * 2000)], tokens_per_microbatch=10**6, lanes=2)
     assert len(batch.node_start_N) == 1
     assert batch.num_targets == 4000
