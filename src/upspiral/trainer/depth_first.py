@@ -1,6 +1,6 @@
 """The order in which one lane computes its batches: a batch is kept until everything that hangs below it is done.
 
-No prefix is computed twice, and what is alive at any time are the batches on one path, and one more.
+No prefix is computed twice, and what is alive at any time is one path and one batch more.
 """
 
 from __future__ import annotations

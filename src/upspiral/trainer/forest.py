@@ -195,16 +195,30 @@ class _Layout:
         """Depth at which each branch ends."""
 
     def batches(self, budget: int) -> list[ForestBatch]:
-        """At most `budget` tokens each, if no branch is longer."""
+        """At most `budget` tokens each, if no branch is longer. Branches with more than that below them stand apart
+        from the subtrees that fit, so that what is kept for later batches is a path and nothing beside it."""
         written: list[ForestBatch] = []
-        part, size = list[Branch](), 0
+        sizes = self._subtrees()
+        part, used, on_path = list[Branch](), 0, False
         for branch in self._branches:
-            if part and size + len(branch) > budget:
+            is_path = sizes[id(branch)] > budget
+            begins = is_path or sizes.get(id(branch.parent), budget + 1) > budget
+            comes = len(branch) if is_path else sizes[id(branch)]
+            if part and (is_path != on_path or (begins and used + comes > budget)):
                 written.append(self._batch(part, len(written)))
-                part, size = [], 0
+                part, used = [], 0
             part.append(branch)
-            size += len(branch)
+            used += comes if begins else 0
+            on_path = is_path
         return [*written, self._batch(part, len(written))] if part else written
+
+    def _subtrees(self) -> dict[int, int]:
+        """Tokens of each branch and what hangs below it, by the branch's id."""
+        sizes = {id(branch): len(branch) for branch in self._branches}
+        for branch in reversed(self._branches):
+            if id(branch.parent) in sizes:
+                sizes[id(branch.parent)] += sizes[id(branch)]
+        return sizes
 
     def _batch(self, part: list[Branch], number: int) -> ForestBatch:
         context = self._context(part[0])

@@ -45,12 +45,11 @@ def test_masked_rollouts_do_not_enter() -> None:
 
 def test_a_tree_over_the_budget_is_split_without_repeating_anything() -> None:
     items = [rollout(f"{group}-{index}", group) for group in (50, 60, 70) for index in range(3)]
-    budget = 20 + 12 + 3 * 12 + 30  # one group, and not quite a second
-    batches = pack(items, tokens_per_microbatch=budget)
-    assert sum(batch.num_tokens for batch in batches) == 20 + 3 * 12 + 9 * 12
-    assert len(batches) == 2 and all(batch.num_tokens <= budget for batch in batches)
-    # The second begins inside a rollout: above it stand the shared tokens, those of the group and its first answer.
-    assert batches[0].context == () and batches[1].context_length == 20 + 12 + 4
+    group = 12 + 3 * 12
+    batches = pack(items, tokens_per_microbatch=2 * group)
+    # What is kept for those below is the path to them and nothing beside it.
+    assert [batch.num_tokens for batch in batches] == [20, 2 * group, group]
+    assert [batch.context_length for batch in batches] == [0, 20, 20]
 
 
 def test_a_path_longer_than_the_budget_is_cut() -> None:
