@@ -213,4 +213,5 @@ def check_done(played: Played) -> None:
     """The agent did in the sandbox what the script asked for, to the end of the script, and its answer came back."""
     assert (played.rollout.status, played.rollout.reward) == (RolloutStatus.FINISHED, 1.0), played.rollout.reason
     assert played.unplayed == 0
-    assert SECRET in played.prompt(len(played.calls) - 1)
+    # Not of the last call: a sub-agent in the background may end after the main agent.
+    assert any(SECRET in played.prompt(call) for call in range(len(played.calls)))

@@ -19,7 +19,8 @@ SHELL_COMMANDS = (
     "mkdir -p notes && echo 'buy bread' > notes/plan.txt",
     "sed -i s/bread/cheese/ notes/plan.txt && cat notes/plan.txt",
     "ls -R",
-    "cat harbour.txt",
+    # On a busy machine qwen-code reports no output of a command that ends as soon as it has spoken.
+    "cat harbour.txt && sleep 0.5",
 )
 
 
