@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from upspiral.trainer.forest import ForestBatch
-from upspiral.weights.exact import exact_attention
+from upspiral.weights.exact import exact_chunk
 
 ATTENTION_NAME = "upspiral_forest"
 
@@ -238,52 +238,49 @@ def attend_exactly(
     query: Tensor, key: Tensor, value: Tensor, paths: Sequence[Path], scale: float
 ) -> tuple[Tensor, Tensor]:
     """(output [1,H,T,D], log-sum-exp [1,H,T]), each path for itself and in its order."""
-    heads = key.shape[1]
-    grouped = query[0].unflatten(0, (heads, -1))
-    outputs, lses = [], []
-    for path in paths:
-        count, length = path.query_end - path.query_start, len(path.keys)
-        queries = grouped[:, :, path.query_start : path.query_end]
-        seen = torch.arange(length - count, length, device=query.device) + 1
-        output, lse = exact_attention(
-            queries.flatten(1, 2),
-            key[0, :, path.keys],
-            value[0, :, path.keys],
-            seen.repeat(queries.shape[1]).expand(heads, -1),
-            scale,
+    grouped = query[0].unflatten(0, (key.shape[1], -1))
+    parts = [
+        exact_chunk(
+            grouped[:, :, path.query_start : path.query_end], key[0, :, path.keys], value[0, :, path.keys], scale
         )
-        outputs.append(output.unflatten(1, (-1, count)).flatten(0, 1))
-        lses.append(lse.unflatten(1, (-1, count)).flatten(0, 1))
+        for path in paths
+    ]
+    output, lse = (torch.cat(each, dim=2).flatten(0, 1) for each in zip(*parts, strict=True))
     missing = query.shape[2] - paths[-1].query_end  # rows that only fill up
-    return F.pad(torch.cat(outputs, dim=1), (0, 0, 0, missing))[None], F.pad(torch.cat(lses, dim=1), (0, missing))[None]
+    return F.pad(output, (0, 0, 0, missing))[None], F.pad(lse, (0, missing))[None]
+
+
+def attend_by_spans(
+    query: Tensor, key: Tensor, value: Tensor, spans: Sequence[Span], scale: float, kernel: Kernel
+) -> tuple[Tensor, Tensor]:
+    """(output [1,H,T,D], log-sum-exp [1,H,T]), partial results merged."""
+    output = torch.zeros(query.shape, dtype=_accumulator(query.dtype), device=query.device)
+    lse = torch.full(query.shape[:-1], float("-inf"), dtype=output.dtype, device=query.device)
+    for span in spans:
+        part, part_lse = kernel.forward(*_slices(span, query, key, value), span.causal, scale)
+        own_output, own_lse = (tensor[:, :, span.query_start : span.query_end] for tensor in (output, lse))
+        if span.causal:  # comes first and fills its rows
+            own_output.copy_(part)
+            own_lse.copy_(part_lse)
+        else:
+            merged = torch.logaddexp(own_lse, part_lse)
+            own_output.mul_((own_lse - merged).exp_()[..., None])
+            own_output.addcmul_(part, (part_lse - merged).exp_()[..., None])
+            own_lse.copy_(merged)
+    return output, lse
 
 
 class ForestAttention(torch.autograd.Function):
-    """apply(query [1,H,T,D], key [1,K,C+T,D], value [1,K,C+T,D], spans, scale, kernel, paths) -> [1,H,T,D]. With paths
+    """apply(query [1,H,T,D], key [1,K,C+T,D], value [1,K,C+T,D], spans, paths, scale, kernel) -> [1,H,T,D]. With paths
     the forward is exact; the backward, which nobody compares with an engine, goes by spans either way."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
-        query, key, value, spans, scale, kernel, *rest = inputs
-        if rest and rest[0]:
-            output, lse = attend_exactly(query, key, value, rest[0], scale)
-            output = output.to(query.dtype)
-            ctx.save_for_backward(query, key, value, output, lse)
-            ctx.spans, ctx.scale, ctx.kernel = spans, scale, kernel
-            return output
-        output = torch.zeros(query.shape, dtype=_accumulator(query.dtype), device=query.device)
-        lse = torch.full(query.shape[:-1], float("-inf"), dtype=output.dtype, device=query.device)
-        for span in spans:
-            part, part_lse = kernel.forward(*_slices(span, query, key, value), span.causal, scale)
-            own_output, own_lse = (tensor[:, :, span.query_start : span.query_end] for tensor in (output, lse))
-            if span.causal:  # comes first and fills its rows
-                own_output.copy_(part)
-                own_lse.copy_(part_lse)
-            else:
-                merged = torch.logaddexp(own_lse, part_lse)
-                own_output.mul_((own_lse - merged).exp_()[..., None])
-                own_output.addcmul_(part, (part_lse - merged).exp_()[..., None])
-                own_lse.copy_(merged)
+        query, key, value, spans, paths, scale, kernel = inputs
+        if paths:
+            output, lse = attend_exactly(query, key, value, paths, scale)
+        else:
+            output, lse = attend_by_spans(query, key, value, spans, scale, kernel)
         output = output.to(query.dtype)
         ctx.save_for_backward(query, key, value, output, lse)
         ctx.spans, ctx.scale, ctx.kernel = spans, scale, kernel
@@ -304,7 +301,7 @@ class ForestAttention(torch.autograd.Function):
             parts = ctx.kernel.backward(grad[:, :, rows], qkv, merged, span.causal, ctx.scale)
             for total, part, where in zip(sums, parts, (rows, keys, keys), strict=True):
                 total[:, :, where] += part
-        return (*(total.to(dtype) for total in sums), None, None, None, None)[: len(ctx.needs_input_grad)]
+        return (*(total.to(dtype) for total in sums), None, None, None, None)
 
 
 def forest_attention(
@@ -320,7 +317,7 @@ def forest_attention(
     scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
     key, value = forest.extend(key, value)
     kernel = kernel_for(query.device)
-    output = ForestAttention.apply(query, key, value, forest.spans, scale, kernel, forest.paths)
+    output = ForestAttention.apply(query, key, value, forest.spans, forest.paths, scale, kernel)
     return output.transpose(1, 2), None
 
 

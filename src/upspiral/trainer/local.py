@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import groupby
 from typing import Any, Literal
@@ -90,9 +90,7 @@ class LocalTrainer:
         started = time.monotonic()
         rate = self._learning_rate() if lr is None else lr
         tally = _Tally()
-        with ExitStack() as stack:
-            for model in self._lanes.models:
-                stack.enter_context(forest_attention_in(model))
+        with self._forest_attention():
             for minibatch, old in self._with_old_logprobs(batches, kind):
                 self._accumulate(minibatch, old, kind, tally)
                 self._update(rate, tally)
@@ -103,9 +101,7 @@ class LocalTrainer:
         """Computes the gradients of one minibatch and drops them: what a step costs without its update."""
         started = time.monotonic()
         tally = _Tally()
-        with ExitStack() as stack:
-            for model in self._lanes.models:
-                stack.enter_context(forest_attention_in(model))
+        with self._forest_attention():
             self._accumulate(batches, {}, kind, tally)
         self._optimizer.drop_gradients()
         return tally.metrics(0.0, time.monotonic() - started)
@@ -122,6 +118,13 @@ class LocalTrainer:
         """Restores the weights in place and the optimizer. StoreError when another model wrote the state."""
         self._optimizer.load_state_dict(state["optimizer"])
         self._policy_steps = int(state["policy_steps"])
+
+    @contextmanager
+    def _forest_attention(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            for model in self._lanes.models:
+                stack.enter_context(forest_attention_in(model))
+            yield
 
     def _with_old_logprobs(
         self, batches: Sequence[ForestBatch], kind: str
@@ -143,6 +146,8 @@ class LocalTrainer:
             if work.kind != "backward":
                 batch = lane.batches[work.batch]
                 found[id(batch)], _ = self._logprobs(self._lanes.models[0], batch, kind, lane.begin(work))
+            if work.kind != "forward":
+                lane.end(work)
         return found
 
     def _accumulate(

@@ -46,6 +46,16 @@ def exact_attention(
     return (output / total)[..., :rows, :], lse[..., :rows]
 
 
+def exact_chunk(queries_KGMD: Tensor, keys_KLD: Tensor, values_KLD: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """(output [K,G,M,D], log-sum-exp [K,G,M]) of the last M tokens of L, each of which sees those before it and itself.
+    G query heads share each of K heads of keys."""
+    group, count, length = queries_KGMD.shape[1], queries_KGMD.shape[2], keys_KLD.shape[1]
+    seen_M = torch.arange(length - count, length, device=queries_KGMD.device) + 1
+    seen = seen_M.repeat(group).expand(len(keys_KLD), -1)
+    output, lse = exact_attention(queries_KGMD.flatten(1, 2), keys_KLD, values_KLD, seen, scale)
+    return output.unflatten(1, (group, count)), lse.unflatten(1, (group, count))
+
+
 def at_least_some_rows(rows: Tensor) -> Tensor:
     """Zeros behind rows, where there are fewer than LEAST_ROWS."""
     missing = LEAST_ROWS - len(rows)

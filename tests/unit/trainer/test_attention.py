@@ -50,7 +50,7 @@ def test_fast_kernel_equals_plain_kernel(dtype: torch.dtype, tolerance: float) -
 
     def run(kernel: Kernel) -> list[torch.Tensor]:
         query, key, value = (x.clone().requires_grad_() for x in inputs[:3])
-        output = ForestAttention.apply(query, key, value, spans, 0.3, kernel)
+        output = ForestAttention.apply(query, key, value, spans, (), 0.3, kernel)
         assert isinstance(output, torch.Tensor)
         output.backward(inputs[3])
         return [output.detach(), *(x.grad for x in (query, key, value) if x.grad is not None)]

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from upspiral.engine.embedded.cache import SlotCache
 from upspiral.engine.embedded.llama import LlamaForward, Rows
 from upspiral.engine.embedded.sequence import Batch
-from upspiral.weights.exact import at_least_some_rows, exact_attention
+from upspiral.weights.exact import at_least_some_rows, exact_attention, exact_chunk
 from upspiral.weights.load import LoadedModel
 
 
@@ -47,13 +47,9 @@ class ExactForward(LlamaForward):
         parts = [self._decode_exactly(query[: rows.decoding], keys_values, rows)] if rows.decoding else []
         for chunk in rows.chunks:
             keys, values = keys_values[chunk.slot, :, : chunk.length].split(self._kv_heads)
-            seen = torch.arange(chunk.length - (chunk.end - chunk.begin), chunk.length, device=hidden.device) + 1
-            grouped = (
-                query[chunk.begin : chunk.end].unflatten(1, (self._kv_heads, -1)).permute(1, 2, 0, 3).flatten(1, 2)
-            )
-            seen_SM = seen.repeat(grouped.shape[1] // len(seen)).expand(self._kv_heads, -1)
-            output, _ = exact_attention(grouped, keys, values, seen_SM, self._scale)
-            parts.append(output.unflatten(1, (-1, len(seen))).permute(2, 0, 1, 3).flatten(1))
+            queries = query[chunk.begin : chunk.end].unflatten(1, (self._kv_heads, -1)).permute(1, 2, 0, 3)
+            output, _ = exact_chunk(queries, keys, values, self._scale)
+            parts.append(output.permute(2, 0, 1, 3).flatten(1))
         attended = torch.cat(parts).to(hidden.dtype)
         return F.pad(attended, (0, 0, 0, len(hidden) - count))
 
