@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -18,6 +17,9 @@ from upspiral.types import SamplingParams
 
 CHUNK_DEADLINE_S = 600.0
 """How long an engine may be silent. Generous: an optimizer step or new weights can come in between."""
+
+CLOSE_DEADLINE_S = 20.0
+"""How long an engine may take to let go of a generation. Shorter than what the end of a rollout waits for that."""
 
 
 class HungUpError(RequestError):
@@ -170,10 +172,12 @@ class Call:
 
     async def _sample(self, generation: Generation, params: SamplingParams) -> None:
         stream = cast(Any, self._engine.generate(self.plan.prompt_ids, params))
-        async with aclosing(stream):
+        try:
             while not generation.ended:
                 chunk = await self._next_chunk(stream)
                 self._publish(generation.take(chunk))
+        finally:
+            await self._close(stream)
 
     async def _next_chunk(self, stream: AsyncIterator[GenerationChunk]) -> GenerationChunk:
         try:
@@ -185,3 +189,12 @@ class Call:
             ) from None
         except StopAsyncIteration:
             raise EngineError(f"{self.plan.name}: the engine ended without a finish reason") from None
+
+    async def _close(self, stream: Any) -> None:
+        try:
+            async with asyncio.timeout(CLOSE_DEADLINE_S):
+                await stream.aclose()
+        except TimeoutError:
+            raise DeadlineError(
+                f"{self.plan.name} waited {CLOSE_DEADLINE_S:g} s for the engine to let go of it; the engine is stuck"
+            ) from None

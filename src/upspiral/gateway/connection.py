@@ -14,7 +14,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from websockets.http11 import MAX_LINE_LENGTH
 
 from upspiral.gateway.limits import LINGER_S, Limits, headers_refused, refusal
-from upspiral.gateway.reader_watch import ReaderWatch
+from upspiral.gateway.reader_watch import ReaderWatch, WatchedConnection
 
 _SPARE_CONNECTIONS = 64
 """Beyond the limit, so many are told that there is no room; the others are dropped without a word."""
@@ -22,7 +22,7 @@ _LINE_MARGIN = 20
 """What stands on a line beside an address, or beside a header's name and value, is shorter."""
 
 
-class Connection(HttpToolsProtocol):
+class Connection(WatchedConnection, HttpToolsProtocol):
     """What uvicorn makes for each client. `limits` is shared by all of them."""
 
     def __init__(self, *, limits: Limits, **uvicorn: Any) -> None:
@@ -74,15 +74,6 @@ class Connection(HttpToolsProtocol):
         self._unset_keepalive_if_required()
         self._watch.stop()
         self._stop_timers()
-
-    def pause_writing(self) -> None:
-        super().pause_writing()
-        self._watch.start()
-
-    def resume_writing(self) -> None:
-        super().resume_writing()
-        if not self.transport.is_closing():
-            self._watch.stop()
 
     # What the parser says
 

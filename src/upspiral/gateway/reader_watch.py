@@ -35,3 +35,19 @@ class ReaderWatch:
             self._transport.abort()
         else:
             self.start()
+
+
+class WatchedConnection(asyncio.BaseProtocol):
+    """To be mixed into a protocol, before it: watches the client while the connection is not writable."""
+
+    transport: asyncio.Transport
+    _watch: ReaderWatch
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._watch.start()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if not self.transport.is_closing():
+            self._watch.stop()

@@ -15,12 +15,12 @@ from uvicorn._types import ASGISendEvent
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
 from upspiral.gateway.limits import LINGER_S, Limits
-from upspiral.gateway.reader_watch import ReaderWatch
+from upspiral.gateway.reader_watch import ReaderWatch, WatchedConnection
 
 _TOO_SLOW = 1008
 
 
-class SocketConnection(WebSocketsSansIOProtocol):
+class SocketConnection(WatchedConnection, WebSocketsSansIOProtocol):
     """What becomes of a `Connection` that is upgraded. `limits` is shared by all of them."""
 
     def __init__(self, *, limits: Limits, **uvicorn: Any) -> None:
@@ -50,15 +50,6 @@ class SocketConnection(WebSocketsSansIOProtocol):
         self._watch.stop()
         self._handshake_timer.cancel()
         self._stop_message_timer()
-
-    def pause_writing(self) -> None:
-        super().pause_writing()
-        self._watch.start()
-
-    def resume_writing(self) -> None:
-        super().resume_writing()
-        if not self.transport.is_closing():
-            self._watch.stop()
 
     # What uvicorn says
 

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from tests.fixtures.tiny_model import make_tokenizer
+from upspiral.engine.base import GenerationChunk, TokenIds
 from upspiral.engine.scripted import ScriptedEngine, ScriptLine
-from upspiral.errors import ContextLengthError, LedgerError, SealedRolloutError
+from upspiral.errors import ContextLengthError, DeadlineError, LedgerError, SealedRolloutError
 from upspiral.gateway.call import HungUpError
 from upspiral.gateway.hints import Hints
 from upspiral.gateway.metrics import GatewayMetrics
@@ -20,15 +21,26 @@ from upspiral.gateway.request import AnswerRequest, SessionPolicy
 from upspiral.gateway.session import REMEMBERED_CALLS, MaxCallsError, Room, Session
 from upspiral.rendering.renderer import Renderer
 from upspiral.trajectory.store import TrajectoryStore
-from upspiral.types import Edge, Message, Rollout
+from upspiral.types import Edge, Message, Rollout, SamplingParams
+
+
+class StuckEngine(ScriptedEngine):
+    """Does not let go of what it is told to stop."""
+
+    async def generate(self, prompt_ids: TokenIds, params: SamplingParams) -> AsyncIterator[GenerationChunk]:
+        try:
+            async for chunk in super().generate(prompt_ids, params):
+                yield chunk
+        finally:
+            await asyncio.sleep(60)
 
 
 @asynccontextmanager
 async def a_session(
-    folder: Path, policy: SessionPolicy, pause_s: float = 0.0
+    folder: Path, policy: SessionPolicy, pause_s: float = 0.0, kind: type[ScriptedEngine] = ScriptedEngine
 ) -> AsyncIterator[tuple[Session, ScriptedEngine]]:
     renderer = Renderer.from_folder(make_tokenizer(folder / "model"))
-    engine = ScriptedEngine(
+    engine = kind(
         [ScriptLine(text="one two three")] * 8, encode=renderer.encode_answer, context_length=100, pause_s=pause_s
     )
     store = TrajectoryStore(folder / "trajectories.db")
@@ -96,6 +108,20 @@ def test_a_call_that_is_cancelled_before_it_began_has_an_error_and_no_answer(tmp
             assert isinstance(call.error, SealedRolloutError) and not call.delivered
             with pytest.raises(SealedRolloutError):
                 _ = [event async for event in call.events()]
+
+    asyncio.run(scene())
+
+
+def test_an_engine_that_does_not_let_go_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("upspiral.gateway.call.CLOSE_DEADLINE_S", 0.05)
+
+    async def scene() -> None:
+        async with a_session(tmp_path, SessionPolicy(), kind=StuckEngine) as (session, _):
+            # A stop string ends the answer before the engine would.
+            call = session.begin(replace(asked("hello"), stop_strings=("one",)))
+            await asyncio.wait_for(call.task, 5)
+            assert isinstance(call.error, DeadlineError) and session.failed == str(call.error)
+            assert "to let go of it; the engine is stuck" in str(session.failed)
 
     asyncio.run(scene())
 
