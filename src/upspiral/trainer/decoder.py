@@ -181,7 +181,7 @@ def _fits(model: Any) -> bool:
     parameters, config = list(model.parameters()), model.config
     known = all(x.dtype in (torch.bfloat16, torch.float32) and x.device.type == "cpu" for x in parameters)
     plain = all(type(x) is nn.Linear and x.bias is None for layer in model.model.layers for x in _projections(layer))
-    widths = config.head_dim % 32 == 0 and config.hidden_size % 16 == 0 and config.intermediate_size % 16 == 0
+    widths = (config.head_dim or 1) % 32 == 0 and config.hidden_size % 16 == 0 and config.intermediate_size % 16 == 0
     return known and plain and widths and len({x.dtype for x in parameters}) == 1 and config.hidden_act == "silu"
 
 
