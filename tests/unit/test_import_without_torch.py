@@ -17,6 +17,7 @@ NEEDS_TORCH = (
     "upspiral.weights.load",
     "upspiral.weights.cpu",
     "upspiral.weights.fused",
+    "upspiral.weights.families",
     "upspiral.weights.exact",
 )
 

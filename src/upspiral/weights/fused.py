@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaForCausalLM
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from upspiral.errors import ModelError
+from upspiral.weights.families import CausalModule
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -42,14 +42,14 @@ class FusedLayer:
                 address += part.weight.nbytes
 
 
-def fuse_projections(model: LlamaForCausalLM) -> tuple[FusedLayer, ...]:
+def fuse_projections(model: CausalModule) -> tuple[FusedLayer, ...]:
     """Fuses every layer of the model in place and returns the fused tensors, one entry per layer.
 
     Values, names and the model's own forward pass stay as they were. Calling it again gives the same tensors.
     """
     fused = []
-    for layer in model.model.layers:
-        assert isinstance(layer, LlamaDecoderLayer)
+    layers: Any = model.model.layers
+    for layer in layers:
         attention, feed_forward = layer.self_attn, layer.mlp
         qkv_parts = (attention.q_proj, attention.k_proj, attention.v_proj)
         gate_up_parts = (feed_forward.gate_proj, feed_forward.up_proj)

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
+from tests.fixtures.tiny_modules import FAMILIES, VOCABULARY, tiny_module
 from upspiral.config.models import EngineConfig
 from upspiral.engine.embedded.engine import EmbeddedEngine
 from upspiral.trainer.attention import forest_attention_in
@@ -23,18 +23,7 @@ from upspiral.types import NodeCredit, RolloutCredit, SamplingParams
 from upspiral.weights.exact import exact_attention
 from upspiral.weights.load import LoadedModel
 
-VOCABULARY = 500
 TEMPERATURE = 0.8
-
-
-def model(dtype: torch.dtype) -> LoadedModel:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=96, intermediate_size=256, num_hidden_layers=3, num_attention_heads=6,
-        num_key_value_heads=2, max_position_embeddings=512, initializer_range=0.2, tie_word_embeddings=True,
-    )  # fmt: skip
-    made = LlamaForCausalLM(config)
-    return LoadedModel.from_module(made.to(dtype))  # pyright: ignore[reportArgumentType]
 
 
 async def sampled_rollouts(engine: EmbeddedEngine, count: int) -> list[Item]:
@@ -68,8 +57,9 @@ async def sampled_run(engine: EmbeddedEngine, prompt: Sequence[int], params: Sam
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("count", [1, 9])
-def test_engine_and_trainer_agree_on_every_bit(dtype: torch.dtype, count: int) -> None:
-    loaded = model(dtype)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_engine_and_trainer_agree_on_every_bit(family: str, dtype: torch.dtype, count: int) -> None:
+    loaded = LoadedModel.from_module(tiny_module(family, dtype, hidden_size=96, num_attention_heads=6))
 
     async def sample() -> list[Item]:
         config = EngineConfig(context_length=512, max_running=6, cache_slots=8, prefill_tokens=40, exact=True)

@@ -25,9 +25,9 @@ class SlotCache:
 
     def __init__(self, model: LoadedModel, slots: int, context_length: int):
         config = model.config
-        heads, size = config.num_key_value_heads, config.head_dim
-        assert heads is not None and size is not None
-        shape = (config.num_hidden_layers, slots, 2 * heads, context_length, size)
+        heads = config.num_key_value_heads
+        assert heads is not None
+        shape = (config.num_hidden_layers, slots, 2 * heads, context_length, model.head_size)
         self.keys_values = _zeros(shape, model.dtype, model.device)
         self.ids = np.zeros((slots, context_length), np.int32)
         self.lengths = np.zeros(slots, np.int64)

@@ -24,8 +24,8 @@ from numpy.typing import NDArray
 from upspiral.config.models import EngineConfig
 from upspiral.engine.base import EngineStats, GenerationChunk, TokenIds
 from upspiral.engine.embedded.cache import SlotCache
+from upspiral.engine.embedded.decoder import DecoderForward
 from upspiral.engine.embedded.exact import ExactForward
-from upspiral.engine.embedded.llama import LlamaForward
 from upspiral.engine.embedded.sampler import sample
 from upspiral.engine.embedded.scheduler import Scheduler
 from upspiral.engine.embedded.sequence import Batch, Delivery, Sequence
@@ -66,7 +66,7 @@ class EmbeddedEngine:
         self._model, self._config, self._seed = model, config, seed
         self._cache = SlotCache(model, config.cache_slots, config.context_length)
         self._scheduler = Scheduler(self._cache, config)
-        self._forward = (ExactForward if config.exact else LlamaForward)(model, self._cache)
+        self._forward = (ExactForward if config.exact else DecoderForward)(model, self._cache)
         self._changed = threading.Condition()
         # Guarded by _changed:
         self._arrived: list[Sequence] = []

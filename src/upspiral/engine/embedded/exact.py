@@ -13,13 +13,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from upspiral.engine.embedded.cache import SlotCache
-from upspiral.engine.embedded.llama import LlamaForward, Rows
+from upspiral.engine.embedded.decoder import DecoderForward, Rows
 from upspiral.engine.embedded.sequence import Batch
 from upspiral.weights.exact import at_least_some_rows, exact_attention, exact_chunk
 from upspiral.weights.load import LoadedModel
 
 
-class ExactForward(LlamaForward):
+class ExactForward(DecoderForward):
     def __init__(self, model: LoadedModel, cache: SlotCache) -> None:
         super().__init__(model, cache)
         self._scale = cache.keys_values.shape[-1] ** -0.5
@@ -42,6 +42,8 @@ class ExactForward(LlamaForward):
             getattr(attention, name)(hidden)[:count].unflatten(-1, (-1, width))
             for name in ("q_proj", "k_proj", "v_proj")
         )
+        if hasattr(attention, "q_norm"):
+            query, key = attention.q_norm(query), attention.k_norm(key)
         query, key = (each * rows.cosines + _swapped(each) * rows.sines for each in (query, key))
         keys_values[rows.slots_N, :, rows.positions_N] = torch.cat([key, value], dim=1)
         parts = [self._decode_exactly(query[: rows.decoding], keys_values, rows)] if rows.decoding else []

@@ -1,4 +1,4 @@
-"""The forward pass of the Llama family over a packed batch, with keys and values in slots.
+"""The forward pass of a decoder over a packed batch, with keys and values in slots.
 
 Shapes: N rows (one token each), S rows that are sampled, H query heads, K key-value heads, G = H / K, D head size,
 V vocabulary. All rows share the multiplications; only attention treats decoding rows and prompt chunks apart. Weights
@@ -8,6 +8,7 @@ are read from the trainer's module at every step, so an in-place update needs no
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,6 +30,8 @@ class _LayerWeights:
 
     attention_norm: Tensor
     qkv: Tensor
+    head_norms: tuple[Tensor, Tensor] | None
+    """Of each query and of each key, before they are rotated; None: they have none."""
     attention_out: Tensor
     feed_forward_norm: Tensor
     gate_up: Tensor
@@ -68,7 +71,7 @@ class Rows:
     sampled_S: Tensor
 
 
-class LlamaForward:
+class DecoderForward:
     """Computes the logits of a batch and writes its keys and values into the cache."""
 
     def __init__(self, model: LoadedModel, cache: SlotCache):
@@ -95,6 +98,10 @@ class LlamaForward:
         query_heads, key_heads = self._heads, self._kv_heads
         qkv = F.linear(self._normalize(hidden, layer.attention_norm), layer.qkv)
         qkv = qkv.view(len(hidden), query_heads + 2 * key_heads, -1)
+        if layer.head_norms is not None:
+            queries, keys, _ = qkv.split((query_heads, key_heads, key_heads), dim=1)
+            for heads, norm in zip((queries, keys), layer.head_norms, strict=True):
+                heads.copy_(self._normalize(heads, norm))
         self._rotate(qkv[:, : query_heads + key_heads], rows)
         keys_values[rows.slots_N, :, rows.positions_N] = qkv[:, query_heads:]
         queries = qkv[:, :query_heads]
@@ -174,16 +181,17 @@ class LlamaForward:
 
 
 def _weights_of_layer(model: LoadedModel, index: int) -> _LayerWeights:
-    def weight(name: str) -> Tensor:
-        return model.module.get_parameter(f"model.layers.{index}.{name}.weight")
-
+    layer: Any = model.module.model.layers[index]
+    attention = layer.self_attn
+    has_norms = hasattr(attention, "q_norm")
     return _LayerWeights(
-        attention_norm=weight("input_layernorm"),
+        attention_norm=layer.input_layernorm.weight,
         qkv=model.layers[index].qkv,
-        attention_out=weight("self_attn.o_proj"),
-        feed_forward_norm=weight("post_attention_layernorm"),
+        head_norms=(attention.q_norm.weight, attention.k_norm.weight) if has_norms else None,
+        attention_out=attention.o_proj.weight,
+        feed_forward_norm=layer.post_attention_layernorm.weight,
         gate_up=model.layers[index].gate_up,
-        down=weight("mlp.down_proj"),
+        down=layer.mlp.down_proj.weight,
     )
 
 
