@@ -18,6 +18,7 @@ NEEDS_TORCH = (
     "upspiral.weights.cpu",
     "upspiral.weights.fused",
     "upspiral.weights.families",
+    "upspiral.weights.experts",
     "upspiral.weights.exact",
 )
 

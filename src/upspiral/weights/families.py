@@ -1,21 +1,30 @@
 """The families of models that upspiral loads, samples from and trains: those whose layers the embedded engine computes.
 
 Their modules are transformers' own and have the same names for the same parts; what a layer has beside them (norms of
-queries and keys) is found on the layer itself, so nothing else needs to ask for the family.
+queries and keys, experts) is found on the layer itself, so nothing else needs to ask for the family.
 """
 
 from __future__ import annotations
 
-from transformers import LlamaConfig, LlamaForCausalLM, PretrainedConfig, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PretrainedConfig,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from upspiral.errors import ModelError
 
-CausalModule = LlamaForCausalLM | Qwen3ForCausalLM
-CausalConfig = LlamaConfig | Qwen3Config
+CausalModule = LlamaForCausalLM | Qwen3ForCausalLM | Qwen3MoeForCausalLM
+CausalConfig = LlamaConfig | Qwen3Config | Qwen3MoeConfig
 
 _MODULE_OF: dict[type[PretrainedConfig], type[CausalModule]] = {
     LlamaConfig: LlamaForCausalLM,
     Qwen3Config: Qwen3ForCausalLM,
+    Qwen3MoeConfig: Qwen3MoeForCausalLM,
 }
 _ROPE_THAT_DEPENDS_ON_LENGTH = ("dynamic", "longrope")
 

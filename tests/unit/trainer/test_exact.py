@@ -21,6 +21,7 @@ from upspiral.trainer.logprob import target_logprobs
 from upspiral.trajectory.graph import TokenRun, TrajectoryGraph
 from upspiral.types import NodeCredit, RolloutCredit, SamplingParams
 from upspiral.weights.exact import exact_attention
+from upspiral.weights.experts import exact_experts_in
 from upspiral.weights.load import LoadedModel
 
 TEMPERATURE = 0.8
@@ -73,7 +74,7 @@ def test_engine_and_trainer_agree_on_every_bit(family: str, dtype: torch.dtype, 
     items = asyncio.run(sample())
     for budget, lanes in ((10_000, 1), (100, 1), (300, 2)):
         batches = pack(items, tokens_per_microbatch=budget, lanes=lanes)
-        with forest_attention_in(loaded.module), torch.no_grad():
+        with forest_attention_in(loaded.module), exact_experts_in(loaded.module), torch.no_grad():
             for lane in lanes_of(batches, exact=True):
                 for work in lane.remaining:
                     if work.kind == "backward":

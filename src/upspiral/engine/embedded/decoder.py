@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from upspiral.engine.embedded.attention import attend_chunk, attend_slots, attend_slots_sharing
 from upspiral.engine.embedded.cache import SlotCache
+from upspiral.engine.embedded.feed_forward import FeedForward, fast_feed_forward
 from upspiral.engine.embedded.sequence import Batch
 from upspiral.weights.load import LoadedModel
 
@@ -34,8 +35,7 @@ class _LayerWeights:
     """Of each query and of each key, before they are rotated; None: they have none."""
     attention_out: Tensor
     feed_forward_norm: Tensor
-    gate_up: Tensor
-    down: Tensor
+    feed_forward: FeedForward
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +90,7 @@ class DecoderForward:
         hidden = F.embedding(rows.ids_N, decoder.embed_tokens.weight)
         for layer, keys_values in zip(self._layers, self._cache.keys_values, strict=True):
             hidden = hidden + self._attend(layer, keys_values, hidden, rows)
-            hidden = hidden + self._feed_forward(layer, hidden)
+            hidden = hidden + layer.feed_forward(self._normalize(hidden, layer.feed_forward_norm))
         hidden = self._normalize(hidden[rows.sampled_S], decoder.norm.weight)
         return F.linear(hidden, self._model.module.lm_head.weight)
 
@@ -125,10 +125,6 @@ class DecoderForward:
         else:
             attended = attend_slots_sharing(queries, keys, values, rows.decode_mask, rows.shared)
         return attended if rows.decode_slots is None else attended[rows.decode_slots]
-
-    def _feed_forward(self, layer: _LayerWeights, hidden: Tensor) -> Tensor:
-        gate, up = F.linear(self._normalize(hidden, layer.feed_forward_norm), layer.gate_up).chunk(2, dim=-1)
-        return F.linear(F.silu(gate) * up, layer.down)
 
     def _normalize(self, hidden: Tensor, weight: Tensor) -> Tensor:
         return F.rms_norm(hidden, weight.shape, weight, self._epsilon)
@@ -190,8 +186,7 @@ def _weights_of_layer(model: LoadedModel, index: int) -> _LayerWeights:
         head_norms=(attention.q_norm.weight, attention.k_norm.weight) if has_norms else None,
         attention_out=attention.o_proj.weight,
         feed_forward_norm=layer.post_attention_layernorm.weight,
-        gate_up=model.layers[index].gate_up,
-        down=layer.mlp.down_proj.weight,
+        feed_forward=fast_feed_forward(layer.mlp, model.layers[index]),
     )
 
 
