@@ -28,9 +28,9 @@ def has_experts(block: Any) -> bool:
     return hasattr(block, "experts")
 
 
-def expert_blocks(model: Any) -> list[Any]:
-    """The blocks with experts of a causal language model of transformers, by layer. Layers without are left out."""
-    return [layer.mlp for layer in model.get_decoder().layers if has_experts(layer.mlp)]
+def expert_layers(model: Any) -> list[Any]:
+    """The layers with experts of a causal language model, in order; none of a module that is not transformers'."""
+    return [layer for layer in getattr(model.get_decoder(), "layers", ()) if has_experts(layer.mlp)]
 
 
 def exact_experts(experts: Any, hidden_TC: Tensor, chosen_TK: Tensor, weights_TK: Tensor) -> Tensor:
@@ -57,7 +57,7 @@ def exact_experts(experts: Any, hidden_TC: Tensor, chosen_TK: Tensor, weights_TK
 @contextmanager
 def exact_experts_in(model: Any) -> Iterator[None]:
     """Within it, a transformers model computes its experts by `exact_experts`, if it has some."""
-    if not expert_blocks(model):
+    if not expert_layers(model):
         yield
         return
     ALL_EXPERTS_FUNCTIONS.register(EXACT_EXPERTS_NAME, exact_experts)
