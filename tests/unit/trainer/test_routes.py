@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from tests.fixtures.demonstrations import demonstration_graph
-from tests.fixtures.tiny_modules import tiny_module
+from tests.fixtures.tiny_modules import own_routes, tiny_module
 from upspiral.algorithm.sft import sft_credit
 from upspiral.trainer.attention import forest_attention_in
 from upspiral.trainer.forest import ForestBatch, pack
@@ -42,22 +42,14 @@ def logprobs_of(model: Any, batch: ForestBatch) -> torch.Tensor:
         return target_logprobs(model, batch, temperature=1.0)[0]
 
 
-def own_routes(model: Any) -> NDArray[np.int16]:
-    """Where the model itself sends the tokens of the rollout."""
-    chosen: list[torch.Tensor] = []
-    layers = expert_layers(model)
-    handles = [layer.mlp.gate.register_forward_hook(lambda *seen: chosen.append(seen[2][2])) for layer in layers]
-    with torch.no_grad():
-        model(torch.tensor([[*PROMPT, *ANSWER[:-1]]]))
-    for handle in handles:
-        handle.remove()
-    return torch.stack(chosen, 1).numpy().astype(np.int16)
+def known_routes(model: Any) -> NDArray[np.int16]:
+    return own_routes(model, [*PROMPT, *ANSWER[:-1]])
 
 
 def test_the_models_own_routes_and_unknown_ones_change_nothing() -> None:
     model = tiny_module("qwen3-moe")
     free = logprobs_of(model, batch_with(None))
-    routes = own_routes(model)
+    routes = known_routes(model)
     assert routes.shape == (7, *SHAPE)
     torch.testing.assert_close(logprobs_of(model, batch_with(routes)), free, rtol=0, atol=0)
     routes[::2] = UNKNOWN_EXPERT
@@ -78,7 +70,7 @@ def test_tokens_go_where_they_are_told_and_the_router_learns_from_it() -> None:
 
 def test_another_order_of_the_same_experts_is_the_same_to_rounding() -> None:
     model = tiny_module("qwen3-moe")
-    turned = own_routes(model)[:, :, ::-1].copy()
+    turned = known_routes(model)[:, :, ::-1].copy()
     free = logprobs_of(model, batch_with(None))
     torch.testing.assert_close(logprobs_of(model, batch_with(turned)), free, rtol=1e-5, atol=1e-5)
 

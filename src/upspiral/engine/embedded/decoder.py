@@ -7,6 +7,7 @@ are read from the trainer's module at every step, so an in-place update needs no
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch.nn import functional as F
 
 from upspiral.engine.embedded.attention import attend_chunk, attend_slots, attend_slots_sharing
 from upspiral.engine.embedded.cache import SlotCache
-from upspiral.engine.embedded.feed_forward import FeedForward, fast_feed_forward
+from upspiral.engine.embedded.feed_forward import ExpertFeedForward, FeedForward, fast_feed_forward
 from upspiral.engine.embedded.sequence import Batch
 from upspiral.weights.load import LoadedModel
 
@@ -91,8 +92,15 @@ class DecoderForward:
         for layer, keys_values in zip(self._layers, self._cache.keys_values, strict=True):
             hidden = hidden + self._attend(layer, keys_values, hidden, rows)
             hidden = hidden + layer.feed_forward(self._normalize(hidden, layer.feed_forward_norm))
+        self._keep_routes([layer.feed_forward for layer in self._layers], rows)
         hidden = self._normalize(hidden[rows.sampled_S], decoder.norm.weight)
         return F.linear(hidden, self._model.module.lm_head.weight)
+
+    def _keep_routes(self, blocks: Iterable[FeedForward], rows: Rows) -> None:
+        if self._cache.routes is not None:
+            chosen = [block.chosen_NK for block in blocks if isinstance(block, ExpertFeedForward)]
+            routes_NLK = torch.stack([each for each in chosen if each is not None], dim=1)[: len(rows.ids_N)]
+            self._cache.routes[rows.slots_N.cpu().numpy(), rows.positions_N.cpu().numpy()] = routes_NLK.cpu().numpy()
 
     def _attend(self, layer: _LayerWeights, keys_values: Tensor, hidden: Tensor, rows: Rows) -> Tensor:
         query_heads, key_heads = self._heads, self._kv_heads

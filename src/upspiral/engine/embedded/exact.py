@@ -36,6 +36,7 @@ class ExactForward(DecoderForward):
             attended = self._mix(layer.self_attn, keys_values, layer.input_layernorm(hidden), rows)
             hidden = hidden + layer.self_attn.o_proj(attended)
             hidden = hidden + feed_forward(layer.post_attention_layernorm(hidden))
+        self._keep_routes([feed_forward for _, feed_forward in self._modules], rows)
         sampled = at_least_some_rows(decoder.norm(hidden[rows.sampled_S]))
         return F.linear(sampled, self._model.module.lm_head.weight)[: len(rows.sampled_S)]
 

@@ -6,6 +6,7 @@ Shapes: N rows, C hidden width, K experts of a row.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -32,18 +33,20 @@ class DenseFeedForward:
         return F.linear(F.silu(gate) * up, self.down)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class ExpertFeedForward:
     """The trainer's own router and experts. `exact`: a row has the same bits whatever else is in the batch."""
 
     block: Any
     exact: bool
+    chosen_NK: Tensor | None = None
+    """Which experts the rows of the last call went to."""
 
     def __call__(self, hidden_NC: Tensor) -> Tensor:
         _, weights_NK, chosen_NK = self.block.gate(hidden_NC)
-        if self.exact:
-            return exact_experts(self.block.experts, hidden_NC, chosen_NK, weights_NK)
-        return self.block.experts(hidden_NC, chosen_NK, weights_NK)
+        self.chosen_NK = chosen_NK
+        compute = partial(exact_experts, self.block.experts) if self.exact else self.block.experts
+        return compute(hidden_NC, chosen_NK, weights_NK)
 
 
 def fast_feed_forward(block: Any, fused: FusedLayer) -> FeedForward:
