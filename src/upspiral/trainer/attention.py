@@ -112,7 +112,7 @@ class ForestPass:
         below it. `exact`: to the same bits as the engine in its exact mode."""
         self.spans = spans_of(batch)
         self.paths = paths_of(batch) if exact else ()
-        self.routes = torch.from_numpy(batch.routes_TLK).long() if batch.routes_TLK.size else None
+        self.routes = torch.from_numpy(batch.routes_TLK) if batch.routes_TLK.size else None
         self.kept: list[KeptLayer] = []
         self._runs = [(earlier[run.batch], run) for run in batch.context]
         self._keeps = keeps

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from upspiral.types import UNKNOWN_EXPERT
 from upspiral.weights.experts import expert_layers
 
 
@@ -52,9 +53,10 @@ class _Replay:
         if routes_TK is None:
             return None
         logits_TE, weights_TK, chosen_TK = output
+        routes_TK = routes_TK.to(chosen_TK)
         missing = len(chosen_TK) - len(routes_TK)  # rows that only fill up
-        routes_TK = torch.cat([routes_TK, routes_TK.new_full((missing, routes_TK.shape[1]), -1)])
-        chosen_TK = torch.where(routes_TK >= 0, routes_TK, chosen_TK)
+        routes_TK = torch.cat([routes_TK, routes_TK.new_full((missing, routes_TK.shape[1]), UNKNOWN_EXPERT)])
+        chosen_TK = torch.where(routes_TK == UNKNOWN_EXPERT, chosen_TK, routes_TK)
         wide = torch.float64 if logits_TE.dtype == torch.float64 else torch.float32
         replayed_TK = logits_TE.softmax(-1, dtype=wide).gather(1, chosen_TK)
         if router.norm_topk_prob:
