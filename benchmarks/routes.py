@@ -38,12 +38,12 @@ VOCABULARY = 4000
 
 def model() -> LoadedModel:
     torch.manual_seed(0)
-    config = Qwen3MoeConfig(
-        vocab_size=VOCABULARY, hidden_size=256, num_hidden_layers=12, num_attention_heads=8, num_key_value_heads=2,
-        head_dim=64, num_experts=32, num_experts_per_tok=4, moe_intermediate_size=128, norm_topk_prob=True,
-        initializer_range=0.05, tie_word_embeddings=True,
-    )  # fmt: skip
-    made: Any = Qwen3MoeForCausalLM(config)
+    sizes: dict[str, Any] = {
+        "vocab_size": VOCABULARY, "hidden_size": 256, "num_hidden_layers": 12, "num_attention_heads": 8,
+        "num_key_value_heads": 2, "head_dim": 64, "num_experts": 32, "num_experts_per_tok": 4,
+        "moe_intermediate_size": 128, "norm_topk_prob": True, "initializer_range": 0.05, "tie_word_embeddings": True,
+    }  # fmt: skip
+    made: Any = Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes))
     return LoadedModel.from_module(made.to(torch.bfloat16))
 
 
