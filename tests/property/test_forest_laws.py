@@ -16,13 +16,23 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tests.property.forests import VOCABULARY, DoubleLlama, batches_of_rollouts, gradients, relative_difference
+from tests.fixtures.tiny_modules import double_throughout, tiny_module
+from tests.property.forests import (
+    VOCABULARY,
+    DoubleLlama,
+    batches_of_rollouts,
+    gradients,
+    relative_difference,
+    with_routes,
+)
 from upspiral.algorithm.loss import PolicyLoss, SftLoss, TokenTerms
 from upspiral.trainer.attention import forest_attention_in
 from upspiral.trainer.depth_first import lanes_of
 from upspiral.trainer.flat import call_rows, flatten, side_by_side
 from upspiral.trainer.forest import ForestBatch, Item, pack
 from upspiral.trainer.logprob import target_logprobs
+from upspiral.trainer.routes import replayed_routes_in
+from upspiral.weights.experts import exact_experts_in, expert_layers
 
 LOSS = PolicyLoss(clip_low=0.2, clip_high=0.28, mismatch_cap=2.0)
 
@@ -74,7 +84,7 @@ def loss_and_gradients(model: nn.Module, batches: Sequence[ForestBatch]) -> tupl
     """The policy loss summed over batches, at a p_theta near p_old so that both sides of the clip occur."""
     model.zero_grad()
     total = 0.0
-    with forest_attention_in(model):
+    with forest_attention_in(model), replayed_routes_in(model), exact_experts_in(model):
         for lane in (lane for part in minibatches_of(batches) for lane in lanes_of(part)):
             for work in lane.remaining:
                 batch = lane.batches[work.batch]
@@ -88,8 +98,15 @@ def loss_and_gradients(model: nn.Module, batches: Sequence[ForestBatch]) -> tupl
     return total, gradients(model)
 
 
+def tiny(family: str) -> nn.Module:
+    return tiny_module(family, vocab_size=VOCABULARY, hidden_size=16, intermediate_size=24, head_dim=8)
+
+
 MODELS: list[tuple[str, Callable[[], nn.Module], float]] = [
     ("double throughout", double_llama, 1e-9),
+    ("Qwen3 double throughout", lambda: double_throughout(tiny("qwen3")), 1e-9),
+    ("Qwen3-MoE double throughout", lambda: double_throughout(tiny("qwen3-moe")), 1e-9),
+    ("Qwen3-MoE float32", lambda: tiny("qwen3-moe"), 1e-5),
     ("transformers float64", lambda: hugging_face_llama(torch.float64, 16), 1e-6),
     ("transformers float32", lambda: hugging_face_llama(torch.float32, 16), 1e-5),
     ("compiled float32", lambda: hugging_face_llama(torch.float32, 32), 1e-5),
@@ -98,11 +115,19 @@ MODELS: list[tuple[str, Callable[[], nn.Module], float]] = [
 
 @pytest.mark.parametrize(("model", "tolerance"), [each[1:] for each in MODELS], ids=[each[0] for each in MODELS])
 @settings(max_examples=25, deadline=None)
-@given(items=batches_of_rollouts(), budget=st.sampled_from([8, 20, 40, 1000]))
+@given(
+    items=batches_of_rollouts(),
+    budget=st.sampled_from([8, 20, 40, 1000]),
+    habits=st.lists(st.integers(0, 2), min_size=4, max_size=4),
+)
 def test_forest_equals_one_row_per_path(
-    model: Callable[[], nn.Module], tolerance: float, items: list[Item], budget: int
+    model: Callable[[], nn.Module], tolerance: float, items: list[Item], budget: int, habits: list[int]
 ) -> None:
-    made = model()
+    made: Any = model()
+    layers = expert_layers(made)
+    if layers:
+        router = layers[0].mlp.gate
+        items = with_routes(items, (len(layers), router.top_k), router.num_experts, habits)
     ours = loss_and_gradients(made, pack(items, tokens_per_microbatch=budget))
     theirs = loss_and_gradients(made, flatten(items))
     assert ours[0] == pytest.approx(theirs[0], rel=tolerance, abs=tolerance)

@@ -19,6 +19,8 @@ NEEDS_TORCH = (
     "upspiral.weights.load",
     "upspiral.weights.cpu",
     "upspiral.weights.fused",
+    "upspiral.weights.families",
+    "upspiral.weights.experts",
     "upspiral.weights.exact",
 )
 

@@ -25,6 +25,8 @@ from upspiral.trainer.forest import ForestBatch
 from upspiral.trainer.lanes import Lanes
 from upspiral.trainer.logprob import target_logprobs
 from upspiral.trainer.optimizer import MasterAdamW
+from upspiral.trainer.routes import replayed_routes_in
+from upspiral.weights.experts import exact_experts_in
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +126,9 @@ class LocalTrainer:
         with ExitStack() as stack:
             for model in self._lanes.models:
                 stack.enter_context(forest_attention_in(model))
+                stack.enter_context(replayed_routes_in(model))
+                if self._exact:
+                    stack.enter_context(exact_experts_in(model))
             yield
 
     def _with_old_logprobs(
