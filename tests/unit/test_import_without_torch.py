@@ -13,6 +13,7 @@ NEEDS_TORCH = (
     "upspiral.trainer",
     "upspiral.algorithm.loss",
     "upspiral.engine.embedded",
+    "upspiral.kernel.layer",
     "upspiral.kernel.path_attention",
     "upspiral.kernel.rows",
     "upspiral.loop",

@@ -145,7 +145,7 @@ class ForestPass:
         below it. `exact`: to the same bits as the engine in its exact mode."""
         self._batch = batch
         self._plans: dict[int, Plan] = {}
-        self.paths = paths_of(batch) if exact else ()
+        self.exact = exact
         self.routes = torch.from_numpy(batch.routes_TLK) if batch.routes_TLK.size else None
         self.kept: list[KeptLayer] = []
         self._runs = [(earlier[run.batch], run) for run in batch.context]
@@ -155,6 +155,10 @@ class ForestPass:
     @cached_property
     def spans(self) -> tuple[Span, ...]:
         return spans_of(self._batch)
+
+    @cached_property
+    def paths(self) -> tuple[Path, ...]:
+        return paths_of(self._batch)
 
     def plan(self, group: int) -> Plan:
         """For the compiled kernel, where `group` query heads share a key head."""
@@ -383,12 +387,13 @@ def forest_attention(
 
 
 def _attend(forest: ForestPass, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Any:
-    compiled = path_attention() if PathAttention.takes(query, key) and not forest.paths else None
+    compiled = path_attention() if PathAttention.takes(query, key) else None
     if compiled is not None:
         plan = forest.plan(query.shape[1] // key.shape[1])
         return CompiledForestAttention.apply(query, key, value, plan, scale, compiled)
     kernel = kernel_for(query.device)
-    return ForestAttention.apply(query, key, value, forest.spans, forest.paths, scale, kernel)
+    paths = forest.paths if forest.exact else ()
+    return ForestAttention.apply(query, key, value, forest.spans, paths, scale, kernel)
 
 
 @contextmanager

@@ -16,18 +16,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from upspiral.kernel.rows import Rows, rows
+from upspiral.kernel.layer import Angles, DenseLayer, dense_layers
 from upspiral.trainer.attention import ForestPass, forest_attention
-from upspiral.weights.fused import FusedLayer, fuse_projections
-
-Angles = tuple[Tensor, Tensor]
-"""Cosines and sines, each [T, D]."""
+from upspiral.weights.fused import fuse_projections
 
 
 def hidden_states(model: Any, token_ids_T: Tensor, positions_T: Tensor, forest: ForestPass) -> Tensor:
     """[T, W] after the last norm, with gradient: by compiled steps where the model and the machine allow it, else by
     the model's own modules."""
-    decoder = None if forest.paths else _decoder_of(model)
+    decoder = _decoder_of(model)
     if decoder is not None:
         return decoder(token_ids_T, positions_T, forest)
     own = model.get_decoder()
@@ -37,14 +34,20 @@ def hidden_states(model: Any, token_ids_T: Tensor, positions_T: Tensor, forest: 
 
 
 class CompiledDecoder:
-    """The decoder of a Llama whose projections are plain."""
+    """The decoder of a model whose layers are dense and whose projections are plain."""
 
-    def __init__(self, model: Any, compiled: Rows) -> None:
+    def __init__(self, model: Any, layers: list[DenseLayer]) -> None:
         decoder = model.model
         self._embedding, self._norm, self._rotary = decoder.embed_tokens.weight, decoder.norm, decoder.rotary_emb
-        pairs = zip(decoder.layers, fuse_projections(model), strict=True)
-        self._layers = [_Layer(module, fused, compiled) for module, fused in pairs]
-        self._rows = compiled
+        self._layers = layers
+
+    @classmethod
+    def of(cls, model: Any) -> CompiledDecoder | None:
+        """None for a model, or on a machine, that the compiled steps are not made for."""
+        from upspiral.weights.families import CausalModule
+
+        layers = dense_layers(model, fuse_projections(model)) if isinstance(model, CausalModule) else None
+        return None if layers is None else cls(model, layers)
 
     def __call__(self, token_ids_T: Tensor, positions_T: Tensor, forest: ForestPass) -> Tensor:
         for index, layer in enumerate(self._layers):
@@ -53,33 +56,19 @@ class CompiledDecoder:
         cosines, sines = self._rotary(hidden, positions_T[None])
         angles = cosines[0].contiguous(), sines[0].contiguous()
         for layer in self._layers:
-            hidden = layer(hidden, angles, forest)
-        return _tensor(Norm.apply(hidden, self._norm.weight, self._norm.variance_epsilon, self._rows))
+            hidden = _layer(layer, hidden, angles, forest)
+        return _tensor(Norm.apply(hidden, self._norm.weight, self._norm.variance_epsilon, self._layers[0].rows))
 
 
-class _Layer:
-    def __init__(self, module: Any, fused: FusedLayer, compiled: Rows) -> None:
-        attention, feed_forward = module.self_attn, module.mlp
-        self.fused, self.rows = fused, compiled
-        assert fused.gate_up is not None
-        self.gate_up = fused.gate_up
-        self.width, self.scale = attention.head_dim, attention.scaling
-        self.epsilon = module.input_layernorm.variance_epsilon
-        self._attention = attention
-        self._projections = module.input_layernorm.weight, *(part.weight for part in fused.qkv_parts)
-        self._rest = (
-            attention.o_proj.weight,
-            module.post_attention_layernorm.weight,
-            *(part.weight for part in fused.gate_up_parts),
-            feed_forward.down_proj.weight,
-        )
-        self.key_heads = len(fused.qkv_parts[1].weight) // self.width
-        self.query_heads = len(fused.qkv_parts[0].weight) // self.width
-
-    def __call__(self, hidden: Tensor, angles: Angles, forest: ForestPass) -> Tensor:
-        query, key, value = Projections.apply(hidden, *self._projections, self, angles)  # pyright: ignore[reportGeneralTypeIssues]
-        attended, _ = forest_attention(self._attention, query, key, value, scaling=self.scale, forest=forest)
-        return _tensor(FeedForward.apply(hidden, attended.reshape(len(hidden), -1), *self._rest, self))
+def _layer(layer: DenseLayer, hidden: Tensor, angles: Angles, forest: ForestPass) -> Tensor:
+    fused = layer.fused
+    projections = (part.weight for part in fused.qkv_parts)
+    query, key, value = Projections.apply(  # pyright: ignore[reportGeneralTypeIssues]
+        hidden, layer.attention_norm, *projections, *(layer.head_norms or (None, None)), layer, angles
+    )
+    attended, _ = forest_attention(layer.attention, query, key, value, scaling=layer.scale, forest=forest)
+    rest = layer.output, layer.feed_forward_norm, *(part.weight for part in fused.gate_up_parts), layer.down
+    return _tensor(FeedForward.apply(hidden, attended.reshape(len(hidden), -1), *rest, layer))
 
 
 class Norm(torch.autograd.Function):
@@ -101,36 +90,40 @@ class Norm(torch.autograd.Function):
 
 
 class Projections(torch.autograd.Function):
-    """apply(hidden [T,W], norm [W], query, key and value weights [..,W], layer, angles)
-    -> (query [1,H,T,D], key [1,K,T,D], value [1,K,T,D]), the first two rotated."""
+    """apply(hidden [T,W], norm [W], query, key and value weights [..,W], norms of queries and keys [D] or None, layer,
+    angles) -> (query [1,H,T,D], key [1,K,T,D], value [1,K,T,D]), the first two rotated."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Any:
-        hidden, norm, *_, layer, angles = inputs
-        normed, scales = layer.rows.norm(hidden[:, None], norm, layer.epsilon)
-        heads = (normed[:, 0] @ layer.fused.qkv.mT).unflatten(1, (-1, layer.width))
-        rotated = heads[:, : layer.query_heads + layer.key_heads]
-        layer.rows.rotate(rotated, angles, rotated)
-        ctx.save_for_backward(hidden, norm, scales)
+        hidden, *_, layer, angles = inputs
+        made = layer.project(hidden, angles)
+        ctx.save_for_backward(hidden, made.scales, made.heads, *made.head_scales)
         ctx.layer, ctx.angles = layer, angles
-        query, key, value = heads.split([layer.query_heads, layer.key_heads, layer.key_heads], dim=1)
-        return tuple(each.transpose(0, 1)[None] for each in (query, key, value))
+        return tuple(each.transpose(0, 1)[None] for each in (made.query_THD, made.key_TKD, made.value_TKD))
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        hidden, norm, scales = ctx.saved_tensors
-        layer = ctx.layer
-        query, key, value = (grad[0].transpose(0, 1) for grad in grads)
-        heads, keys = layer.query_heads, layer.key_heads
-        together = query.new_empty(len(query), heads + 2 * keys, layer.width)
-        layer.rows.rotate(query, ctx.angles, together[:, :heads], back=True)
-        layer.rows.rotate(key, ctx.angles, together[:, heads : heads + keys], back=True)
-        together[:, heads + keys :] = value
+        hidden, scales, before, *head_scales = ctx.saved_tensors
+        layer: DenseLayer = ctx.layer
+        sizes = [layer.query_heads, layer.key_heads, layer.key_heads]
+        together = grads[0].new_empty(len(hidden), sum(sizes), layer.width)
+        parts = together.split(sizes, dim=1)
+        for grad, part in zip(grads[:2], parts, strict=False):
+            layer.rows.rotate(grad[0].transpose(0, 1), ctx.angles, part, back=True)
+        parts[2].copy_(grads[2][0].transpose(0, 1))
+        grad_head_norms: list[Tensor | None] = [None, None]
+        for index, head_scale in enumerate(head_scales):
+            own = before.split(sizes, dim=1)[index]
+            made, grad_head_norms[index] = layer.rows.norm_gradients(
+                own, layer.head_norms[index], head_scale, parts[index]
+            )
+            parts[index].copy_(made)
         grad = together.flatten(1)
-        normed, _ = layer.rows.norm(hidden[:, None], norm, layer.epsilon)
-        grad_weights = (grad.mT @ normed[:, 0]).split([heads * layer.width, keys * layer.width, keys * layer.width])
-        to, grad_norm = layer.rows.norm_gradients(hidden[:, None], norm, scales, (grad @ layer.fused.qkv)[:, None])
-        return to[:, 0], grad_norm, *grad_weights, None, None
+        rows_T1W = hidden[:, None]
+        normed, _ = layer.rows.norm(rows_T1W, layer.attention_norm, layer.epsilon)
+        grad_weights = (grad.mT @ normed[:, 0]).split([size * layer.width for size in sizes])
+        to, grad_norm = layer.rows.norm_gradients(rows_T1W, layer.attention_norm, scales, (grad @ layer.qkv)[:, None])
+        return to[:, 0], grad_norm, *grad_weights, *grad_head_norms, None, None
 
 
 class FeedForward(torch.autograd.Function):
@@ -139,27 +132,27 @@ class FeedForward(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
-        hidden, attended, output, norm, _, _, down, layer = inputs
-        middle = hidden + attended @ output.mT
-        normed, scales = layer.rows.norm(middle[:, None], norm, layer.epsilon)
-        gates = normed[:, 0] @ layer.gate_up.mT
-        ctx.save_for_backward(attended, middle, scales, gates, output, norm, down)
+        hidden, attended, *_, layer = inputs
+        made = layer.finish(hidden, attended)
+        ctx.save_for_backward(attended, made.middle, made.scales, made.gates)
         ctx.layer = layer
-        return middle + layer.rows.gate(gates) @ down.mT
+        return made.hidden
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        attended, middle, scales, gates, output, norm, down = ctx.saved_tensors
-        layer, grad = ctx.layer, grads[0].contiguous()
+        attended, middle, scales, gates = ctx.saved_tensors
+        layer: DenseLayer = ctx.layer
+        grad, middle_T1W = grads[0].contiguous(), middle[:, None]
         grad_down = grad.mT @ layer.rows.gate(gates)
-        grad_gates = layer.rows.gate_gradients(gates, grad @ down)
-        normed, _ = layer.rows.norm(middle[:, None], norm, layer.epsilon)
+        grad_gates = layer.rows.gate_gradients(gates, grad @ layer.down)
+        normed, _ = layer.rows.norm(middle_T1W, layer.feed_forward_norm, layer.epsilon)
         grad_gate, grad_up = (grad_gates.mT @ normed[:, 0]).chunk(2)
-        grad_normed = (grad_gates @ layer.gate_up)[:, None]
-        to, grad_norm = layer.rows.norm_gradients(middle[:, None], norm, scales, grad_normed, grad[:, None])
+        to, grad_norm = layer.rows.norm_gradients(
+            middle_T1W, layer.feed_forward_norm, scales, (grad_gates @ layer.gate_up)[:, None], grad[:, None]
+        )
         grad_middle = to[:, 0]
         grad_output = grad_middle.mT @ attended
-        return grad_middle, grad_middle @ output, grad_output, grad_norm, grad_gate, grad_up, grad_down, None
+        return grad_middle, grad_middle @ layer.output, grad_output, grad_norm, grad_gate, grad_up, grad_down, None
 
 
 _decoders: WeakKeyDictionary[nn.Module, CompiledDecoder | None] = WeakKeyDictionary()
@@ -169,31 +162,8 @@ def _decoder_of(model: Any) -> CompiledDecoder | None:
     if not isinstance(model, nn.Module):
         return None
     if model not in _decoders:
-        compiled = rows()
-        _decoders[model] = CompiledDecoder(model, compiled) if compiled is not None and _fits(model) else None
+        _decoders[model] = CompiledDecoder.of(model)
     return _decoders[model]
-
-
-def _fits(model: Any) -> bool:
-    """Whether the compiled steps compute what the model's own modules do."""
-    from transformers import LlamaForCausalLM
-
-    if type(model) is not LlamaForCausalLM:
-        return False
-    parameters, config = list(model.parameters()), model.config
-    known = all(x.dtype in (torch.bfloat16, torch.float32) and x.device.type == "cpu" for x in parameters)
-    plain = all(type(x) is nn.Linear and x.bias is None for layer in model.model.layers for x in _projections(layer))
-    widths = (config.head_dim or 1) % 32 == 0 and config.hidden_size % 16 == 0 and config.intermediate_size % 16 == 0
-    return known and plain and widths and len({x.dtype for x in parameters}) == 1 and config.hidden_act == "silu"
-
-
-def _projections(layer: Any) -> list[nn.Module]:
-    return [
-        module
-        for block in (layer.self_attn, layer.mlp)
-        for name, module in block.named_children()
-        if name.endswith("_proj")
-    ]
 
 
 def _tensor(made: Any) -> Tensor:

@@ -35,7 +35,7 @@ def target_logprobs(
         for array in (batch.token_ids_T, batch.positions_T, batch.sources_M, batch.targets_M)
     )
     forest = forest or ForestPass(batch)
-    if forest.paths:
+    if forest.exact:
         token_ids, positions = at_least_some_rows(token_ids), at_least_some_rows(positions)
     hidden_TD = hidden_states(model, token_ids, positions, forest)
     logprobs, entropy = ChunkedLogprob.apply(hidden_TD.index_select(0, sources), head, targets, temperature)  # type: ignore[misc]

@@ -14,6 +14,7 @@ import torch
 from tests.fixtures.tiny_modules import FAMILIES, VOCABULARY, tiny_module
 from upspiral.config.models import EngineConfig
 from upspiral.engine.embedded.engine import EmbeddedEngine
+from upspiral.kernel.path_attention import path_attention
 from upspiral.trainer.attention import forest_attention_in
 from upspiral.trainer.depth_first import lanes_of
 from upspiral.trainer.forest import Item, pack
@@ -59,8 +60,16 @@ async def sampled_run(engine: EmbeddedEngine, prompt: Sequence[int], params: Sam
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("count", [1, 9])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_engine_and_trainer_agree_on_every_bit(family: str, dtype: torch.dtype, count: int) -> None:
-    loaded = LoadedModel.from_module(tiny_module(family, dtype, hidden_size=96, num_attention_heads=6))
+@pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "by torch"])
+def test_engine_and_trainer_agree_on_every_bit(
+    family: str, dtype: torch.dtype, count: int, compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not compiled:
+        for place in ("kernel.layer", "trainer.attention", "engine.embedded.exact"):
+            monkeypatch.setattr(f"upspiral.{place}.path_attention", lambda: None)
+    elif path_attention() is None:
+        pytest.skip("nothing can be compiled here")
+    loaded = LoadedModel.from_module(tiny_module(family, dtype, hidden_size=96, num_attention_heads=6, head_dim=32))
 
     async def sample() -> list[Item]:
         config = EngineConfig(context_length=512, max_running=6, cache_slots=8, prefill_tokens=40, exact=True)
