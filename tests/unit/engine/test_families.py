@@ -108,6 +108,16 @@ def test_a_model_without_experts_has_no_routes_to_replay() -> None:
         )
 
 
+def test_a_width_that_would_not_be_exact_is_refused() -> None:
+    def engine(**size: int) -> EmbeddedEngine:
+        model = LoadedModel.from_module(tiny_module("llama", **size))
+        return EmbeddedEngine(model, EngineConfig(context_length=64, exact=True), seed=0)
+
+    assert engine(intermediate_size=96).context_length == 64
+    with pytest.raises(ConfigError, match="intermediate_size = 104 of the model is no multiple of 32"):
+        engine(intermediate_size=104)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_update_in_place_shows_in_the_next_token(family: str) -> None:
     model = LoadedModel.from_module(tiny_module(family))
