@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -109,7 +110,7 @@ def test_a_model_without_experts_has_no_routes_to_replay() -> None:
 
 
 def test_a_width_that_would_not_be_exact_is_refused() -> None:
-    def engine(**size: int) -> EmbeddedEngine:
+    def engine(**size: Any) -> EmbeddedEngine:
         model = LoadedModel.from_module(tiny_module("llama", **size))
         return EmbeddedEngine(model, EngineConfig(context_length=64, exact=True), seed=0)
 
