@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from upspiral.kernel.layer import Angles, DenseLayer, dense_layers
 from upspiral.trainer.attention import ForestPass, forest_attention
+from upspiral.weights.families import CausalModule
 from upspiral.weights.fused import fuse_projections
 
 
@@ -33,6 +34,13 @@ def hidden_states(model: Any, token_ids_T: Tensor, positions_T: Tensor, forest: 
     ).last_hidden_state[0]
 
 
+def prepare(model: Any) -> None:
+    """Lays the model's projections side by side, which replaces the data of its parameters: before anything else that
+    shares them is made."""
+    if isinstance(model, CausalModule):
+        fuse_projections(model)
+
+
 class CompiledDecoder:
     """The decoder of a model whose layers are dense and whose projections are plain."""
 
@@ -44,8 +52,6 @@ class CompiledDecoder:
     @classmethod
     def of(cls, model: Any) -> CompiledDecoder | None:
         """None for a model, or on a machine, that the compiled steps are not made for."""
-        from upspiral.weights.families import CausalModule
-
         layers = dense_layers(model, fuse_projections(model)) if isinstance(model, CausalModule) else None
         return None if layers is None else cls(model, layers)
 

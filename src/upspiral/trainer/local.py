@@ -20,6 +20,7 @@ from torch import Tensor
 from upspiral.algorithm.loss import Loss, PolicyLoss, SftLoss, TokenTerms
 from upspiral.config.models import AlgorithmConfig, TrainerConfig
 from upspiral.trainer.attention import ForestPass, forest_attention_in
+from upspiral.trainer.decoder import prepare
 from upspiral.trainer.depth_first import Lane, Work, lanes_of
 from upspiral.trainer.forest import ForestBatch
 from upspiral.trainer.lanes import Lanes
@@ -71,6 +72,7 @@ class LocalTrainer:
         `lanes`: microbatches computed side by side, on a CPU thread each. `exact`: log-probabilities to the same bits
         as those of the embedded engine in its exact mode.
         Raises ModelError when nothing in the model is trainable."""
+        prepare(model)
         # No dropout: the policy that is trained is the one that sampled.
         self._lanes = Lanes(model.eval(), lanes)
         self._config = config

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -106,6 +107,16 @@ def test_a_model_without_experts_has_no_routes_to_replay() -> None:
         EmbeddedEngine(
             LoadedModel.from_module(tiny_module("qwen3")), EngineConfig(context_length=64, routes="replay"), seed=0
         )
+
+
+def test_a_width_that_would_not_be_exact_is_refused() -> None:
+    def engine(**size: Any) -> EmbeddedEngine:
+        model = LoadedModel.from_module(tiny_module("llama", **size))
+        return EmbeddedEngine(model, EngineConfig(context_length=64, exact=True), seed=0)
+
+    assert engine(intermediate_size=96).context_length == 64
+    with pytest.raises(ConfigError, match="intermediate_size = 104 of the model is no multiple of 32"):
+        engine(intermediate_size=104)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

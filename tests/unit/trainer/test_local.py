@@ -17,6 +17,7 @@ from upspiral.trainer.forest import ForestBatch, pack
 from upspiral.trainer.local import LocalTrainer
 from upspiral.trajectory.graph import TokenRun, TrajectoryGraph
 from upspiral.types import NodeCredit, RolloutCredit
+from upspiral.weights.fused import fuse_projections
 
 
 def model(dtype: torch.dtype = torch.float32, width: int = 32) -> LlamaForCausalLM:
@@ -105,11 +106,11 @@ def test_two_runs_are_equal_bit_for_bit() -> None:
 def test_weights_are_updated_in_place_also_where_they_are_views() -> None:
     learned = model(torch.bfloat16)
     attention: Any = learned.model.layers[0].self_attn
-    fused = torch.cat([attention.q_proj.weight.data, attention.k_proj.weight.data])
-    attention.q_proj.weight.data, attention.k_proj.weight.data = fused[:32], fused[32:]
+    fused = fuse_projections(learned)[0].qkv
     before = fused.clone()
     trainer(learned).step(demonstrations(), kind="sft")
-    assert torch.equal(fused[:32], attention.q_proj.weight)
+    parts = (attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight)
+    assert torch.equal(fused, torch.cat(parts)) and fused.data_ptr() == parts[0].data_ptr()
     assert not torch.equal(fused, before)
 
 

@@ -18,10 +18,15 @@ from upspiral.engine.embedded.cache import SlotCache
 from upspiral.engine.embedded.decoder import DecoderForward, Rows
 from upspiral.engine.embedded.feed_forward import exact_feed_forward
 from upspiral.engine.embedded.sequence import Batch
+from upspiral.errors import ConfigError
 from upspiral.kernel.layer import DenseLayer, dense_layers
 from upspiral.kernel.path_attention import PathAttention, Plan, Segment, path_attention
 from upspiral.weights.exact import at_least_some_rows, exact_attention, exact_chunk
+from upspiral.weights.experts import expert_layers
 from upspiral.weights.load import LoadedModel
+
+_VECTOR = 32
+"""The most elements that torch's vectorised loops take at once."""
 
 
 class ExactForward(DecoderForward):
@@ -30,6 +35,8 @@ class ExactForward(DecoderForward):
         self._scale = cache.keys_values.shape[-1] ** -0.5
         decoder: Any = model.module.model
         self._dense = dense_layers(model.module, model.layers)
+        if self._dense is None:
+            _check_width(model)
         self._modules = [(layer, exact_feed_forward(layer.mlp)) for layer in decoder.layers]
         group = self._heads // self._kv_heads
         one_of_each = (cache.keys_values[0, 0, :1].expand(group, -1, -1), cache.keys_values[0, 0, :1])
@@ -123,6 +130,19 @@ class ExactForward(DecoderForward):
         seen = (positions + 1)[:, None, None].expand(*grouped.shape[:3])
         output, _ = exact_attention(grouped, keys, values, seen, self._scale)
         return output.flatten(1)
+
+
+def _check_width(model: LoadedModel) -> None:
+    """torch computes the activation of the elements that its vectors leave over otherwise, by a bit or two of float32.
+    Which those are depends on the number of rows, unless a row is a whole number of vectors. Rows of experts stand
+    apart."""
+    width = model.config.intermediate_size
+    is_dense = len(expert_layers(model.module)) < len(model.layers)
+    if model.dtype == torch.float32 and is_dense and width % _VECTOR:
+        raise ConfigError(
+            f"engine.exact = true, but intermediate_size = {width} of the model is no multiple of {_VECTOR}, so "
+            'float32 would not be exact; set model.dtype = "bfloat16" or engine.exact = false'
+        )
 
 
 def _swapped(heads: Tensor) -> Tensor:
