@@ -23,6 +23,7 @@ from upspiral.trainer.depth_first import lanes_of
 from upspiral.trainer.flat import call_rows, flatten, side_by_side
 from upspiral.trainer.forest import ForestBatch, Item, pack
 from upspiral.trainer.logprob import target_logprobs
+from upspiral.trainer.recompute import recomputed_layers
 
 LOSS = PolicyLoss(clip_low=0.2, clip_high=0.28, mismatch_cap=2.0)
 
@@ -68,12 +69,14 @@ def minibatches_of(batches: Sequence[ForestBatch]) -> list[list[ForestBatch]]:
     return [[batch for batch in batches if batch.minibatch == n] for n in sorted({each.minibatch for each in batches})]
 
 
-def loss_and_gradients(model: nn.Module, batches: Sequence[ForestBatch]) -> tuple[float, list[Tensor]]:
+def loss_and_gradients(
+    model: nn.Module, batches: Sequence[ForestBatch], *, exact: bool = False
+) -> tuple[float, list[Tensor]]:
     """The policy loss summed over batches, at a p_theta near p_old so that both sides of the clip occur."""
     model.zero_grad()
     total = 0.0
     with forest_attention_in(model):
-        for lane in (lane for part in minibatches_of(batches) for lane in lanes_of(part)):
+        for lane in (lane for part in minibatches_of(batches) for lane in lanes_of(part, exact=exact)):
             for work in lane.remaining:
                 batch = lane.batches[work.batch]
                 if work.kind != "backward":
@@ -124,6 +127,20 @@ def test_order_and_budget_do_not_change_the_gradient(items: list[Item], budgets:
     theirs = loss_and_gradients(model, pack(shuffled, tokens_per_microbatch=budgets[1]))
     assert ours[0] == pytest.approx(theirs[0], rel=1e-9, abs=1e-9)
     assert relative_difference(ours[1], theirs[1]) <= 1e-9
+
+
+@pytest.mark.parametrize("model", [each[1] for each in MODELS], ids=[each[0] for each in MODELS])
+@settings(max_examples=15, deadline=None)
+@given(items=batches_of_rollouts(), budget=st.integers(1, 60), exact=st.booleans())
+def test_layers_computed_again_give_the_same_bits(
+    model: Callable[[], nn.Module], items: list[Item], budget: int, exact: bool
+) -> None:
+    made, batches = model(), pack(items, tokens_per_microbatch=budget, lanes=2)
+    kept = loss_and_gradients(made, batches, exact=exact)
+    with recomputed_layers(made):
+        again = loss_and_gradients(made, batches, exact=exact)
+    assert again[0] == kept[0]
+    assert all(torch.equal(a, b) for a, b in zip(again[1], kept[1], strict=True))
 
 
 @settings(max_examples=100, deadline=None)

@@ -222,6 +222,9 @@ class TrainerConfig(_Section):
     """Gradients are clipped to this global norm."""
     tokens_per_microbatch: PositiveInt = 4096
     """Unique tokens of one forward and backward pass."""
+    activation_checkpointing: bool = False
+    """Whether decoder layers are computed again in the backward pass instead of being kept: the same gradients to the
+    bit, with less memory and in more time."""
     minibatches: PositiveInt = 1
     """Optimizer steps per batch of rollouts. Above 1 the batch is split by groups and PPO clipping comes to bear."""
 

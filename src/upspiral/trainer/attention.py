@@ -97,7 +97,7 @@ class KeptLayer:
 class ForestPass:
     """One batch on its way through a model: which keys each query sees, and what batches below it will need.
 
-    Attention layers call it in their order; a pass serves one forward.
+    A pass serves one forward. A layer that is computed again in the backward pass finds what it found before.
     """
 
     def __init__(
@@ -112,17 +112,15 @@ class ForestPass:
         below it. `exact`: to the same bits as the engine in its exact mode."""
         self.spans = spans_of(batch)
         self.paths = paths_of(batch) if exact else ()
-        self.kept: list[KeptLayer] = []
+        self.kept: dict[int, KeptLayer] = {}
         self._runs = [(earlier[run.batch], run) for run in batch.context]
         self._keeps = keeps
-        self._layer = 0
 
-    def extend(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Puts the context's keys and values of the layer whose turn it is before those of the batch."""
-        layer, self._layer = self._layer, self._layer + 1
+    def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Puts the context's keys and values of a layer before those of the batch."""
         if self._keeps:
             key_leaf, value_leaf = (tensor.detach().requires_grad_(tensor.requires_grad) for tensor in (key, value))
-            self.kept.append(KeptLayer((key, value), (key_leaf, value_leaf)))
+            self.kept[layer] = KeptLayer((key, value), (key_leaf, value_leaf))
         if not self._runs:
             return key, value
         pairs = [(self._leaves(each, layer), run) for each, run in self._runs]
@@ -133,7 +131,8 @@ class ForestPass:
     def backward(self, loss: Tensor | None) -> None:
         """The backward pass of the batch, after those of all batches that have it as context."""
         ends = [(loss, None)] if loss is not None and loss.requires_grad else []
-        for layer in self.kept:
+        self._keeps = False  # what is computed again from here on has nothing below it any more
+        for layer in self.kept.values():
             pairs = zip(layer.computed, layer.leaves, strict=True)
             ends += [(computed, leaf.grad) for computed, leaf in pairs if leaf.grad is not None]
         self.kept.clear()
@@ -308,14 +307,15 @@ def forest_attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **kwargs: Any
 ) -> tuple[Tensor, None]:
     """The attention function of transformers' interface. Takes query [1,H,T,D], key and value [1,K,T,D] after RoPE
-    and the keywords `scaling` and `forest` (a ForestPass); returns ([1,T,H,D], None)."""
+    and the keywords `scaling` and `forest` (a ForestPass); returns ([1,T,H,D], None). `module` says by `layer_idx`
+    which layer of the model it is."""
     forest: ForestPass | None = kwargs.get("forest")
     if forest is None:
         raise ValueError(
             f"attention {ATTENTION_NAME!r} needs the keyword forest=ForestPass(batch) in the model's forward"
         )
     scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
-    key, value = forest.extend(key, value)
+    key, value = forest.extend(module.layer_idx, key, value)
     kernel = kernel_for(query.device)
     output = ForestAttention.apply(query, key, value, forest.spans, forest.paths, scale, kernel)
     return output.transpose(1, 2), None

@@ -25,6 +25,7 @@ from upspiral.trainer.forest import ForestBatch
 from upspiral.trainer.lanes import Lanes
 from upspiral.trainer.logprob import target_logprobs
 from upspiral.trainer.optimizer import MasterAdamW
+from upspiral.trainer.recompute import recomputed_layers
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +91,7 @@ class LocalTrainer:
         started = time.monotonic()
         rate = self._learning_rate() if lr is None else lr
         tally = _Tally()
-        with self._forest_attention():
+        with self._computing():
             for minibatch, old in self._with_old_logprobs(batches, kind):
                 self._accumulate(minibatch, old, kind, tally)
                 self._update(rate, tally)
@@ -101,7 +102,7 @@ class LocalTrainer:
         """Computes the gradients of one minibatch and drops them: what a step costs without its update."""
         started = time.monotonic()
         tally = _Tally()
-        with self._forest_attention():
+        with self._computing():
             self._accumulate(batches, {}, kind, tally)
         self._optimizer.drop_gradients()
         return tally.metrics(0.0, time.monotonic() - started)
@@ -120,10 +121,13 @@ class LocalTrainer:
         self._policy_steps = int(state["policy_steps"])
 
     @contextmanager
-    def _forest_attention(self) -> Iterator[None]:
+    def _computing(self) -> Iterator[None]:
+        """The models as a step wants them; at all other times they are as they came."""
         with ExitStack() as stack:
             for model in self._lanes.models:
                 stack.enter_context(forest_attention_in(model))
+                if self._config.activation_checkpointing:
+                    stack.enter_context(recomputed_layers(model))
             yield
 
     def _with_old_logprobs(
