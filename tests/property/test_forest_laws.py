@@ -9,6 +9,7 @@ import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import peft
 import pytest
 import torch
 from hypothesis import given, settings
@@ -18,12 +19,15 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.property.forests import VOCABULARY, DoubleLlama, batches_of_rollouts, gradients, relative_difference
 from upspiral.algorithm.loss import PolicyLoss, SftLoss, TokenTerms
+from upspiral.config.models import LoraConfig
 from upspiral.trainer.attention import forest_attention_in
 from upspiral.trainer.depth_first import lanes_of
 from upspiral.trainer.flat import call_rows, flatten, side_by_side
 from upspiral.trainer.forest import ForestBatch, Item, pack
 from upspiral.trainer.logprob import target_logprobs
+from upspiral.trainer.lora import factors_behind
 from upspiral.trainer.recompute import recomputed_layers
+from upspiral.weights.adapter import Adapter
 
 LOSS = PolicyLoss(clip_low=0.2, clip_high=0.28, mismatch_cap=2.0)
 
@@ -141,6 +145,46 @@ def test_layers_computed_again_give_the_same_bits(
         again = loss_and_gradients(made, batches, exact=exact)
     assert again[0] == kept[0]
     assert all(torch.equal(a, b) for a, b in zip(again[1], kept[1], strict=True))
+
+
+@pytest.mark.parametrize(("model", "tolerance"), [each[1:] for each in MODELS], ids=[each[0] for each in MODELS])
+@settings(max_examples=15, deadline=None)
+@given(items=batches_of_rollouts(), budget=st.integers(1, 60), rank=st.integers(1, 5), alpha=st.floats(0.5, 8))
+def test_factors_get_the_gradients_that_layers_of_peft_give_them(
+    model: Callable[[], nn.Module], tolerance: float, items: list[Item], budget: int, rank: int, alpha: float
+) -> None:
+    made, twin, batches = model(), model(), pack(items, tokens_per_microbatch=budget, lanes=2)
+    adapter = Adapter(made, LoraConfig(rank=rank, alpha=alpha))
+    for each in adapter.weights:
+        nn.init.normal_(each.up_OR, std=0.1)
+    adapter.merge()
+    behind = factors_behind(made, adapter)
+    ours, others = loss_and_gradients(made, batches)
+    theirs = loss_and_gradients(with_layers_of_peft(twin, adapter), batches)[0]
+    assert ours == pytest.approx(theirs, rel=tolerance, abs=tolerance)
+    assert not any(gradient.any() for gradient in others), "adapted weights must not keep gradients"
+    expected = [
+        twin.get_submodule(f"{each.name}.lora_{letter}.default").weight for each in adapter.weights for letter in "AB"
+    ]
+    if batches:
+        found = ([gradient_of(x) for x in each] for each in (behind, expected))
+        assert relative_difference(*found) <= tolerance
+
+
+def with_layers_of_peft(model: nn.Module, adapter: Adapter) -> nn.Module:
+    """The model with PEFT's own layers around its weights, which stay unmerged."""
+    config = adapter.config
+    settings = peft.LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=adapter.target_modules)  # pyright: ignore[reportArgumentType]
+    peft.inject_adapter_in_model(settings, model)
+    for each in adapter.weights:
+        for letter, factor in (("A", each.down_RI), ("B", each.up_OR)):
+            layer: Any = model.get_submodule(f"{each.name}.lora_{letter}.default")
+            layer.weight.data = factor.to(layer.weight.dtype)
+    return model.eval()
+
+
+def gradient_of(parameter: Any) -> Tensor:
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
 
 
 @settings(max_examples=100, deadline=None)

@@ -205,6 +205,18 @@ class AlgorithmConfig(_Section):
         return self
 
 
+class LoraConfig(_Section):
+    """Low-rank factors are trained instead of the weights: each adapted weight is base + B A * alpha / rank."""
+
+    rank: PositiveInt = 16
+    """Columns of B and rows of A."""
+    alpha: PositiveFloat = 32.0
+    """The product of the factors is scaled by alpha / rank."""
+    target_modules: tuple[str, ...] = ()
+    """Which linear layers are adapted, by the end of their names, such as "q_proj" or "layers.0.mlp.up_proj"; none
+    named: all but the output layer."""
+
+
 class TrainerConfig(_Section):
     """How the loss becomes new weights."""
 
@@ -227,6 +239,8 @@ class TrainerConfig(_Section):
     bit, with less memory and in more time."""
     minibatches: PositiveInt = 1
     """Optimizer steps per batch of rollouts. Above 1 the batch is split by groups and PPO clipping comes to bear."""
+    lora: LoraConfig | None = None
+    """With a section [trainer.lora], if only an empty one, low-rank factors are trained; without, all weights."""
 
 
 class EvalConfig(_Section):

@@ -24,8 +24,10 @@ from upspiral.trainer.depth_first import Lane, Work, lanes_of
 from upspiral.trainer.forest import ForestBatch
 from upspiral.trainer.lanes import Lanes
 from upspiral.trainer.logprob import target_logprobs
+from upspiral.trainer.lora import factors_behind
 from upspiral.trainer.optimizer import MasterAdamW
 from upspiral.trainer.recompute import recomputed_layers
+from upspiral.weights.adapter import Adapter
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +71,8 @@ class LocalTrainer:
         `temperature`: that of the training rollouts; logits are divided by it, as the engine did.
         `lanes`: microbatches computed side by side, on a CPU thread each. `exact`: log-probabilities to the same bits
         as those of the embedded engine in its exact mode.
-        Raises ModelError when nothing in the model is trainable."""
+        Raises ModelError when nothing in the model is trainable, ConfigError when it lacks a layer to be adapted."""
+        self.adapter = Adapter(model, config.lora) if config.lora else None
         # No dropout: the policy that is trained is the one that sampled.
         self._lanes = Lanes(model.eval(), lanes)
         self._config = config
@@ -77,7 +80,8 @@ class LocalTrainer:
         self._exact = exact
         self._losses: dict[str, Loss] = {"policy": PolicyLoss.from_config(algorithm), "sft": SftLoss()}
         self._temperatures = {"policy": temperature, "sft": 1.0}
-        self._optimizer = MasterAdamW(model.parameters(), config)
+        self._trained = [self._trained_in(lane) for lane in self._lanes.models]
+        self._optimizer = MasterAdamW(self._trained[0], config)
         self._policy_steps = 0
 
     def step(
@@ -118,7 +122,18 @@ class LocalTrainer:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores the weights in place and the optimizer. StoreError when another model wrote the state."""
         self._optimizer.load_state_dict(state["optimizer"])
+        self._merge()
         self._policy_steps = int(state["policy_steps"])
+
+    def _trained_in(self, lane: Any) -> list[Tensor]:
+        """What the optimizer updates, as tensors that gradients of a lane's model arrive on."""
+        if self.adapter is not None:
+            return factors_behind(lane, self.adapter)
+        return [parameter for parameter in lane.parameters() if parameter.requires_grad]
+
+    def _merge(self) -> None:
+        if self.adapter is not None:
+            self.adapter.merge()
 
     @contextmanager
     def _computing(self) -> Iterator[None]:
@@ -179,14 +194,15 @@ class LocalTrainer:
         while busy := [lane for lane in lanes if lane.remaining][: len(self._lanes)]:
             for outcome in self._lanes.run(compute, [(lane, lane.remaining.popleft()) for lane in busy]):
                 tally.add(*outcome)
-            for parameters in self._lanes.parameters():
-                self._optimizer.collect_gradients(parameters)
+            for tensors in self._trained:
+                self._optimizer.collect_gradients(tensors)
 
     def _update(self, lr: float, tally: _Tally) -> None:
         norm = self._optimizer.clip_gradients(self._config.max_grad_norm)
         tally.norms.append(norm)
         if math.isfinite(norm):
             self._optimizer.step(lr)
+            self._merge()
         else:
             self._optimizer.drop_gradients()
 
