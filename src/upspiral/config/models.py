@@ -24,7 +24,8 @@ class ModelConfig(_Section):
     path: str = "smollm2-135m"
     """A name from `upspiral model list`, a local Hugging Face folder, or a hub id."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Precision of the weights in the forward and backward pass. The optimizer keeps float32 master weights."""
+    """Precision of the weights in the forward and backward pass. What the optimizer keeps beside them is
+    trainer.master_weights."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the model computes."""
     threads: Annotated[int, Field(ge=0)] = 0
@@ -230,6 +231,9 @@ class TrainerConfig(_Section):
     """AdamW's decay rates."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """AdamW's weight decay."""
+    master_weights: Literal["float32", "none"] = "float32"
+    """What AdamW updates when the model is in bfloat16: "float32" copies of the weights, or with "none" the weights
+    themselves with stochastic rounding, which saves 4 bytes a weight."""
     max_grad_norm: PositiveFloat = 1.0
     """Gradients are clipped to this global norm."""
     tokens_per_microbatch: PositiveInt = 4096

@@ -1,7 +1,7 @@
 """The trainer of one process and one device: forest batches in, new weights in place out.
 
-Reproducible bit for bit: nothing in a step draws random numbers, and sums run in a fixed order for a fixed number of
-threads.
+Reproducible bit for bit: sums run in a fixed order for a fixed number of threads, and random numbers, where
+`trainer.lora` and `trainer.master_weights` want some, start from torch's seed.
 """
 
 from __future__ import annotations
@@ -25,9 +25,13 @@ from upspiral.trainer.forest import ForestBatch
 from upspiral.trainer.lanes import Lanes
 from upspiral.trainer.logprob import target_logprobs
 from upspiral.trainer.lora import factors_behind
-from upspiral.trainer.optimizer import MasterAdamW
+from upspiral.trainer.optimizer import MasterAdamW, ParameterOptimizer
 from upspiral.trainer.recompute import recomputed_layers
+from upspiral.trainer.rounding import RoundingAdamW
 from upspiral.weights.adapter import Adapter
+
+_OPTIMIZERS: Mapping[str, type[ParameterOptimizer]] = {"float32": MasterAdamW, "none": RoundingAdamW}
+"""By `trainer.master_weights`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +85,7 @@ class LocalTrainer:
         self._losses: dict[str, Loss] = {"policy": PolicyLoss.from_config(algorithm), "sft": SftLoss()}
         self._temperatures = {"policy": temperature, "sft": 1.0}
         self._trained = [self._trained_in(lane) for lane in self._lanes.models]
-        self._optimizer = MasterAdamW(self._trained[0], config)
+        self._optimizer = _OPTIMIZERS[config.master_weights](self._trained[0], config)
         self._policy_steps = 0
 
     def step(

@@ -91,6 +91,8 @@ def test_the_agent_file_is_found_beside_the_run_file(folder: Path) -> None:
             "trainer.lora.rnk = 8 in demo.toml: no such key; did you mean trainer.lora.rank?",
         ),
         ("[trainer]\nlora = 8", {}, "trainer.lora = 8 in demo.toml: it is a section; write its keys below a line [tra"),
+        ("[trainer.lora]", {"trainer.master_weights": "none"}, "the factors of [trainer.lora] are always float32"),
+        ("", {"trainer.master_weights": "none", "model.dtype": "float32"}, "weights are their own masters; drop this"),
         ("", {"engine.cache_slots": "3"}, "engine.cache_slots = 3 is less than engine.max_running = 64"),
     ],
 )
