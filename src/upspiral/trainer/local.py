@@ -19,6 +19,7 @@ from torch import Tensor
 
 from upspiral.algorithm.loss import Loss, PolicyLoss, SftLoss, TokenTerms
 from upspiral.config.models import AlgorithmConfig, TrainerConfig
+from upspiral.errors import StoreError
 from upspiral.trainer.attention import ForestPass, forest_attention_in
 from upspiral.trainer.depth_first import Lane, Work, lanes_of
 from upspiral.trainer.forest import ForestBatch
@@ -120,12 +121,16 @@ class LocalTrainer:
         self._optimizer.forget_moments()
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that the next step depends on, weights included. Live tensors: save before the next step."""
-        return {"optimizer": self._optimizer.state_dict(), "policy_steps": self._policy_steps}
+        """Everything that the next step depends on, trained weights included; of a model with an adapter the factors
+        alone. Live tensors: save before the next step."""
+        state = {"optimizer": self._optimizer.state_dict(), "policy_steps": self._policy_steps}
+        return state if self.adapter is None else state | {"base": self.adapter.base_sums}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores the weights in place and the optimizer. StoreError when another model wrote the state."""
         self._optimizer.load_state_dict(state["optimizer"])
+        if self.adapter is not None and state.get("base") != self.adapter.base_sums:
+            raise StoreError("the checkpoint's factors belong to other base weights; resume with theirs")
         self._merge()
         self._policy_steps = int(state["policy_steps"])
 

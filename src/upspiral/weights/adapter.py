@@ -45,6 +45,8 @@ class Adapter:
         self.config = config
         self.scale = config.alpha / config.rank
         layers = _targets(module, config.target_modules)
+        self.base_sums = [_sum_of_bits(parameter) for parameter in module.parameters()]
+        """Tell another base model, whose weights no checkpoint of factors holds."""
         module.requires_grad_(False)
         self.weights = tuple(_adapted(name, layer, config.rank) for name, layer in layers.items())
 
@@ -63,6 +65,12 @@ class Adapter:
         """Makes the model's weights what the factors say, in place. The same factors give the same bits."""
         for each in self.weights:
             each.merged_OI.copy_(each.base_OI + each.up_OR @ each.down_RI * self.scale)
+
+
+def _sum_of_bits(tensor: Tensor) -> int:
+    """Exact in any order, unlike a sum of what the bits mean."""
+    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    return int(tensor.detach().view(integers).sum(dtype=torch.int64))
 
 
 def _targets(module: Any, wanted: Sequence[str]) -> dict[str, nn.Linear]:

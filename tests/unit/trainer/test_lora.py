@@ -116,6 +116,18 @@ def test_state_of_a_run_without_an_adapter_is_refused() -> None:
         learner()[1].load_state_dict(learner(lora=None)[1].state_dict())
 
 
+def test_factors_of_another_base_are_refused() -> None:
+    state = learner()[1].state_dict()
+    learner()[1].load_state_dict(state)
+    loaded, _ = learner(lora=None)
+    with torch.no_grad():
+        loaded.module.model.norm.weight[3] = 1.5
+    settings = TrainerConfig(lora=LoraConfig(rank=4, alpha=8))
+    other = LocalTrainer(loaded.module, settings, AlgorithmConfig(), temperature=1.0)
+    with pytest.raises(StoreError, match="other base weights"):
+        other.load_state_dict(state)
+
+
 def test_lanes_and_checkpointing_do_not_change_the_step() -> None:
     ends: list[dict[str, Tensor]] = []
     for changes in ({}, {"activation_checkpointing": True}, {"lanes": 2}, {"lanes": 2}):
