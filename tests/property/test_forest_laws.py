@@ -41,6 +41,7 @@ def hugging_face_llama(dtype: torch.dtype) -> nn.Module:
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
+        head_dim=16,  # which the compiled attention takes
         tie_word_embeddings=True,
     )
     made: Any = LlamaForCausalLM(config)

@@ -13,6 +13,7 @@ NEEDS_TORCH = (
     "upspiral.trainer",
     "upspiral.algorithm.loss",
     "upspiral.engine.embedded",
+    "upspiral.kernel.path_attention",
     "upspiral.loop",
     "upspiral.weights.load",
     "upspiral.weights.adapter",

@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from upspiral.errors import UpspiralError
+from upspiral.kernel.build import load, missing_instructions
 from upspiral.sandbox.base import SandboxSpec
 from upspiral.sandbox.namespace import NamespaceBackend
 from upspiral.weights.models import KNOWN_MODELS, cache_folder, cached_model
@@ -57,6 +58,7 @@ def examine() -> Iterator[Finding]:
     yield from _machine()
     yield from _packages()
     yield _bf16()
+    yield _attention()
     yield _sandbox()
     yield _model()
     yield _port()
@@ -105,6 +107,13 @@ def _bf16() -> Finding:
         return Finding("bfloat16", "ok", f"computed in hardware ({fast[0]})")
     advice = "if a run is slow, compare with --model.dtype float32"
     return Finding("bfloat16", "note", "this processor does not say that it computes bfloat16 in hardware", advice)
+
+
+def _attention() -> Finding:
+    if load("path_attention") is not None:
+        return Finding("attention", "ok", "compiled for this processor")
+    advice = "training and exact sampling are slower; needs g++ and a processor with AVX-512 and its bfloat16"
+    return Finding("attention", "note", missing_instructions() or "there is no C++ compiler, or it failed", advice)
 
 
 def _cpu_flags() -> set[str]:

@@ -1,10 +1,13 @@
 """Forest attention: each token attends to its own path, without a mask of tokens by tokens.
 
-The work is cut into *spans*: a node's queries against its own keys, causal; and, because descendants follow a node
-directly, the queries of all its descendants at once against the node's keys, unmasked. Each query then has one partial
-result per node of its path. Partial softmaxes are merged by their log-sum-exp (as in FlashAttention, arXiv 2205.14135,
-section 3.1); backward, each span is differentiated with the *merged* result and log-sum-exp, which is exact because
-probabilities are exp(score - log-sum-exp) whichever span the key is in.
+Where it can be compiled, the kernel of `kernel/path_attention.py` does it: a *segment* is a stretch of tokens that
+follow each other on one path, with the runs of keys that it sees.
+
+Elsewhere torch does it in *spans*: a node's queries against its own keys, causal; and, because descendants follow a
+node directly, the queries of all its descendants at once against the node's keys, unmasked. Each query then has one
+partial result per node of its path. Partial softmaxes are merged by their log-sum-exp (as in FlashAttention, arXiv
+2205.14135, section 3.1); backward, each span is differentiated with the *merged* result and log-sum-exp, which is exact
+because probabilities are exp(score - log-sum-exp) whichever span the key is in.
 
 Registered with transformers as "upspiral_forest"; a `ForestPass` travels to it as the keyword `forest` of the forward
 pass. Keys and values of a batch's context stand before its own.
@@ -16,16 +19,46 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from upspiral.kernel.path_attention import PathAttention, Plan, Segment, path_attention
 from upspiral.trainer.forest import ForestBatch
 from upspiral.weights.exact import exact_chunk
 
 ATTENTION_NAME = "upspiral_forest"
+
+
+def segments_of(batch: ForestBatch) -> list[Segment]:
+    """The forest as segments, each as long as it can be. Keys are counted from the context's first."""
+    context, positions, parents = batch.context_length, batch.positions_T, batch.node_parent_N.tolist()
+    paths: list[list[tuple[int, int]]] = []
+    """Of each node, the runs from the root down to its own end."""
+    bounds: list[tuple[int, int]] = []
+    """Of each segment, its first token and its last node."""
+    for node, (start, length) in enumerate(zip(batch.node_start_N.tolist(), batch.node_length_N.tolist(), strict=True)):
+        parent = parents[node]
+        above = paths[parent] if parent >= 0 else [(0, int(positions[start]))]
+        paths.append(_with_run(above, context + start, length))
+        if parent >= 0 and parent == node - 1:
+            bounds[-1] = (bounds[-1][0], node)
+        else:
+            bounds.append((start, node))
+    ends = (batch.node_start_N + batch.node_length_N).tolist()
+    return [Segment(start, ends[last], paths[last]) for start, last in bounds]
+
+
+def _with_run(runs: list[tuple[int, int]], start: int, length: int) -> list[tuple[int, int]]:
+    *before, (last_start, last_length) = runs
+    if last_length == 0:
+        return [*before, (start, length)]
+    if last_start + last_length == start:
+        return [*before, (last_start, last_length + length)]
+    return [*runs, (start, length)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,11 +143,22 @@ class ForestPass:
     ) -> None:
         """`earlier`: the passes of the lane's batches before this one, as far as they are kept. `keeps`: others hang
         below it. `exact`: to the same bits as the engine in its exact mode."""
-        self.spans = spans_of(batch)
+        self._batch = batch
+        self._plans: dict[int, Plan] = {}
         self.paths = paths_of(batch) if exact else ()
         self.kept: dict[int, KeptLayer] = {}
         self._runs = [(earlier[run.batch], run) for run in batch.context]
         self._keeps = keeps
+
+    @cached_property
+    def spans(self) -> tuple[Span, ...]:
+        return spans_of(self._batch)
+
+    def plan(self, group: int) -> Plan:
+        """For the compiled kernel, where `group` query heads share a key head."""
+        if group not in self._plans:
+            self._plans[group] = Plan.of(segments_of(self._batch), group)
+        return self._plans[group]
 
     def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Puts the context's keys and values of a layer before those of the batch."""
@@ -303,6 +347,24 @@ class ForestAttention(torch.autograd.Function):
         return (*(total.to(dtype) for total in sums), None, None, None, None)
 
 
+class CompiledForestAttention(torch.autograd.Function):
+    """apply(query [1,H,T,D], key [1,K,C+T,D], value [1,K,C+T,D], plan, scale, compiled) -> [1,H,T,D]"""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        query, key, value, plan, scale, compiled = inputs
+        output, lse = compiled.forward(query[0], key[0], value[0], plan, scale)
+        ctx.save_for_backward(query, key, value, output, lse)
+        ctx.plan, ctx.scale, ctx.compiled = plan, scale, compiled
+        return output[None]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        query, key, value, output, lse = ctx.saved_tensors
+        parts = ctx.compiled.backward((query[0], key[0], value[0]), (output, lse), grads[0][0], ctx.plan, ctx.scale)
+        return (*(part[None] for part in parts), None, None, None)
+
+
 def forest_attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **kwargs: Any
 ) -> tuple[Tensor, None]:
@@ -316,9 +378,16 @@ def forest_attention(
         )
     scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
     key, value = forest.extend(module.layer_idx, key, value)
+    return _attend(forest, query, key, value, scale).transpose(1, 2), None
+
+
+def _attend(forest: ForestPass, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Any:
+    compiled = path_attention() if PathAttention.takes(query, key) and not forest.paths else None
+    if compiled is not None:
+        plan = forest.plan(query.shape[1] // key.shape[1])
+        return CompiledForestAttention.apply(query, key, value, plan, scale, compiled)
     kernel = kernel_for(query.device)
-    output = ForestAttention.apply(query, key, value, forest.spans, forest.paths, scale, kernel)
-    return output.transpose(1, 2), None
+    return ForestAttention.apply(query, key, value, forest.spans, forest.paths, scale, kernel)
 
 
 @contextmanager
