@@ -14,6 +14,7 @@ NEEDS_TORCH = (
     "upspiral.algorithm.loss",
     "upspiral.engine.embedded",
     "upspiral.kernel.path_attention",
+    "upspiral.kernel.rows",
     "upspiral.loop",
     "upspiral.weights.load",
     "upspiral.weights.adapter",

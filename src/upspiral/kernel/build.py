@@ -59,7 +59,8 @@ def missing_instructions() -> str:
 def _compiled(source: Path, compiler: str) -> Path:
     flags = (*_FLAGS, *(f"-m{name.replace('_', '')}" for name in _INSTRUCTIONS))
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=30, check=True).stdout
-    key = hashlib.sha256("\0".join((source.read_text(), *flags, version)).encode()).hexdigest()[:16]
+    sources = [path.read_text() for path in (source, *sorted(source.parent.glob("*.h")))]
+    key = hashlib.sha256("\0".join((*sources, *flags, version)).encode()).hexdigest()[:16]
     library = cache_folder().parent / "kernels" / f"{source.stem}-{key}.so"
     if not library.exists():
         library.parent.mkdir(parents=True, exist_ok=True)

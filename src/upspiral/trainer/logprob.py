@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from upspiral.trainer.attention import ForestPass
+from upspiral.trainer.decoder import hidden_states
 from upspiral.trainer.forest import ForestBatch
 from upspiral.weights.exact import at_least_some_rows
 
@@ -36,9 +37,7 @@ def target_logprobs(
     forest = forest or ForestPass(batch)
     if forest.paths:
         token_ids, positions = at_least_some_rows(token_ids), at_least_some_rows(positions)
-    hidden_TD = model.get_decoder()(
-        input_ids=token_ids[None], position_ids=positions[None], use_cache=False, forest=forest
-    ).last_hidden_state[0]
+    hidden_TD = hidden_states(model, token_ids, positions, forest)
     logprobs, entropy = ChunkedLogprob.apply(hidden_TD.index_select(0, sources), head, targets, temperature)  # type: ignore[misc]
     return logprobs, entropy
 
