@@ -26,7 +26,6 @@ from upspiral.trainer.flat import call_rows, flatten, side_by_side
 from upspiral.trainer.forest import ForestBatch, Item, pack
 from upspiral.trainer.logprob import target_logprobs
 from upspiral.trainer.lora import factors_behind
-from upspiral.trainer.recompute import recomputed_layers
 from upspiral.weights.adapter import Adapter
 
 LOSS = PolicyLoss(clip_low=0.2, clip_high=0.28, mismatch_cap=2.0)
@@ -75,23 +74,21 @@ def minibatches_of(batches: Sequence[ForestBatch]) -> list[list[ForestBatch]]:
     return [[batch for batch in batches if batch.minibatch == n] for n in sorted({each.minibatch for each in batches})]
 
 
-def loss_and_gradients(
-    model: nn.Module, batches: Sequence[ForestBatch], *, exact: bool = False
-) -> tuple[float, list[Tensor]]:
+def loss_and_gradients(model: nn.Module, batches: Sequence[ForestBatch], **lane: bool) -> tuple[float, list[Tensor]]:
     """The policy loss summed over batches, at a p_theta near p_old so that both sides of the clip occur."""
     model.zero_grad()
     total = 0.0
     with forest_attention_in(model):
-        for lane in (lane for part in minibatches_of(batches) for lane in lanes_of(part, exact=exact)):
-            for work in lane.remaining:
-                batch = lane.batches[work.batch]
+        for one in (one for part in minibatches_of(batches) for one in lanes_of(part, **lane)):
+            for work in one.remaining:
+                batch = one.batches[work.batch]
                 if work.kind != "backward":
-                    logprobs, _ = target_logprobs(model, batch, temperature=0.7, forest=lane.begin(work))
+                    logprobs, _ = target_logprobs(model, batch, temperature=0.7, forest=one.begin(work))
                     loss = policy_loss(batch, logprobs)
-                    lane.keep_loss(work, loss)
+                    one.keep_loss(work, loss)
                     total += loss.item()
                 if work.kind != "forward":
-                    lane.end(work)
+                    one.end(work)
     return total, gradients(model)
 
 
@@ -144,8 +141,7 @@ def test_layers_computed_again_give_the_same_bits(
 ) -> None:
     made, batches = model(), pack(items, tokens_per_microbatch=budget, lanes=2)
     kept = loss_and_gradients(made, batches, exact=exact)
-    with recomputed_layers(made):
-        again = loss_and_gradients(made, batches, exact=exact)
+    again = loss_and_gradients(made, batches, exact=exact, recompute=True)
     assert again[0] == kept[0]
     assert all(torch.equal(a, b) for a, b in zip(again[1], kept[1], strict=True))
 

@@ -140,9 +140,12 @@ class ForestPass:
         *,
         keeps: bool = False,
         exact: bool = False,
+        recompute: bool = False,
     ) -> None:
         """`earlier`: the passes of the lane's batches before this one, as far as they are kept. `keeps`: others hang
-        below it. `exact`: to the same bits as the engine in its exact mode."""
+        below it. `exact`: to the same bits as the engine in its exact mode. `recompute`: layers are computed again in
+        the backward pass."""
+        self.recompute = recompute
         self._batch = batch
         self._plans: dict[int, Plan] = {}
         self.paths = paths_of(batch) if exact else ()

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from upspiral.kernel.rows import Rows, rows
 from upspiral.trainer.attention import ForestPass, forest_attention
+from upspiral.trainer.recompute import computed_again, recomputed_layers
 from upspiral.weights.fused import FusedLayer, fuse_projections
 
 Angles = tuple[Tensor, Tensor]
@@ -31,9 +32,10 @@ def hidden_states(model: Any, token_ids_T: Tensor, positions_T: Tensor, forest: 
     if decoder is not None:
         return decoder(token_ids_T, positions_T, forest)
     own = model.get_decoder()
-    return own(
-        input_ids=token_ids_T[None], position_ids=positions_T[None], use_cache=False, forest=forest
-    ).last_hidden_state[0]
+    with recomputed_layers(own.layers if forest.recompute else ()):
+        return own(
+            input_ids=token_ids_T[None], position_ids=positions_T[None], use_cache=False, forest=forest
+        ).last_hidden_state[0]
 
 
 class CompiledDecoder:
@@ -53,7 +55,8 @@ class CompiledDecoder:
         cosines, sines = self._rotary(hidden, positions_T[None])
         angles = cosines[0].contiguous(), sines[0].contiguous()
         for layer in self._layers:
-            hidden = layer(hidden, angles, forest)
+            compute = computed_again(layer) if forest.recompute else layer
+            hidden = compute(hidden, angles, forest)
         return _tensor(Norm.apply(hidden, self._norm.weight, self._norm.variance_epsilon, self._rows))
 
 

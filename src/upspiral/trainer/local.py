@@ -27,7 +27,6 @@ from upspiral.trainer.lanes import Lanes
 from upspiral.trainer.logprob import target_logprobs
 from upspiral.trainer.lora import factors_behind
 from upspiral.trainer.optimizer import MasterAdamW, ParameterOptimizer
-from upspiral.trainer.recompute import recomputed_layers
 from upspiral.trainer.rounding import RoundingAdamW
 from upspiral.weights.adapter import Adapter
 
@@ -100,7 +99,7 @@ class LocalTrainer:
         started = time.monotonic()
         rate = self._learning_rate() if lr is None else lr
         tally = _Tally()
-        with self._computing():
+        with self._forest_attention():
             for minibatch, old in self._with_old_logprobs(batches, kind):
                 self._accumulate(minibatch, old, kind, tally)
                 self._update(rate, tally)
@@ -111,7 +110,7 @@ class LocalTrainer:
         """Computes the gradients of one minibatch and drops them: what a step costs without its update."""
         started = time.monotonic()
         tally = _Tally()
-        with self._computing():
+        with self._forest_attention():
             self._accumulate(batches, {}, kind, tally)
         self._optimizer.drop_gradients()
         return tally.metrics(0.0, time.monotonic() - started)
@@ -145,13 +144,10 @@ class LocalTrainer:
             self.adapter.merge()
 
     @contextmanager
-    def _computing(self) -> Iterator[None]:
-        """The models as a step wants them; at all other times they are as they came."""
+    def _forest_attention(self) -> Iterator[None]:
         with ExitStack() as stack:
             for model in self._lanes.models:
                 stack.enter_context(forest_attention_in(model))
-                if self._config.activation_checkpointing:
-                    stack.enter_context(recomputed_layers(model))
             yield
 
     def _with_old_logprobs(
@@ -197,7 +193,7 @@ class LocalTrainer:
                 lane.end(work)
             return outcome
 
-        lanes = lanes_of(minibatch, exact=self._exact)
+        lanes = lanes_of(minibatch, exact=self._exact, recompute=self._config.activation_checkpointing)
         for batch in minibatch:
             tally.count(batch)
         while busy := [lane for lane in lanes if lane.remaining][: len(self._lanes)]:

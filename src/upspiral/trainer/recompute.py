@@ -5,7 +5,7 @@ Gradients keep their bits: the second forward pass is the first one over again, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -13,15 +13,17 @@ from typing import Any
 from torch.utils.checkpoint import checkpoint
 
 
+def computed_again(layer: Callable[..., Any]) -> Callable[..., Any]:
+    """A layer that computes the same and keeps nothing but what it is called with."""
+    # Nothing in a model that stays in eval() draws random numbers.
+    return partial(checkpoint, layer, use_reentrant=False, preserve_rng_state=False)
+
+
 @contextmanager
-def recomputed_layers(model: Any) -> Iterator[None]:
-    """Within it, the decoder layers of a causal language model compute this way; afterwards as before. `model` has
-    `get_decoder().layers`, as those of transformers."""
-    layers = model.get_decoder().layers
+def recomputed_layers(layers: Sequence[Any]) -> Iterator[None]:
+    """Within it, modules compute this way; afterwards as before, also where the gradient is still to come."""
     for layer in layers:
-        # transformers' own switch acts in training mode alone; the model stays in eval() as it sampled. Nothing in it
-        # draws random numbers.
-        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+        layer.forward = computed_again(layer.forward)  # transformers' own switch acts in training mode alone
     try:
         yield
     finally:

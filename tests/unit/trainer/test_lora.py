@@ -35,7 +35,7 @@ def learner(
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, tie_word_embeddings=True, initializer_range=0.3,
+        num_key_value_heads=2, tie_word_embeddings=True, head_dim=32, initializer_range=0.3,
     )  # fmt: skip
     module: Any = LlamaForCausalLM(config)
     loaded = LoadedModel.from_module(module.to(dtype))

@@ -17,8 +17,11 @@ from upspiral.algorithm.sft import sft_credit
 from upspiral.config.models import AlgorithmConfig, TrainerConfig
 from upspiral.trainer.forest import ForestBatch, pack
 from upspiral.trainer.local import LocalTrainer
+from upspiral.weights.load import LoadedModel
 
 LAYERS = 8
+HEAD_WIDTHS = [8, 32]
+"""Computed by transformers' modules, and by the compiled decoder where there is one."""
 
 
 def batches(budget: int, lanes: int = 1) -> list[ForestBatch]:
@@ -26,36 +29,40 @@ def batches(budget: int, lanes: int = 1) -> list[ForestBatch]:
     return pack(list(zip(graphs, sft_credit(graphs), strict=True)), tokens_per_microbatch=budget, lanes=lanes)
 
 
-def trainer(activation_checkpointing: bool, *, lanes: int = 1, exact: bool = False) -> tuple[Any, LocalTrainer]:
+def trainer(
+    activation_checkpointing: bool, head_width: int, *, lanes: int = 1, exact: bool = False
+) -> tuple[Any, LocalTrainer]:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=LAYERS, num_attention_heads=4,
-        num_key_value_heads=2, tie_word_embeddings=True,
+        num_key_value_heads=2, head_dim=head_width, tie_word_embeddings=True,
     )  # fmt: skip
-    model: Any = LlamaForCausalLM(config)
+    made: Any = LlamaForCausalLM(config)
+    model = LoadedModel.from_module(made.bfloat16()).module
     settings = TrainerConfig(lr=1e-2, activation_checkpointing=activation_checkpointing)
-    model = model.bfloat16()
     return model, LocalTrainer(model, settings, AlgorithmConfig(), temperature=1.0, lanes=lanes, exact=exact)
 
 
-def test_it_takes_less_memory() -> None:
+@pytest.mark.parametrize("head_width", HEAD_WIDTHS)
+def test_it_takes_less_memory(head_width: int) -> None:
     """What is alive at the peak is one layer instead of all of them, and every layer's input."""
     forest = batches(1000)
     peaks = {}
     for checkpointing in (False, True):
-        _, learner = trainer(checkpointing)
+        _, learner = trainer(checkpointing, head_width)
         learner.gradients(forest, "sft")
         peaks[checkpointing] = peak_bytes(lambda learner=learner: learner.gradients(forest, "sft"))
     assert peaks[True] < peaks[False] / 3, peaks
 
 
+@pytest.mark.parametrize("head_width", HEAD_WIDTHS)
 @pytest.mark.parametrize(("lanes", "exact"), [(1, False), (2, False), (1, True)])
-def test_steps_keep_their_bits(lanes: int, exact: bool) -> None:
+def test_steps_keep_their_bits(lanes: int, exact: bool, head_width: int) -> None:
     forest = batches(100, lanes)
     assert any(batch.context for batch in forest), "the forest must be cut"
     ends = []
     for checkpointing in (False, True):
-        model, learner = trainer(checkpointing, lanes=lanes, exact=exact)
+        model, learner = trainer(checkpointing, head_width, lanes=lanes, exact=exact)
         for _ in range(3):
             learner.step(forest, kind="sft")
         ends.append([parameter.detach().clone() for parameter in model.parameters()])
@@ -63,6 +70,6 @@ def test_steps_keep_their_bits(lanes: int, exact: bool) -> None:
 
 
 def test_outside_of_a_step_the_model_is_as_it_came() -> None:
-    model, learner = trainer(True)
+    model, learner = trainer(True, 8)
     learner.step(batches(100), kind="sft")
     assert all("forward" not in vars(layer) for layer in model.model.layers)
