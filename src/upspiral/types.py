@@ -21,6 +21,9 @@ EdgeKind = Literal["spawn", "join", "compaction", "retry"]
 NOT_SAMPLED_VERSION = -1
 """Policy version stored for a token that no policy sampled."""
 
+UNKNOWN_EXPERT = -1
+"""Stands in the routes of a token that nobody recorded."""
+
 
 @dataclass(frozen=True, slots=True)
 class ToolSpec:
@@ -88,6 +91,9 @@ class Node:
     """[T] log-probability under the distribution that was sampled from (natural log); NaN where not sampled."""
     versions: NDArray[np.int32]
     """[T] policy version of each sampled token; NOT_SAMPLED_VERSION elsewhere."""
+    routes: NDArray[np.int16] | None = None
+    """[T, layers with experts, experts of a token] which experts computed the token *before* each of these, from which
+    it was predicted; UNKNOWN_EXPERT where nobody said. None: the model has no experts, or nobody keeps their choice."""
     message: Message | None = None
     finish_reason: FinishReason | None = None
     """Set on nodes with sampled tokens."""

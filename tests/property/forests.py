@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -14,7 +17,7 @@ from torch import Tensor, nn
 from upspiral.trainer.attention import forest_attention
 from upspiral.trainer.forest import Item
 from upspiral.trajectory.graph import TokenRun, TrajectoryGraph
-from upspiral.types import NodeCredit, RolloutCredit
+from upspiral.types import UNKNOWN_EXPERT, NodeCredit, RolloutCredit
 
 VOCABULARY = 24
 SYSTEM = [1, 2, 3, 4]
@@ -46,6 +49,32 @@ def rollouts(draw: st.DrawFn, number: int) -> Item:
 
 def batches_of_rollouts() -> st.SearchStrategy[list[Item]]:
     return st.integers(1, 4).flatmap(lambda count: st.tuples(*map(rollouts, range(count))).map(list))
+
+
+def with_routes(items: Sequence[Item], shape: tuple[int, int], experts: int, habits: Sequence[int]) -> list[Item]:
+    """The same rollouts with routes of shape [layers, experts of a token]. Rollouts of the same habit, in their order,
+    send equal prefixes to equal experts; nobody knows where to by habit 0."""
+    return [
+        (_routed(graph, shape, experts, habit), credit) for (graph, credit), habit in zip(items, habits, strict=False)
+    ]
+
+
+def _routed(graph: TrajectoryGraph, shape: tuple[int, int], experts: int, habit: int) -> TrajectoryGraph:
+    routed = TrajectoryGraph(graph.rollout_id)
+    for node in graph.nodes:
+        path = graph.path_ids(node.id).tolist()
+        first = len(path) - len(node.token_ids)
+        rows = [_route(path[:end], shape, experts, habit) for end in range(first, len(path))]
+        routed.append(replace(node, routes=np.array(rows, np.int16)))
+    return routed
+
+
+def _route(prefix: list[int], shape: tuple[int, int], experts: int, habit: int) -> list[list[int]]:
+    """Of the last token of a prefix; unknown for one in eight, and where there is none."""
+    chance = random.Random(repr((prefix, habit)))
+    if not habit or not prefix or not chance.randrange(8):
+        return np.full(shape, UNKNOWN_EXPERT).tolist()
+    return [chance.sample(range(experts), shape[1]) for _ in range(shape[0])]
 
 
 def gradients(model: nn.Module) -> list[Tensor]:
@@ -89,8 +118,9 @@ class DoubleLayer(nn.Module):
         self.query = nn.Linear(width, width, bias=False)
         self.key_value = nn.Linear(width, 2 * key_heads * self.head, bias=False)
         self.out = nn.Linear(width, width, bias=False)
-        self.up = nn.Linear(width, 2 * width, bias=False)
-        self.down = nn.Linear(2 * width, width, bias=False)
+        self.mlp = nn.ModuleDict(
+            {"up": nn.Linear(width, 2 * width, bias=False), "down": nn.Linear(2 * width, width, bias=False)}
+        )
 
     def forward(self, x: Tensor, position_ids: Tensor, forest: Any) -> Tensor:
         normed = _norm(x)
@@ -98,7 +128,7 @@ class DoubleLayer(nn.Module):
         key, value = self._split(self.key_value(normed), 2 * self.key_heads).chunk(2, dim=1)
         mixed, _ = forest_attention(self, query, _rotate(key, position_ids), value, forest=forest)
         x = x + self.out(mixed.flatten(2))
-        return x + self.down(nn.functional.silu(self.up(_norm(x))))
+        return x + self.mlp["down"](nn.functional.silu(self.mlp["up"](_norm(x))))
 
     def _split(self, x: Tensor, heads: int) -> Tensor:
         return x.unflatten(-1, (heads, self.head)).transpose(1, 2)

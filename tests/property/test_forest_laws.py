@@ -17,7 +17,15 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tests.property.forests import VOCABULARY, DoubleLlama, batches_of_rollouts, gradients, relative_difference
+from tests.fixtures.tiny_modules import double_throughout, tiny_module
+from tests.property.forests import (
+    VOCABULARY,
+    DoubleLlama,
+    batches_of_rollouts,
+    gradients,
+    relative_difference,
+    with_routes,
+)
 from upspiral.algorithm.loss import PolicyLoss, SftLoss, TokenTerms
 from upspiral.config.models import LoraConfig
 from upspiral.trainer.attention import forest_attention_in
@@ -26,7 +34,9 @@ from upspiral.trainer.flat import call_rows, flatten, side_by_side
 from upspiral.trainer.forest import ForestBatch, Item, pack
 from upspiral.trainer.logprob import target_logprobs
 from upspiral.trainer.lora import factors_behind
+from upspiral.trainer.routes import replayed_routes_in
 from upspiral.weights.adapter import Adapter
+from upspiral.weights.experts import exact_experts_in, expert_layers
 
 LOSS = PolicyLoss(clip_low=0.2, clip_high=0.28, mismatch_cap=2.0)
 
@@ -78,7 +88,7 @@ def loss_and_gradients(model: nn.Module, batches: Sequence[ForestBatch], **lane:
     """The policy loss summed over batches, at a p_theta near p_old so that both sides of the clip occur."""
     model.zero_grad()
     total = 0.0
-    with forest_attention_in(model):
+    with forest_attention_in(model), replayed_routes_in(model), exact_experts_in(model):
         for one in (one for part in minibatches_of(batches) for one in lanes_of(part, **lane)):
             for work in one.remaining:
                 batch = one.batches[work.batch]
@@ -92,8 +102,15 @@ def loss_and_gradients(model: nn.Module, batches: Sequence[ForestBatch], **lane:
     return total, gradients(model)
 
 
+def tiny(family: str) -> nn.Module:
+    return tiny_module(family, vocab_size=VOCABULARY, hidden_size=16, intermediate_size=24, head_dim=8)
+
+
 MODELS: list[tuple[str, Callable[[], nn.Module], float]] = [
     ("double throughout", double_llama, 1e-9),
+    ("Qwen3 double throughout", lambda: double_throughout(tiny("qwen3")), 1e-9),
+    ("Qwen3-MoE double throughout", lambda: double_throughout(tiny("qwen3-moe")), 1e-9),
+    ("Qwen3-MoE float32", lambda: tiny("qwen3-moe"), 1e-5),
     ("transformers float64", lambda: hugging_face_llama(torch.float64, 16), 1e-6),
     ("transformers float32", lambda: hugging_face_llama(torch.float32, 16), 1e-5),
     ("compiled float32", lambda: hugging_face_llama(torch.float32, 32), 1e-5),
@@ -102,15 +119,29 @@ MODELS: list[tuple[str, Callable[[], nn.Module], float]] = [
 
 @pytest.mark.parametrize(("model", "tolerance"), [each[1:] for each in MODELS], ids=[each[0] for each in MODELS])
 @settings(max_examples=25, deadline=None)
-@given(items=batches_of_rollouts(), budget=st.sampled_from([8, 20, 40, 1000]))
+@given(
+    items=batches_of_rollouts(),
+    budget=st.sampled_from([8, 20, 40, 1000]),
+    habits=st.lists(st.integers(0, 2), min_size=4, max_size=4),
+)
 def test_forest_equals_one_row_per_path(
-    model: Callable[[], nn.Module], tolerance: float, items: list[Item], budget: int
+    model: Callable[[], nn.Module], tolerance: float, items: list[Item], budget: int, habits: list[int]
 ) -> None:
     made = model()
+    items = routed(items, made, habits)
     ours = loss_and_gradients(made, pack(items, tokens_per_microbatch=budget))
     theirs = loss_and_gradients(made, flatten(items))
     assert ours[0] == pytest.approx(theirs[0], rel=tolerance, abs=tolerance)
     assert relative_difference(ours[1], theirs[1]) <= tolerance
+
+
+def routed(items: list[Item], model: Any, habits: Sequence[int]) -> list[Item]:
+    """With routes of the model's shape, where it has experts."""
+    layers = expert_layers(model)
+    if not layers:
+        return items
+    router = layers[0].mlp.gate
+    return with_routes(items, (len(layers), router.top_k), router.num_experts, habits)
 
 
 @settings(max_examples=25, deadline=None)
@@ -139,14 +170,19 @@ def test_order_and_budget_do_not_change_the_gradient(items: list[Item], budgets:
 def test_layers_computed_again_give_the_same_bits(
     model: Callable[[], nn.Module], items: list[Item], budget: int, exact: bool
 ) -> None:
-    made, batches = model(), pack(items, tokens_per_microbatch=budget, lanes=2)
+    made = model()
+    batches = pack(routed(items, made, [1, 2, 0, 1]), tokens_per_microbatch=budget, lanes=2)
     kept = loss_and_gradients(made, batches, exact=exact)
     again = loss_and_gradients(made, batches, exact=exact, recompute=True)
     assert again[0] == kept[0]
     assert all(torch.equal(a, b) for a, b in zip(again[1], kept[1], strict=True))
 
 
-@pytest.mark.parametrize(("model", "tolerance"), [each[1:] for each in MODELS], ids=[each[0] for each in MODELS])
+# Without experts: merged or not, a router may choose otherwise.
+DENSE = [each for each in MODELS if "MoE" not in each[0]]
+
+
+@pytest.mark.parametrize(("model", "tolerance"), [each[1:] for each in DENSE], ids=[each[0] for each in DENSE])
 @settings(max_examples=15, deadline=None)
 @given(items=batches_of_rollouts(), budget=st.integers(1, 60), rank=st.integers(1, 5), alpha=st.floats(0.5, 8))
 def test_factors_get_the_gradients_that_layers_of_peft_give_them(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 
 from upspiral.algorithm.base import ScoredRollout
 from upspiral.algorithm.grpo import grpo_credit
@@ -47,6 +49,10 @@ def graphs(draw: st.DrawFn) -> TrajectoryGraph:
             role: Role = "assistant"
         else:
             tokens, role = TokenRun.given(given_ids), draw(st.sampled_from(GIVEN_ROLES))
+        shape = draw(st.none() | st.tuples(st.integers(1, 3), st.integers(1, 2)))
+        if shape is not None:
+            routes = draw(arrays(np.int16, (len(tokens.token_ids), *shape), elements=st.integers(-1, 300)))
+            tokens = replace(tokens, routes=routes)
         graph.add(
             parent, tokens, role=role, reason=draw(text), message=draw(message),
             delivered=draw(st.booleans()), auxiliary=draw(text),
@@ -102,7 +108,7 @@ def test_store_round_trip(graph: TrajectoryGraph, cut: int) -> None:
     assert len(read.nodes) == len(graph.nodes)
     assert read.edges == graph.edges
     for ours, theirs in zip(graph.nodes, read.nodes, strict=True):
-        for name in ("token_ids", "sampled", "logprobs", "versions"):
+        for name in ("token_ids", "sampled", "logprobs", "versions", "routes"):
             np.testing.assert_array_equal(getattr(ours, name), getattr(theirs, name))
         for name in ("id", "parent", "role", "reason", "message", "finish_reason", "delivered", "auxiliary"):
             assert getattr(ours, name) == getattr(theirs, name)

@@ -20,6 +20,8 @@ NEEDS_TORCH = (
     "upspiral.weights.adapter",
     "upspiral.weights.cpu",
     "upspiral.weights.fused",
+    "upspiral.weights.families",
+    "upspiral.weights.experts",
     "upspiral.weights.exact",
 )
 

@@ -47,6 +47,9 @@ class EngineConfig(_Section):
     """How many prompt tokens one engine step computes at most."""
     exact: bool = False
     """Whether engine and trainer compute each token's log-probability to the same bits. Slower."""
+    routes: Literal["free", "replay"] = "free"
+    """For models with experts. "free": in the trainer, the router chooses again; "replay": each token goes to the
+    experts that computed it in the engine."""
 
     @model_validator(mode="after")
     def _slots_hold_the_running(self) -> EngineConfig:

@@ -32,6 +32,11 @@ class GenerationChunk:
     the model's plain softmax)."""
     versions: Sequence[int] = ()
     finish_reason: FinishReason | None = None
+    routes: NDArray[np.int16] | None = None
+    """[tokens, layers with experts, experts of a token] which experts computed the token before each of these. None:
+    the engine does not say."""
+    prompt_routes: NDArray[np.int16] | None = None
+    """On the first chunk, if the engine says: [T - 1, ...] which experts computed the prompt's tokens but the last."""
 
 
 @dataclass(frozen=True, slots=True)

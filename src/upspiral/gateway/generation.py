@@ -12,7 +12,7 @@ from upspiral.engine.base import GenerationChunk
 from upspiral.rendering.answer import ParsedAnswer, Piece, ReadingRules
 from upspiral.rendering.renderer import Renderer
 from upspiral.trajectory.graph import TokenRun
-from upspiral.types import FinishReason
+from upspiral.types import UNKNOWN_EXPERT, FinishReason
 
 AnswerEnd = Literal["stop", "length", "tool_calls"]
 
@@ -45,6 +45,9 @@ class Generation:
         self.finish_reason: FinishReason | None = None
         self.end: AnswerEnd | None = None
         """How the answer ends for the agent, who is not told that we stopped the engine at a stop string."""
+        self.prompt_routes: NDArray[np.int16] | None = None
+        """Of the tokens before each of the prompt's; see Node.routes. None: the engine does not say."""
+        self._routes: list[NDArray[np.int16]] = []
         self._versions: list[int] = []
         self._renderer = renderer
         self._prompt_ids = renderer.generation_prompt if prompt_ids is None else prompt_ids
@@ -59,6 +62,7 @@ class Generation:
         self.token_ids.extend(chunk.token_ids)
         self.logprobs.extend(chunk.logprobs)
         self._versions.extend(chunk.versions)
+        self._take_routes(chunk)
         pieces = self._reader.push(self._renderer.without_stop_token(chunk.token_ids, chunk.finish_reason))
         if chunk.finish_reason is not None or self._reader.stopped:
             pieces = [*pieces, *self._end(chunk.finish_reason or "cancelled")]
@@ -80,7 +84,21 @@ class Generation:
             self.logprobs,
             self._versions,
             self.finish_reason or "cancelled",
+            self._answer_routes(),
         )
+
+    def _take_routes(self, chunk: GenerationChunk) -> None:
+        if chunk.prompt_routes is not None:
+            before_the_first = np.full((1, *chunk.prompt_routes.shape[1:]), UNKNOWN_EXPERT, np.int16)
+            self.prompt_routes = np.concatenate([before_the_first, chunk.prompt_routes])
+        if chunk.routes is not None:
+            self._routes.append(chunk.routes)
+
+    def _answer_routes(self) -> NDArray[np.int16] | None:
+        if self.prompt_routes is None:
+            return None
+        opening = self.prompt_routes[len(self.prompt_routes) - len(self._prompt_ids) :]
+        return np.concatenate([opening, *self._routes])
 
     def _end(self, reason: FinishReason) -> list[Piece]:
         self.finish_reason = reason

@@ -107,17 +107,22 @@ class History:
         changed = prompt.anchor != anchor.id and not self._goes_on(prompt, anchor)
         return replace(prompt, fork="template" if changed else prompt.fork, continues=anchor.id)
 
-    def add_context(self, prompt: Prompt, start: str | None = None) -> tuple[int | None, list[Node]]:
+    def add_context(
+        self, prompt: Prompt, start: str | None = None, routes: NDArray[np.int16] | None = None
+    ) -> tuple[int | None, list[Node]]:
         """Adds the nodes of a prompt that the graph does not have yet; `start` is the reason of the first of them where
-        a conversation begins. Returns the last node's id and the new nodes."""
+        a conversation begins, `routes` those of the whole prompt. Returns the last node's id and the new nodes."""
         parent, added = prompt.anchor, []
         for segment in prompt.segments:
+            begin = 0 if parent is None else self.graph.length(parent)
+            own_routes = None if routes is None else routes[begin : begin + len(segment.token_ids)]
             node = self._equal_context(parent, segment.role, segment.token_ids)
             if node is None:
                 reason = "append" if added else start or self._fork_reason(parent, prompt)
                 node = self.graph.add(
-                    parent, TokenRun.given(segment.token_ids), role=segment.role, reason=reason, message=segment.message
-                )
+                    parent, TokenRun.given(segment.token_ids, own_routes), role=segment.role, reason=reason,
+                    message=segment.message,
+                )  # fmt: skip
                 self._context_nodes[parent, segment.role, segment.token_ids.tobytes()] = node.id
                 added.append(node)
             parent = node.id

@@ -248,7 +248,7 @@ class Session:
         self._room.metrics.committed(nodes, errors)
 
     def _commit(self, call: Call, asked: _Asked) -> list[Node]:
-        parent, nodes, edges = self._add_context(asked)
+        parent, nodes, edges = self._add_context(asked, call)
         lost = self._lost_answer(parent, asked.hints)
         for generation in call.plan.generations:
             if not generation.token_ids:
@@ -271,13 +271,15 @@ class Session:
         below = self._history.answers_below(parent) if hints.retry else []
         return max(below, key=lambda node: (not node.delivered, node.id), default=None)
 
-    def _add_context(self, asked: _Asked) -> tuple[int | None, list[Node], list[Edge]]:
+    def _add_context(self, asked: _Asked, call: Call) -> tuple[int | None, list[Node], list[Edge]]:
         """The prompt's new nodes, and the edges that come with them."""
         prompt, start, edges = asked.prompt, None, []
         if self._history.begins_conversation(prompt) and not asked.auxiliary:
             start = self._lineage.start_of([segment.message for segment in prompt.segments], asked.hints, prompt.anchor)
         reason = "auxiliary" if asked.auxiliary else start.kind if start else None
-        parent, nodes = self._history.add_context(prompt, reason)
+        routes = (generation.prompt_routes for generation in call.plan.generations)
+        known = next((each for each in routes if each is not None), None)
+        parent, nodes = self._history.add_context(prompt, reason, known)
         if start is not None and nodes:
             edges.append(self._connected(self._lineage.started(nodes[0], start)))
         edges += [self._connected(edge) for edge in self._lineage.joins(nodes, prompt.continues)]

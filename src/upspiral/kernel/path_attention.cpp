@@ -285,18 +285,21 @@ class Forward {
       __m512 now = before;
       for (int n = 0; n < rows; ++n) now = _mm512_mask_max_ps(now, columns.sees(v, position + n), now, _mm512_mul_ps(_mm512_loadu_ps(column + n * stride), scale));
       const __m512 shrink = exp_of(_mm512_sub_ps(before, now));
-      __m512 sum = _mm512_mul_ps(_mm512_load_ps(total + v * LANES), shrink);
+      __m512 parts[LANES];
+      for (__m512& part : parts) part = _mm512_setzero_ps();
       for (int n = 0; n < rows; n += 2) {
         __m512 pair[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
         for (int i = 0; i < 2 && n + i < rows; ++i) {
           const __m512 score = _mm512_mul_ps(_mm512_loadu_ps(column + (n + i) * stride), scale);
           pair[i] = _mm512_maskz_mov_ps(columns.sees(v, position + n + i), exp_of(_mm512_sub_ps(score, now)));
-          sum = _mm512_add_ps(sum, pair[i]);
+          parts[(n + i) % LANES] = _mm512_add_ps(parts[(n + i) % LANES], pair[i]);
         }
         store_packed<T>(weights, stride, n, v, pair[0], pair[1]);
       }
+      for (int half = LANES / 2; half; half /= 2)
+        for (int i = 0; i < half; ++i) parts[i] = _mm512_add_ps(parts[i], parts[i + half]);
       _mm512_store_ps(top + v * LANES, now);
-      _mm512_store_ps(total + v * LANES, sum);
+      _mm512_store_ps(total + v * LANES, _mm512_fmadd_ps(_mm512_load_ps(total + v * LANES), shrink, parts[0]));
       if (position > 0 && _mm512_cmp_ps_mask(before, now, _CMP_LT_OQ))
         for (int64_t d = 0; d < shape_.width; ++d) {
           float* at = sums + d * stride + v * LANES;
@@ -308,6 +311,129 @@ class Forward {
   const Shape& shape_;
   Heads<E> queries_, keys_;
   Transposed<E> values_;
+};
+
+// ---- one query a sequence
+
+// What a decoding engine asks for: the same numbers as `Forward`, to the bit, with the lanes of a vector along the keys
+// where those run along the queries there; a few queries do not fill a vector.
+template <class T>
+class Decode {
+  using E = typename T::Element;
+
+ public:
+  Decode(const Shape& shape, const Heads<E>& queries, const E* keys, const E* values, const int64_t* strides)
+      : shape_(shape), queries_(queries), keys_(keys), values_(values), slot_stride_(strides[0]), head_stride_(strides[1]), token_stride_(strides[2]) {}
+
+  void run(const int64_t* slots, const int64_t* lengths, E* output) const {
+#pragma omp parallel for schedule(dynamic) collapse(2)
+    for (int64_t sequence = 0; sequence < shape_.tokens; ++sequence)
+      for (int64_t head = 0; head < shape_.key_heads; ++head)
+        for (int first = 0; first < shape_.group(); first += MOST_QUERIES)
+          attend(sequence, head, first, slots[sequence], lengths[sequence], output);
+  }
+
+ private:
+  static constexpr int MOST_QUERIES = 4;
+
+  struct State {
+    alignas(64) float sums[MOST_QUERIES][MOST_WIDTH], scores[MOST_QUERIES][TILE];
+    alignas(64) E weights[MOST_QUERIES][TILE], query[MOST_QUERIES][MOST_WIDTH];
+    float top[MOST_QUERIES], total[MOST_QUERIES];
+  };
+
+  void attend(int64_t sequence, int64_t key_head, int first, int64_t slot, int64_t length, E* output) const {
+    const int count = std::min(shape_.group() - first, MOST_QUERIES);
+    const int64_t head = key_head * shape_.group() + first, at = slot * slot_stride_ + key_head * head_stride_;
+    State state;
+    for (int m = 0; m < MOST_QUERIES; ++m) {
+      std::memcpy(state.query[m], queries_.at(head + std::min(m, count - 1), sequence), shape_.width * sizeof(E));
+      std::memset(state.sums[m], 0, shape_.width * sizeof(float));
+      state.top[m] = -INFINITY, state.total[m] = 0;
+    }
+    for (int64_t position = 0; position < length; position += TILE) {
+      const int rows = (int)std::min<int64_t>(TILE, length - position);
+      for (int n = 0; n < rows; n += LANES) score(state, keys_ + at + (position + n) * token_stride_, n, std::min(LANES, rows - n));
+      soften(state, rows);
+      for (int64_t d = 0; d < shape_.width; d += 2 * LANES)
+        add_values(state, values_ + at + position * token_stride_ + d, rows, (int)d, d + LANES < shape_.width);
+    }
+    for (int m = 0; m < count; ++m) {
+      const __m512 factor = _mm512_set1_ps(1.0f / state.total[m]);
+      E* out = output + (sequence * shape_.query_heads + head + m) * shape_.width;
+      for (int64_t d = 0; d < shape_.width; d += LANES) T::store(out + d, _mm512_mul_ps(_mm512_load_ps(state.sums[m] + d), factor));
+    }
+  }
+
+  // Scores of keys n .. n + LANES, of which `rows` are there.
+  void score(State& state, const E* keys, int n, int rows) const {
+    __m512 sums[MOST_QUERIES];
+    for (__m512& sum : sums) sum = _mm512_setzero_ps();
+    for (int64_t d = 0; d < shape_.width; d += LANES * T::PACK) {
+      const int words = (int)std::min<int64_t>(LANES, (shape_.width - d) / T::PACK);
+      const __mmask16 wanted = (__mmask16)((1u << words) - 1);
+      __m512i block[LANES];
+      for (int i = 0; i < LANES; ++i) block[i] = i < rows ? _mm512_maskz_loadu_epi32(wanted, keys + i * token_stride_ + d) : _mm512_setzero_si512();
+      transpose(block);
+      for (int k = 0; k < words; ++k)
+        for (int m = 0; m < MOST_QUERIES; ++m) {
+          int32_t both;
+          std::memcpy(&both, state.query[m] + d + k * T::PACK, 4);
+          sums[m] = T::multiply_add(sums[m], block[k], _mm512_set1_epi32(both));
+        }
+    }
+    for (int m = 0; m < MOST_QUERIES; ++m) _mm512_store_ps(state.scores[m] + n, _mm512_mul_ps(sums[m], _mm512_set1_ps(shape_.scale)));
+  }
+
+  void soften(State& state, int rows) const {
+    for (int m = 0; m < MOST_QUERIES; ++m) {
+      const auto there = [&](int n) { return (__mmask16)(rows - n >= LANES ? 0xffff : (1u << std::max(rows - n, 0)) - 1); };
+      __m512 most = _mm512_set1_ps(state.top[m]);
+      for (int n = 0; n < TILE; n += LANES) most = _mm512_mask_max_ps(most, there(n), most, _mm512_load_ps(state.scores[m] + n));
+      const float now = _mm512_reduce_max_ps(most);
+      __m512 parts = _mm512_setzero_ps();
+      for (int n = 0; n < TILE; n += LANES) {
+        const __m512 weight = _mm512_maskz_mov_ps(there(n), exp_of(_mm512_sub_ps(_mm512_load_ps(state.scores[m] + n), _mm512_set1_ps(now))));
+        T::store(state.weights[m] + n, weight);
+        parts = _mm512_add_ps(parts, weight);
+      }
+      alignas(64) float halves[LANES];
+      _mm512_store_ps(halves, parts);
+      for (int half = LANES / 2; half; half /= 2)
+        for (int i = 0; i < half; ++i) halves[i] += halves[i + half];
+      const float shrink = _mm512_cvtss_f32(exp_of(_mm512_set1_ps(state.top[m] - now)));
+      state.total[m] = std::fma(state.total[m], shrink, halves[0]);
+      if (state.top[m] < now)
+        for (int64_t d = 0; d < shape_.width; d += LANES)
+          _mm512_store_ps(state.sums[m] + d, _mm512_mul_ps(_mm512_load_ps(state.sums[m] + d), _mm512_set1_ps(shrink)));
+      state.top[m] = now;
+    }
+  }
+
+  // Adds the weighted values of one tile to dimensions d .. d + 2 * LANES, or half of them.
+  void add_values(State& state, const E* values, int rows, int d, bool both) const {
+    __m512 low[MOST_QUERIES], high[MOST_QUERIES];
+    for (int m = 0; m < MOST_QUERIES; ++m) low[m] = _mm512_load_ps(state.sums[m] + d), high[m] = both ? _mm512_load_ps(state.sums[m] + d + LANES) : _mm512_setzero_ps();
+    for (int n = 0; n < rows; n += T::PACK) {
+      const E *first = values + n * token_stride_, *second = T::PACK == 2 && n + 1 < rows ? first + token_stride_ : first;
+      const __m512i left = T::interleaved(first, second), right = both ? T::interleaved(first + LANES, second + LANES) : left;
+      for (int m = 0; m < MOST_QUERIES; ++m) {
+        int32_t weights;
+        std::memcpy(&weights, state.weights[m] + n, 4);
+        low[m] = T::multiply_add(low[m], _mm512_set1_epi32(weights), left);
+        high[m] = T::multiply_add(high[m], _mm512_set1_epi32(weights), right);
+      }
+    }
+    for (int m = 0; m < MOST_QUERIES; ++m) {
+      _mm512_store_ps(state.sums[m] + d, low[m]);
+      if (both) _mm512_store_ps(state.sums[m] + d + LANES, high[m]);
+    }
+  }
+
+  const Shape& shape_;
+  Heads<E> queries_;
+  const E *keys_, *values_;
+  int64_t slot_stride_, head_stride_, token_stride_;
 };
 
 // ---- backward
@@ -442,6 +568,13 @@ void forward(const Shape& shape, const Task* tasks, int64_t count, const Run* ru
 }
 
 template <class T>
+void decode(const Shape& shape, const void* const* tensors, const int64_t* strides, const int64_t* slots, const int64_t* lengths, void* output) {
+  using E = typename T::Element;
+  const Heads<E> queries{(const E*)tensors[0], strides[0], strides[1]};
+  Decode<T>(shape, queries, (const E*)tensors[1], (const E*)tensors[2], strides + 2).run(slots, lengths, (E*)output);
+}
+
+template <class T>
 void backward(const Shape& shape, const Task* tasks, int64_t count, const Run* runs, const void* const* tensors, const int64_t* strides, const float* lse, void* grad_query, float* grad_keys, float* grad_values) {
   using E = typename T::Element;
   const auto heads = [&](int i) { return Heads<E>{(const E*)tensors[i], strides[2 * i], strides[2 * i + 1]}; };
@@ -457,6 +590,11 @@ extern "C" {
 
 void path_attention(int bfloat16, const Shape* shape, const Task* tasks, int64_t count, const Run* runs, const void* const* tensors, const int64_t* strides, void* output, float* lse) {
   (bfloat16 ? forward<Bfloat16> : forward<Float32>)(*shape, tasks, count, runs, tensors, strides, output, lse);
+}
+
+// `strides`: of heads and of sequences of the queries; of slots, heads and tokens of keys and values alike.
+void decode_attention(int bfloat16, const Shape* shape, const void* const* tensors, const int64_t* strides, const int64_t* slots, const int64_t* lengths, void* output) {
+  (bfloat16 ? decode<Bfloat16> : decode<Float32>)(*shape, tensors, strides, slots, lengths, output);
 }
 
 void path_attention_gradients(int bfloat16, const Shape* shape, const Task* tasks, int64_t count, const Run* runs, const void* const* tensors, const int64_t* strides, const float* lse, void* grad_query, float* grad_keys, float* grad_values) {

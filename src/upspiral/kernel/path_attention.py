@@ -90,6 +90,27 @@ class PathAttention:
         )
         return output.transpose(0, 1), lse
 
+    def decode(
+        self, query: Tensor, keys_values: tuple[Tensor, Tensor], slots: Tensor, lengths: Tensor, scale: float
+    ) -> Tensor:
+        """query [B,H,D], keys and values [slots,K,L,D] with equal strides -> [B,H,D]: sequence b sees the first
+        `lengths[b]` keys of slot `slots[b]` (both int64 on CPU). To the bit what `forward` gives."""
+        keys, values = keys_values
+        sequences, heads, width = query.shape
+        query, output = _gapless(query), query.new_empty(sequences, heads, width)
+        assert keys.stride() == values.stride() and keys.stride(-1) == 1
+        shape = _Shape(heads, keys.shape[1], sequences, keys.shape[2], width, scale)
+        pointers = (ctypes.c_void_p * 3)(*(tensor.data_ptr() for tensor in (query, keys, values)))
+        strides = (ctypes.c_int64 * 5)(query.stride(1), query.stride(0), *keys.stride()[:3])
+        self._library.decode_attention(
+            ctypes.c_int(query.dtype == torch.bfloat16),
+            ctypes.byref(shape),
+            pointers,
+            strides,
+            *(ctypes.c_void_p(tensor.data_ptr()) for tensor in (slots, lengths, output)),
+        )
+        return output
+
     def backward(
         self, qkv: tuple[Tensor, Tensor, Tensor], result: tuple[Tensor, Tensor], grad: Tensor, plan: Plan, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:

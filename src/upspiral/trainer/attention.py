@@ -149,6 +149,7 @@ class ForestPass:
         self._batch = batch
         self._plans: dict[int, Plan] = {}
         self.paths = paths_of(batch) if exact else ()
+        self.routes = torch.from_numpy(batch.routes_TLK) if batch.routes_TLK.size else None
         self.kept: dict[int, KeptLayer] = {}
         self._runs = [(earlier[run.batch], run) for run in batch.context]
         self._keeps = keeps

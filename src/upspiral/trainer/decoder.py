@@ -64,6 +64,8 @@ class _Layer:
     def __init__(self, module: Any, fused: FusedLayer, compiled: Rows) -> None:
         attention, feed_forward = module.self_attn, module.mlp
         self.fused, self.rows = fused, compiled
+        assert fused.gate_up is not None
+        self.gate_up = fused.gate_up
         self.width, self.scale = attention.head_dim, attention.scaling
         self.epsilon = module.input_layernorm.variance_epsilon
         self._attention = attention
@@ -143,7 +145,7 @@ class FeedForward(torch.autograd.Function):
         hidden, attended, output, norm, _, _, down, layer = inputs
         middle = hidden + attended @ output.mT
         normed, scales = layer.rows.norm(middle[:, None], norm, layer.epsilon)
-        gates = normed[:, 0] @ layer.fused.gate_up.mT
+        gates = normed[:, 0] @ layer.gate_up.mT
         ctx.save_for_backward(attended, middle, scales, gates, output, norm, down)
         ctx.layer = layer
         return middle + layer.rows.gate(gates) @ down.mT
@@ -156,7 +158,7 @@ class FeedForward(torch.autograd.Function):
         grad_gates = layer.rows.gate_gradients(gates, grad @ down)
         normed, _ = layer.rows.norm(middle[:, None], norm, layer.epsilon)
         grad_gate, grad_up = (grad_gates.mT @ normed[:, 0]).chunk(2)
-        grad_normed = (grad_gates @ layer.fused.gate_up)[:, None]
+        grad_normed = (grad_gates @ layer.gate_up)[:, None]
         to, grad_norm = layer.rows.norm_gradients(middle[:, None], norm, scales, grad_normed, grad[:, None])
         grad_middle = to[:, 0]
         grad_output = grad_middle.mT @ attended
@@ -184,7 +186,7 @@ def _fits(model: Any) -> bool:
     parameters, config = list(model.parameters()), model.config
     known = all(x.dtype in (torch.bfloat16, torch.float32) and x.device.type == "cpu" for x in parameters)
     plain = all(type(x) is nn.Linear and x.bias is None for layer in model.model.layers for x in _projections(layer))
-    widths = config.head_dim % 32 == 0 and config.hidden_size % 16 == 0 and config.intermediate_size % 16 == 0
+    widths = (config.head_dim or 1) % 32 == 0 and config.hidden_size % 16 == 0 and config.intermediate_size % 16 == 0
     return known and plain and widths and len({x.dtype for x in parameters}) == 1 and config.hidden_act == "silu"
 
 

@@ -12,18 +12,19 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from upspiral.trainer.forest import ForestBatch, Item
+from upspiral.trainer.forest import ForestBatch, Item, route_shape
 from upspiral.trajectory.graph import TrajectoryGraph
-from upspiral.types import RolloutCredit
+from upspiral.types import UNKNOWN_EXPERT
 
 
 def flatten(items: Sequence[Item]) -> list[ForestBatch]:
     """One batch per leaf that has trained tokens on its path."""
-    batches = []
+    batches, shape = [], route_shape(items)
     for graph, credit in items:
         if credit.masked is None:
-            rows = (_row(graph, credit, leaf.id) for leaf in graph.leaves())
+            rows = (_row((graph, credit), leaf.id, shape) for leaf in graph.leaves())
             batches += [row for row in rows if row.num_targets]
     return batches
 
@@ -31,8 +32,9 @@ def flatten(items: Sequence[Item]) -> list[ForestBatch]:
 def call_rows(items: Sequence[Item]) -> list[ForestBatch]:
     """One batch per call: the whole history as it was sent, and as targets the tokens that this call sampled. What
     trainers do that know requests and no graph."""
+    shape = route_shape(items)
     return [
-        _row(graph, replace(credit, nodes=(node,)), node.node_id, leaves=1)
+        _row((graph, replace(credit, nodes=(node,))), node.node_id, shape, leaves=1)
         for graph, credit in items
         if credit.masked is None
         for node in credit.nodes
@@ -57,7 +59,7 @@ def _joined(rows: Sequence[ForestBatch]) -> ForestBatch:
     columns: dict[str, Any] = {
         name: np.concatenate([getattr(row, name) for row in rows])
         for name in ForestBatch.__slots__
-        if name.endswith(("_T", "_M"))
+        if name.endswith(("_T", "_TLK", "_M"))
     }
     columns["sources_M"] = np.concatenate([row.sources_M + start for row, start in zip(rows, starts, strict=True)])
     columns["rollout_M"] = np.repeat(np.arange(len(rows)), [row.num_targets for row in rows])
@@ -70,8 +72,10 @@ def _joined(rows: Sequence[ForestBatch]) -> ForestBatch:
     )
 
 
-def _row(graph: TrajectoryGraph, credit: RolloutCredit, leaf: int, leaves: int = 0) -> ForestBatch:
-    """The path to `leaf`. Credit is divided by `leaves`; 0: by those that the graph has below each node."""
+def _row(item: Item, leaf: int, shape: tuple[int, int], leaves: int = 0) -> ForestBatch:
+    """The path to `leaf`, with routes of `shape`. Credit is divided by `leaves`; 0: by those that the graph has below
+    each node."""
+    graph, credit = item
     credit_of = {node.node_id: node for node in credit.nodes}
     targets, positive, negative, behavior, start = [], [], [], [], 0
     for node in graph.path(leaf):
@@ -88,6 +92,7 @@ def _row(graph: TrajectoryGraph, credit: RolloutCredit, leaf: int, leaves: int =
     return ForestBatch(
         token_ids_T=token_ids,
         positions_T=np.arange(len(token_ids)),
+        routes_TLK=np.concatenate([_routes(graph, node.id, shape) for node in graph.path(leaf)]),
         node_start_N=np.array([0]),
         node_length_N=np.array([len(token_ids)]),
         node_parent_N=np.array([-1]),
@@ -100,6 +105,12 @@ def _row(graph: TrajectoryGraph, credit: RolloutCredit, leaf: int, leaves: int =
         rollout_M=np.zeros(len(targets), np.int64),
         rollout_ids=(graph.rollout_id,),
     )
+
+
+def _routes(graph: TrajectoryGraph, node_id: int, shape: tuple[int, int]) -> NDArray[np.int16]:
+    routes = graph.routes(node_id)
+    length = len(graph.nodes[node_id].token_ids)
+    return np.full((length, *shape), UNKNOWN_EXPERT, np.int16) if routes is None else routes
 
 
 def _leaves_below(graph: TrajectoryGraph, node_id: int) -> int:

@@ -1,7 +1,7 @@
 """The forest batch: many rollouts packed so that every token is computed once, however many branches share it.
 
-Legend: T tokens of the microbatch, N nodes of its forest, M trained tokens. Everything is numpy: the batch is the
-input of every trainer backend and knows none of them.
+Legend: T tokens of the microbatch, N nodes of its forest, M trained tokens, L layers with experts, K experts of a
+token. Everything is numpy: the batch is the input of every trainer backend and knows none of them.
 """
 
 from __future__ import annotations
@@ -45,6 +45,8 @@ class ForestBatch:
     token_ids_T: NDArray[np.int64]
     positions_T: NDArray[np.int64]
     """Depth in the path, from 0."""
+    routes_TLK: NDArray[np.int16]
+    """The experts that each token goes to, UNKNOWN_EXPERT where the model decides; no layers: it decides everywhere."""
     node_start_N: NDArray[np.int64]
     """Nodes stand in depth-first preorder, their tokens side by side: a node's descendants follow it directly."""
     node_length_N: NDArray[np.int64]
@@ -103,7 +105,7 @@ def pack(
     for number, part in enumerate(_minibatches(trained, minibatches)):
         groups = len({credit.group_id for _, credit in part})
         scale = len({credit.group_id for _, credit in trained}) / groups
-        trie = Trie()
+        trie = Trie(route_shape(part))
         for index, (graph, credit) in enumerate(part):
             trie.insert(graph, credit.nodes, credit.token_weight * scale, index)
         trie.trim()
@@ -115,6 +117,13 @@ def pack(
                 batches.append(replace(batch, rollout_ids=rollout_ids, minibatch=number, lane=lane))
             done |= {id(branch) for branch in branches}
     return batches
+
+
+def route_shape(items: Sequence[Item]) -> tuple[int, int]:
+    """How many layers have experts and how many a token goes to; (0, 0) where no rollout has routes."""
+    kept = (node.routes for graph, _ in items for node in graph.nodes if node.routes is not None)
+    first = next(kept, None)
+    return (0, 0) if first is None else (first.shape[1], first.shape[2])
 
 
 def _minibatches(items: Sequence[Item], count: int) -> list[list[Item]]:
@@ -239,8 +248,9 @@ class _Layout:
             return np.repeat(np.array(values, np.float64), [len(run) for run in runs])
 
         return ForestBatch(
-            token_ids_T=np.concatenate([branch.token_ids for branch in part]).astype(np.int64),
+            token_ids_T=np.concatenate([branch.steps.token_ids for branch in part]).astype(np.int64),
             positions_T=np.concatenate(positions).astype(np.int64),
+            routes_TLK=np.concatenate([branch.steps.routes for branch in part]),
             node_start_N=starts,
             node_length_N=lengths,
             node_parent_N=parents,

@@ -28,7 +28,9 @@ from upspiral.trainer.logprob import target_logprobs
 from upspiral.trainer.lora import factors_behind
 from upspiral.trainer.optimizer import MasterAdamW, ParameterOptimizer
 from upspiral.trainer.rounding import RoundingAdamW
+from upspiral.trainer.routes import replayed_routes_in
 from upspiral.weights.adapter import Adapter
+from upspiral.weights.experts import exact_experts_in
 
 _OPTIMIZERS: Mapping[str, type[ParameterOptimizer]] = {"float32": MasterAdamW, "none": RoundingAdamW}
 """By `trainer.master_weights`."""
@@ -148,6 +150,9 @@ class LocalTrainer:
         with ExitStack() as stack:
             for model in self._lanes.models:
                 stack.enter_context(forest_attention_in(model))
+                stack.enter_context(replayed_routes_in(model))
+                if self._exact:
+                    stack.enter_context(exact_experts_in(model))
             yield
 
     def _with_old_logprobs(

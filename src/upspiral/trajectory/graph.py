@@ -13,7 +13,7 @@ from typing import Any, TypedDict, Unpack
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from upspiral.types import NOT_SAMPLED_VERSION, Edge, FinishReason, Message, Node, Role
+from upspiral.types import NOT_SAMPLED_VERSION, UNKNOWN_EXPERT, Edge, FinishReason, Message, Node, Role
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -25,9 +25,10 @@ class TokenRun:
     logprobs: NDArray[np.float32]
     versions: NDArray[np.int32]
     finish_reason: FinishReason | None = None
+    routes: NDArray[np.int16] | None = None
 
     @classmethod
-    def given(cls, token_ids: ArrayLike) -> TokenRun:
+    def given(cls, token_ids: ArrayLike, routes: NDArray[np.int16] | None = None) -> TokenRun:
         """Tokens that no policy sampled: a rendered message."""
         ids = _frozen(token_ids, np.int32, "token_ids")
         return cls(
@@ -35,6 +36,7 @@ class TokenRun:
             _frozen(np.zeros(len(ids), bool), np.bool_, "sampled"),
             _frozen(np.full(len(ids), np.nan), np.float32, "logprobs"),
             _frozen(np.full(len(ids), NOT_SAMPLED_VERSION), np.int32, "versions"),
+            routes=routes,
         )
 
     @classmethod
@@ -45,6 +47,7 @@ class TokenRun:
         logprobs: ArrayLike,
         versions: ArrayLike,
         finish_reason: FinishReason,
+        routes: NDArray[np.int16] | None = None,
     ) -> TokenRun:
         """The generation prompt, not sampled, followed by what the engine sampled, stop token included."""
         prompt, answer = cls.given(prompt_ids), _frozen(sampled_ids, np.int32, "sampled_ids")
@@ -54,6 +57,7 @@ class TokenRun:
             _frozen(np.concatenate([prompt.logprobs, _array(logprobs, np.float32)]), np.float32, "logprobs"),
             _frozen(np.concatenate([prompt.versions, _array(versions, np.int32)]), np.int32, "versions"),
             finish_reason,
+            routes,
         )
 
 
@@ -110,6 +114,7 @@ class TrajectoryGraph:
             sampled=tokens.sampled,
             logprobs=tokens.logprobs,
             versions=tokens.versions,
+            routes=tokens.routes,
             finish_reason=tokens.finish_reason,
             **details,
         )
@@ -175,6 +180,15 @@ class TrajectoryGraph:
         """All tokens from the root to the end of the node: [T]."""
         return np.concatenate([node.token_ids for node in self.path(node_id)])
 
+    def routes(self, node_id: int) -> NDArray[np.int16] | None:
+        """[T, layers, experts of a token] which experts computed each token of a node; UNKNOWN_EXPERT where nothing
+        says. None: nothing says anything. Who followed the last token knows of it; the oldest is believed."""
+        own = self._nodes[node_id].routes
+        if own is None:
+            return None
+        followers = (child.routes[:1] for child in self.children(node_id) if child.routes is not None)
+        return np.concatenate([own[1:], next(followers, np.full_like(own[:1], UNKNOWN_EXPERT))])
+
     def length(self, node_id: int) -> int:
         """How many tokens there are from the root to the end of the node."""
         return self._lengths[node_id]
@@ -223,6 +237,8 @@ def _check_tokens(node: Node) -> None:
             raise ValueError(
                 f"{name}: {field} is {array.dtype}{list(array.shape)}, expected {np.dtype(dtype)}[{length}]"
             )
+    if node.routes is not None and (node.routes.shape[:1] != (length,) or node.routes.ndim != 3):
+        raise ValueError(f"{name}: routes are {list(node.routes.shape)}, expected [{length}, layers, experts]")
     if int(node.token_ids.min()) < 0:
         raise ValueError(f"{name}: token ids must not be negative")
     if not np.array_equal(np.isfinite(node.logprobs), node.sampled):

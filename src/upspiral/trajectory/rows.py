@@ -6,11 +6,15 @@ from typing import Any
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
 from upspiral.types import Message, Node, Rollout, RolloutStatus
 
-SCHEMA_VERSION = 2
-"""Kept in SQLite's user_version. Raise it when a table changes."""
+SCHEMA_VERSION = 3
+"""Kept in SQLite's user_version. Raise it when a table changes, and say in MIGRATIONS how an older file catches up."""
+
+MIGRATIONS = {2: "BEGIN IMMEDIATE; ALTER TABLE nodes ADD COLUMN routes BLOB; PRAGMA user_version = 3; COMMIT;"}
+"""By the version that a file has: what makes it one of the next."""
 
 SCHEMA = f"""
 BEGIN IMMEDIATE;
@@ -28,6 +32,7 @@ CREATE TABLE IF NOT EXISTS nodes (
     versions BLOB NOT NULL,     -- int32
     message TEXT,               -- JSON
     finish_reason TEXT, delivered INTEGER NOT NULL, auxiliary TEXT NOT NULL, num_sampled INTEGER NOT NULL,
+    routes BLOB,                -- int16: layers, experts of a token, then those of each token by layer
     PRIMARY KEY (rollout_id, id)
 );
 CREATE TABLE IF NOT EXISTS edges (
@@ -57,9 +62,10 @@ ROLLOUT_COLUMNS = "id, task_id, group_id, split, step, status, reason, reward, a
 INSERT_ROLLOUT = f"INSERT INTO rollouts ({ROLLOUT_COLUMNS}) VALUES ({', '.join('?' * 10)})"
 
 NODE_COLUMNS = (
-    "id, parent, role, reason, token_ids, sampled, logprobs, versions, message, finish_reason, delivered, auxiliary"
+    "id, parent, role, reason, token_ids, sampled, logprobs, versions, message, finish_reason, delivered, auxiliary, "
+    "routes"
 )
-INSERT_NODE = f"INSERT INTO nodes (rollout_id, {NODE_COLUMNS}, num_sampled) VALUES ({', '.join('?' * 14)})"
+INSERT_NODE = f"INSERT INTO nodes (rollout_id, {NODE_COLUMNS}, num_sampled) VALUES ({', '.join('?' * 15)})"
 
 EDGE_COLUMNS = "kind, source, target, evidence"
 INSERT_EDGE = f"INSERT OR IGNORE INTO edges (rollout_id, {EDGE_COLUMNS}) VALUES (?, ?, ?, ?, ?)"
@@ -96,14 +102,14 @@ def node_row(rollout_id: str, node: Node) -> tuple[Any, ...]:
         node.token_ids.astype("<i4").tobytes(), node.sampled.astype("u1").tobytes(),
         node.logprobs.astype("<f4").tobytes(), node.versions.astype("<i4").tobytes(),
         None if node.message is None else msgspec.json.encode(node.message).decode(),
-        node.finish_reason, node.delivered, node.auxiliary, node.num_sampled,
+        node.finish_reason, node.delivered, node.auxiliary, _routes_blob(node.routes), node.num_sampled,
     )  # fmt: skip
 
 
 def node_of(row: tuple[Any, ...]) -> Node:
     """Raises ValueError for a row that cannot have been written by `node_row`."""
     node_id, parent, role, reason, token_ids, sampled, logprobs, versions, message, *ending = row
-    finish_reason, delivered, auxiliary = ending
+    finish_reason, delivered, auxiliary, routes = ending
     return Node(
         id=node_id,
         parent=parent,
@@ -117,4 +123,16 @@ def node_of(row: tuple[Any, ...]) -> Node:
         finish_reason=finish_reason,
         delivered=bool(delivered),
         auxiliary=auxiliary,
+        routes=None if routes is None else _routes_of(routes),
     )
+
+
+def _routes_blob(routes: NDArray[np.int16] | None) -> bytes | None:
+    if routes is None:
+        return None
+    return np.concatenate([np.array(routes.shape[1:]), routes.ravel()]).astype("<i2").tobytes()
+
+
+def _routes_of(blob: bytes) -> NDArray[np.int16]:
+    layers, experts, *_ = np.frombuffer(blob, "<i2", 2).tolist()
+    return np.frombuffer(blob, "<i2", offset=4).reshape(-1, layers, experts)

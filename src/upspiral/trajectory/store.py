@@ -168,10 +168,13 @@ class TrajectoryStore:
             self._connection.close()
 
     def _prepare(self) -> None:
-        """Creates the tables of a new file, or checks that an old one speaks our schema."""
+        """Creates the tables of a new file, or brings those of an old one to our schema."""
         self._connection.execute("PRAGMA journal_mode = WAL")
         self._connection.execute("PRAGMA synchronous = NORMAL")
-        version = self._connection.execute("PRAGMA user_version").fetchone()[0]
+        version = self._version()
+        while version in rows.MIGRATIONS:
+            self._connection.executescript(rows.MIGRATIONS[version])
+            version = self._version()
         if version not in (0, rows.SCHEMA_VERSION):
             raise StoreError(
                 f"{self.path} has schema version {version}, this upspiral reads version {rows.SCHEMA_VERSION}; "
@@ -180,6 +183,9 @@ class TrajectoryStore:
         if version == 0:
             self._connection.executescript(rows.SCHEMA)
         self._connection.execute("PRAGMA foreign_keys = ON")
+
+    def _version(self) -> int:
+        return self._connection.execute("PRAGMA user_version").fetchone()[0]
 
     def _insert_credit(self, connection: sqlite3.Connection, step: int, credit: RolloutCredit) -> None:
         try:

@@ -14,14 +14,14 @@ from upspiral.rendering.model_folder import load_template, load_tokenizer
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import LlamaForCausalLM
 
     from upspiral.weights.adapter import Adapter
+    from upspiral.weights.families import CausalModule
 
 _TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt")
 
 
-def export_hf(module: LlamaForCausalLM, source: Path, target: Path) -> Path:
+def export_hf(module: CausalModule, source: Path, target: Path) -> Path:
     """Writes the module's weights and config, and the tokenizer of `source`, the folder that the module came from.
 
     The chat template is the one that the model was trained with: ours, where that of `source` cannot do tools. Returns

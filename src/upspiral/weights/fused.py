@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaForCausalLM
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from upspiral.errors import ModelError
+from upspiral.weights.experts import has_experts
+from upspiral.weights.families import CausalModule
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -24,15 +25,15 @@ class FusedLayer:
 
     qkv: Tensor
     """[(query heads + 2 * key-value heads) * head size, hidden]"""
-    gate_up: Tensor
-    """[2 * intermediate, hidden]"""
+    gate_up: Tensor | None
+    """[2 * intermediate, hidden]; None for a layer with experts, which transformers keeps as one tensor."""
     qkv_parts: tuple[nn.Linear, ...]
     gate_up_parts: tuple[nn.Linear, ...]
 
     def check(self, name: str) -> None:
         """Raises ModelError when a weight is no longer a view of its fused tensor. Costs a few pointer comparisons."""
         for fused, parts in ((self.qkv, self.qkv_parts), (self.gate_up, self.gate_up_parts)):
-            address = fused.data_ptr()
+            address = 0 if fused is None else fused.data_ptr()
             for part in parts:
                 if part.weight.data_ptr() != address:
                     raise ModelError(
@@ -42,18 +43,19 @@ class FusedLayer:
                 address += part.weight.nbytes
 
 
-def fuse_projections(model: LlamaForCausalLM) -> tuple[FusedLayer, ...]:
+def fuse_projections(model: CausalModule) -> tuple[FusedLayer, ...]:
     """Fuses every layer of the model in place and returns the fused tensors, one entry per layer.
 
     Values, names and the model's own forward pass stay as they were. Calling it again gives the same tensors.
     """
     fused = []
-    for layer in model.model.layers:
-        assert isinstance(layer, LlamaDecoderLayer)
+    layers: Any = model.model.layers
+    for layer in layers:
         attention, feed_forward = layer.self_attn, layer.mlp
         qkv_parts = (attention.q_proj, attention.k_proj, attention.v_proj)
-        gate_up_parts = (feed_forward.gate_proj, feed_forward.up_proj)
-        fused.append(FusedLayer(_fuse(qkv_parts), _fuse(gate_up_parts), qkv_parts, gate_up_parts))
+        gate_up_parts = () if has_experts(feed_forward) else (feed_forward.gate_proj, feed_forward.up_proj)
+        gate_up = _fuse(gate_up_parts) if gate_up_parts else None
+        fused.append(FusedLayer(_fuse(qkv_parts), gate_up, qkv_parts, gate_up_parts))
     return tuple(fused)
 
 

@@ -4,37 +4,43 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, PretrainedConfig
+from transformers import AutoConfig
 from transformers.utils import logging as transformers_logging
 
 from upspiral.errors import ModelError
+from upspiral.weights.families import CausalConfig, CausalModule, module_class
 from upspiral.weights.fused import FusedLayer, fuse_projections
 from upspiral.weights.models import check_model_folder
-
-_ROPE_THAT_DEPENDS_ON_LENGTH = ("dynamic", "longrope")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LoadedModel:
-    """A Llama-family module whose projections are fused. Trainer and engine share it: nobody owns a second copy."""
+    """A module whose projections are fused. Trainer and engine share it: nobody owns a second copy."""
 
-    module: LlamaForCausalLM
+    module: CausalModule
     layers: tuple[FusedLayer, ...]
 
     @classmethod
-    def from_module(cls, module: LlamaForCausalLM) -> LoadedModel:
-        """Takes over a module that is already on its device and in its dtype. Raises ModelError for variants of Llama
-        that the embedded engine does not compute."""
-        _check_variant(module.config, "the module")
+    def from_module(cls, module: CausalModule) -> LoadedModel:
+        """Takes over a module that is already on its device and in its dtype. Raises ModelError for architectures and
+        variants that the embedded engine does not compute."""
+        module_class(module.config, "the module")
         module.set_attn_implementation("sdpa")
         return cls(module.eval(), fuse_projections(module))
 
     @property
-    def config(self) -> LlamaConfig:
+    def config(self) -> CausalConfig:
         return self.module.config
+
+    @property
+    def head_size(self) -> int:
+        """Width of a head, which need not be the hidden width divided by the number of heads."""
+        attention: Any = self.module.model.layers[0].self_attn
+        return attention.head_dim
 
     @property
     def device(self) -> torch.device:
@@ -58,17 +64,16 @@ def load_model(folder: Path, *, dtype: str, device: str) -> LoadedModel:
     """
     check_model_folder(folder, tokenizer=False)
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    _check_variant(config, str(folder))
-    module = _read(folder, getattr(torch, dtype))
+    module = _read(module_class(config, str(folder)), folder, getattr(torch, dtype))
     if config.tie_word_embeddings:
         module.tie_weights()
     return LoadedModel.from_module(module.to(_resolve_device(device)))  # pyright: ignore[reportArgumentType]
 
 
-def _read(folder: Path, dtype: torch.dtype) -> LlamaForCausalLM:
+def _read(family: type[CausalModule], folder: Path, dtype: torch.dtype) -> CausalModule:
     transformers_logging.disable_progress_bar()
     try:
-        module, report = LlamaForCausalLM.from_pretrained(
+        module, report = family.from_pretrained(
             folder, dtype=dtype, attn_implementation="sdpa", local_files_only=True, output_loading_info=True
         )  # pyright: ignore[reportGeneralTypeIssues]  # a pair, with output_loading_info
     except (SafetensorError, OSError) as error:
@@ -81,19 +86,6 @@ def _read(folder: Path, dtype: torch.dtype) -> LlamaForCausalLM:
             f"{missing[0]}; fetch the model again, or set tie_word_embeddings if only lm_head.weight is missing"
         )
     return module
-
-
-def _check_variant(config: PretrainedConfig, source: str) -> None:
-    if not isinstance(config, LlamaConfig):
-        names = ", ".join(config.architectures or [config.model_type])
-        raise ModelError(f"{source} has the architecture {names}; upspiral trains the Llama family (LlamaForCausalLM)")
-    if config.attention_bias or config.mlp_bias:
-        raise ModelError(f"{source} sets attention_bias or mlp_bias; Llama models with biases are not supported")
-    if config.hidden_act != "silu":
-        raise ModelError(f"{source} sets hidden_act = {config.hidden_act!r}; only 'silu' is supported")
-    rope = (config.rope_parameters or {}).get("rope_type", "default")
-    if rope in _ROPE_THAT_DEPENDS_ON_LENGTH:
-        raise ModelError(f"{source} sets rope_type = {rope!r}, which changes with the length; it is not supported")
 
 
 def _resolve_device(device: str) -> str:

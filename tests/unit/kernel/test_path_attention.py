@@ -118,6 +118,29 @@ def test_a_query_has_the_same_bits_however_it_is_put_together_with_others(
     assert torch.equal(own_lse[:, 0], lse[:, token])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@settings(max_examples=30, deadline=None)
+@given(lengths=st.lists(st.integers(1, 200), min_size=1, max_size=5), shape=st.sampled_from(SHAPES))
+def test_decoding_gives_the_same_bits(dtype: torch.dtype, lengths: list[int], shape: tuple[int, int, int]) -> None:
+    compiled = path_attention()
+    if compiled is None:
+        pytest.skip("no compiled attention here")
+    torch.manual_seed(0)
+    query_heads, key_heads, width = shape
+    query = torch.randn(len(lengths), query_heads + 3, width, dtype=dtype)[:, :query_heads]
+    # Slots as the engine has them: keys and values of a position side by side, in more slots than are asked for.
+    cache = torch.randn(len(lengths) + 2, 2 * key_heads, 200, width, dtype=dtype)
+    keys, values = cache.split(key_heads, dim=1)
+    slots = torch.arange(len(lengths)).flip(0) + 1
+    output = compiled.decode(query, (keys, values), slots, torch.tensor(lengths), SCALE)
+    for index, (slot, length) in enumerate(zip(slots.tolist(), lengths, strict=True)):
+        plan = Plan.of([Segment(0, 1, [(0, length)])], query_heads // key_heads)
+        alone, _ = compiled.forward(
+            query[index, :, None], keys[slot, :, :length], values[slot, :, :length], plan, SCALE
+        )
+        assert torch.equal(output[index], alone[:, 0])
+
+
 def test_tokens_of_no_segment_get_zeros(compiled: PathAttention) -> None:
     query, key, value, _ = heads([Segment(0, 5, [(0, 5)])], (2, 1, 16), torch.float32)
     output, _ = compiled.forward(query, key, value, Plan.of([Segment(0, 3, [(0, 3)])], 2), SCALE)

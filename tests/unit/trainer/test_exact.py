@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
+from tests.fixtures.tiny_modules import FAMILIES, VOCABULARY, tiny_module
 from upspiral.config.models import AlgorithmConfig, EngineConfig, LoraConfig, TrainerConfig
 from upspiral.engine.embedded.engine import EmbeddedEngine
 from upspiral.trainer.attention import forest_attention_in
@@ -22,20 +22,10 @@ from upspiral.trainer.logprob import target_logprobs
 from upspiral.trajectory.graph import TokenRun, TrajectoryGraph
 from upspiral.types import NodeCredit, RolloutCredit, SamplingParams
 from upspiral.weights.exact import exact_attention
+from upspiral.weights.experts import exact_experts_in
 from upspiral.weights.load import LoadedModel
 
-VOCABULARY = 500
 TEMPERATURE = 0.8
-
-
-def model(dtype: torch.dtype) -> LoadedModel:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=96, intermediate_size=256, num_hidden_layers=3, num_attention_heads=6,
-        num_key_value_heads=2, max_position_embeddings=512, initializer_range=0.2, tie_word_embeddings=True,
-    )  # fmt: skip
-    made = LlamaForCausalLM(config)
-    return LoadedModel.from_module(made.to(dtype))  # pyright: ignore[reportArgumentType]
 
 
 async def sampled_rollouts(engine: EmbeddedEngine, count: int) -> list[Item]:
@@ -69,14 +59,16 @@ async def sampled_run(engine: EmbeddedEngine, prompt: Sequence[int], params: Sam
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("count", [1, 9])
-def test_engine_and_trainer_agree_on_every_bit(dtype: torch.dtype, count: int) -> None:
-    loaded = model(dtype)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_engine_and_trainer_agree_on_every_bit(family: str, dtype: torch.dtype, count: int) -> None:
+    loaded = LoadedModel.from_module(tiny_module(family, dtype, hidden_size=96, num_attention_heads=6))
     check_agreement(loaded, asyncio.run(sampled_by(loaded, count)))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_they_agree_with_an_adapter_too(dtype: torch.dtype) -> None:
-    loaded = model(dtype)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_they_agree_with_an_adapter_too(family: str, dtype: torch.dtype) -> None:
+    loaded = LoadedModel.from_module(tiny_module(family, dtype, hidden_size=96, num_attention_heads=6))
     config = TrainerConfig(lr=1e-2, lora=LoraConfig(), activation_checkpointing=True)
     trainer = LocalTrainer(loaded.module, config, AlgorithmConfig(), temperature=TEMPERATURE, exact=True)
     before, items = loaded.layers[0].qkv.clone(), asyncio.run(sampled_by(loaded, 2))
@@ -101,7 +93,7 @@ async def sampled_by(loaded: LoadedModel, count: int) -> list[Item]:
 def check_agreement(loaded: LoadedModel, items: list[Item]) -> None:
     for budget, lanes in ((10_000, 1), (100, 1), (300, 2)):
         batches = pack(items, tokens_per_microbatch=budget, lanes=lanes)
-        with forest_attention_in(loaded.module), torch.no_grad():
+        with forest_attention_in(loaded.module), exact_experts_in(loaded.module), torch.no_grad():
             for lane in lanes_of(batches, exact=True):
                 for work in lane.remaining:
                     if work.kind == "backward":

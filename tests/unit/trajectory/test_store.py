@@ -254,6 +254,21 @@ def test_another_schema_version(tmp_path: Path) -> None:
         TrajectoryStore(path)
 
 
+def test_a_file_from_before_routes_is_read_and_continued(tmp_path: Path) -> None:
+    path = tmp_path / "trajectories.db"
+    store = TrajectoryStore(path)
+    fill(store, "r1")
+    store.close()
+    connection = sqlite3.connect(path)
+    connection.executescript("ALTER TABLE nodes DROP COLUMN routes; PRAGMA user_version = 2")
+    connection.close()
+    store = TrajectoryStore(path)
+    assert [node.routes for node in store.graph("r1").nodes] == [None] * len(short_graph("r1").nodes)
+    fill(store, "r2")
+    assert len(store.graph("r2").nodes) == len(short_graph("r2").nodes)
+    store.close()
+
+
 def test_a_damaged_blob(tmp_path: Path) -> None:
     path = tmp_path / "trajectories.db"
     store = TrajectoryStore(path)

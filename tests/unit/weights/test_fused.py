@@ -51,6 +51,7 @@ def test_in_place_updates_show_in_the_fused_tensors(model: LlamaForCausalLM) -> 
     _weight(model, "layers.1.mlp.up_proj").zero_()
     torch.testing.assert_close(layers[1].qkv[:64], queries)
     assert (layers[1].qkv[96:] == 7.0).all()
+    assert layers[1].gate_up is not None
     assert (layers[1].gate_up[128:] == 0).all()
 
 
@@ -80,6 +81,7 @@ def test_fusing_twice_gives_the_same_tensors(model: LlamaForCausalLM) -> None:
     first, second = fuse_projections(model), fuse_projections(model)
     assert first[0].qkv.data_ptr() == second[0].qkv.data_ptr()
     assert first[0].qkv.shape == second[0].qkv.shape
+    assert first[1].gate_up is not None and second[1].gate_up is not None
     assert torch.equal(first[1].gate_up, second[1].gate_up)
 
 

@@ -25,10 +25,12 @@ class SlotCache:
 
     def __init__(self, model: LoadedModel, slots: int, context_length: int):
         config = model.config
-        heads, size = config.num_key_value_heads, config.head_dim
-        assert heads is not None and size is not None
-        shape = (config.num_hidden_layers, slots, 2 * heads, context_length, size)
+        heads = config.num_key_value_heads
+        assert heads is not None
+        shape = (config.num_hidden_layers, slots, 2 * heads, context_length, model.head_size)
         self.keys_values = _zeros(shape, model.dtype, model.device)
+        self.routes: NDArray[np.int16] | None = None
+        """[slot, position, layers with experts, experts of a token] of the tokens that are held; None: not kept."""
         self.ids = np.zeros((slots, context_length), np.int32)
         self.lengths = np.zeros(slots, np.int64)
         self.planned = np.zeros(slots, np.int64)
@@ -39,6 +41,10 @@ class SlotCache:
         self._touched = np.zeros(slots, np.int64)
         self._last_used = np.zeros(slots, np.int64)
         self._clock = 0
+
+    def keep_routes(self, layers: int, experts_of_token: int) -> None:
+        """From now on."""
+        self.routes = np.zeros((*self.ids.shape, layers, experts_of_token), np.int16)
 
     def match(self, prompt_ids: NDArray[np.int32]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """[slot] how many leading tokens of the prompt each slot holds, and how many it will hold when its own prompt
@@ -71,6 +77,8 @@ class SlotCache:
         slot = source if in_place else self._victim(keep=source)
         if slot != source and prefix:
             self.keys_values[:, slot, :, :prefix] = self.keys_values[:, source, :, :prefix]
+            if self.routes is not None:
+                self.routes[slot, :prefix] = self.routes[source, :prefix]
         count = len(sequence.prompt_ids)
         self.ids[slot, :count] = sequence.prompt_ids
         self.lengths[slot], self.planned[slot] = prefix, count
@@ -100,6 +108,8 @@ class SlotCache:
         held = first.clone()
         first.copy_(second)
         second.copy_(held)
+        if self.routes is not None:
+            self.routes[[a, b], :count] = self.routes[[b, a], :count]
         for column in (self.ids, self.lengths, self.planned, self._versions, self._last_used):
             column[[a, b]] = column[[b, a]]
         self._touched[[a, b]] = max(self._touched[a], self._touched[b])

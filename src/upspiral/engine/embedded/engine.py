@@ -24,14 +24,15 @@ from numpy.typing import NDArray
 from upspiral.config.models import EngineConfig
 from upspiral.engine.base import EngineStats, GenerationChunk, TokenIds
 from upspiral.engine.embedded.cache import SlotCache
+from upspiral.engine.embedded.decoder import DecoderForward
 from upspiral.engine.embedded.exact import ExactForward
-from upspiral.engine.embedded.llama import LlamaForward
 from upspiral.engine.embedded.sampler import sample
 from upspiral.engine.embedded.scheduler import Scheduler
 from upspiral.engine.embedded.sequence import Batch, Delivery, Sequence
 from upspiral.errors import ConfigError, ContextLengthError, DeadlineError, EngineError, RequestError
 from upspiral.types import SamplingParams
 from upspiral.weights.cpu import use_threads
+from upspiral.weights.experts import expert_layers
 from upspiral.weights.load import LoadedModel
 
 _log = logging.getLogger(__name__)
@@ -65,8 +66,10 @@ class EmbeddedEngine:
             )
         self._model, self._config, self._seed = model, config, seed
         self._cache = SlotCache(model, config.cache_slots, config.context_length)
+        if config.routes == "replay":
+            self._cache.keep_routes(*_route_shape(model))
         self._scheduler = Scheduler(self._cache, config)
-        self._forward = (ExactForward if config.exact else LlamaForward)(model, self._cache)
+        self._forward = (ExactForward if config.exact else DecoderForward)(model, self._cache)
         self._changed = threading.Condition()
         # Guarded by _changed:
         self._arrived: list[Sequence] = []
@@ -309,13 +312,22 @@ class EmbeddedEngine:
         for sequence, token_id, logprob in zip(batch.sampling, token_ids, logprobs, strict=True):
             self._cache.append(sequence.slot, token_id)
             reason = sequence.accept(token_id)
+            chunk = GenerationChunk((token_id,), (logprob,), (version,), reason, *self._routes(sequence))
+            deliveries.append((sequence, chunk))
             if reason is not None:
                 self._scheduler.finish(sequence)
-            deliveries.append((sequence, GenerationChunk((token_id,), (logprob,), (version,), reason)))
         self._steps += 1
         self._sampled_tokens += len(token_ids)
         self._prefilled_tokens += sum(chunk.count for chunk in batch.chunks)
         self._send(deliveries)
+
+    def _routes(self, sequence: Sequence) -> tuple[NDArray[np.int16] | None, NDArray[np.int16] | None]:
+        """Of the token that was sampled last, and with the first one of its prompt; see GenerationChunk."""
+        if self._cache.routes is None:
+            return None, None
+        last = len(sequence.prompt_ids) + sequence.sampled - 2
+        held = self._cache.routes[sequence.slot]
+        return held[last : last + 1].copy(), held[:last].copy() if sequence.sampled == 1 else None
 
     def _abandon(self, message: str, cause: Exception | None = None) -> None:
         """Every open request gets an EngineError; then the cache is emptied, since what it holds is in doubt."""
@@ -332,6 +344,16 @@ class EmbeddedEngine:
         # One call for all of a step: waking the loop costs more than what it does there.
         if deliveries and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(_deliver, deliveries)
+
+
+def _route_shape(model: LoadedModel) -> tuple[int, int]:
+    """How many layers have experts, and how many experts a token goes to."""
+    layers = expert_layers(model.module)
+    if not layers:
+        raise ConfigError(
+            'engine.routes = "replay", but the model has no experts; drop this key or choose a mixture of experts'
+        )
+    return len(layers), layers[0].mlp.gate.top_k
 
 
 def _settle(outcome: asyncio.Future[Any], result: Any, error: BaseException | None) -> None:

@@ -13,26 +13,30 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from upspiral.engine.embedded.cache import SlotCache
-from upspiral.engine.embedded.llama import LlamaForward, Rows
+from upspiral.engine.embedded.decoder import DecoderForward, Rows
+from upspiral.engine.embedded.feed_forward import exact_feed_forward
 from upspiral.engine.embedded.sequence import Batch
 from upspiral.weights.exact import at_least_some_rows, exact_attention, exact_chunk
 from upspiral.weights.load import LoadedModel
 
 
-class ExactForward(LlamaForward):
+class ExactForward(DecoderForward):
     def __init__(self, model: LoadedModel, cache: SlotCache) -> None:
         super().__init__(model, cache)
         self._scale = cache.keys_values.shape[-1] ** -0.5
+        decoder: Any = model.module.model
+        self._modules = [(layer, exact_feed_forward(layer.mlp)) for layer in decoder.layers]
 
     def logits(self, batch: Batch) -> Tensor:
         """[S, V], in the dtype of the model, rows in the order of `batch.sampling`."""
         rows = self._rows(batch)
         decoder: Any = self._model.module.model
         hidden = at_least_some_rows(F.embedding(rows.ids_N, decoder.embed_tokens.weight))
-        for layer, keys_values in zip(decoder.layers, self._cache.keys_values, strict=True):
+        for (layer, feed_forward), keys_values in zip(self._modules, self._cache.keys_values, strict=True):
             attended = self._mix(layer.self_attn, keys_values, layer.input_layernorm(hidden), rows)
             hidden = hidden + layer.self_attn.o_proj(attended)
-            hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+            hidden = hidden + feed_forward(layer.post_attention_layernorm(hidden))
+        self._keep_routes([feed_forward for _, feed_forward in self._modules], rows)
         sampled = at_least_some_rows(decoder.norm(hidden[rows.sampled_S]))
         return F.linear(sampled, self._model.module.lm_head.weight)[: len(rows.sampled_S)]
 
@@ -42,6 +46,8 @@ class ExactForward(LlamaForward):
             getattr(attention, name)(hidden)[:count].unflatten(-1, (-1, width))
             for name in ("q_proj", "k_proj", "v_proj")
         )
+        if hasattr(attention, "q_norm"):
+            query, key = attention.q_norm(query), attention.k_norm(key)
         query, key = (each * rows.cosines + _swapped(each) * rows.sines for each in (query, key))
         keys_values[rows.slots_N, :, rows.positions_N] = torch.cat([key, value], dim=1)
         parts = [self._decode_exactly(query[: rows.decoding], keys_values, rows)] if rows.decoding else []

@@ -1,4 +1,4 @@
-"""The forward pass of the Llama family over a packed batch, with keys and values in slots.
+"""The forward pass of a decoder over a packed batch, with keys and values in slots.
 
 Shapes: N rows (one token each), S rows that are sampled, H query heads, K key-value heads, G = H / K, D head size,
 V vocabulary. All rows share the multiplications; only attention treats decoding rows and prompt chunks apart. Weights
@@ -7,7 +7,9 @@ are read from the trainer's module at every step, so an in-place update needs no
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +19,7 @@ from torch.nn import functional as F
 
 from upspiral.engine.embedded.attention import attend_chunk, attend_slots, attend_slots_sharing
 from upspiral.engine.embedded.cache import SlotCache
+from upspiral.engine.embedded.feed_forward import ExpertFeedForward, FeedForward, fast_feed_forward
 from upspiral.engine.embedded.sequence import Batch
 from upspiral.weights.load import LoadedModel
 
@@ -29,10 +32,11 @@ class _LayerWeights:
 
     attention_norm: Tensor
     qkv: Tensor
+    head_norms: tuple[Tensor, Tensor] | None
+    """Of each query and of each key, before they are rotated; None: they have none."""
     attention_out: Tensor
     feed_forward_norm: Tensor
-    gate_up: Tensor
-    down: Tensor
+    feed_forward: FeedForward
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +72,7 @@ class Rows:
     sampled_S: Tensor
 
 
-class LlamaForward:
+class DecoderForward:
     """Computes the logits of a batch and writes its keys and values into the cache."""
 
     def __init__(self, model: LoadedModel, cache: SlotCache):
@@ -87,14 +91,25 @@ class LlamaForward:
         hidden = F.embedding(rows.ids_N, decoder.embed_tokens.weight)
         for layer, keys_values in zip(self._layers, self._cache.keys_values, strict=True):
             hidden = hidden + self._attend(layer, keys_values, hidden, rows)
-            hidden = hidden + self._feed_forward(layer, hidden)
+            hidden = hidden + layer.feed_forward(self._normalize(hidden, layer.feed_forward_norm))
+        self._keep_routes([layer.feed_forward for layer in self._layers], rows)
         hidden = self._normalize(hidden[rows.sampled_S], decoder.norm.weight)
         return F.linear(hidden, self._model.module.lm_head.weight)
+
+    def _keep_routes(self, blocks: Iterable[FeedForward], rows: Rows) -> None:
+        if self._cache.routes is not None:
+            chosen = [block.chosen_NK for block in blocks if isinstance(block, ExpertFeedForward)]
+            routes_NLK = torch.stack([each for each in chosen if each is not None], dim=1)[: len(rows.ids_N)]
+            self._cache.routes[rows.slots_N.cpu().numpy(), rows.positions_N.cpu().numpy()] = routes_NLK.cpu().numpy()
 
     def _attend(self, layer: _LayerWeights, keys_values: Tensor, hidden: Tensor, rows: Rows) -> Tensor:
         query_heads, key_heads = self._heads, self._kv_heads
         qkv = F.linear(self._normalize(hidden, layer.attention_norm), layer.qkv)
         qkv = qkv.view(len(hidden), query_heads + 2 * key_heads, -1)
+        if layer.head_norms is not None:
+            queries, keys, _ = qkv.split((query_heads, key_heads, key_heads), dim=1)
+            for heads, norm in zip((queries, keys), layer.head_norms, strict=True):
+                heads.copy_(self._normalize(heads, norm))
         self._rotate(qkv[:, : query_heads + key_heads], rows)
         keys_values[rows.slots_N, :, rows.positions_N] = qkv[:, query_heads:]
         queries = qkv[:, :query_heads]
@@ -118,10 +133,6 @@ class LlamaForward:
         else:
             attended = attend_slots_sharing(queries, keys, values, rows.decode_mask, rows.shared)
         return attended if rows.decode_slots is None else attended[rows.decode_slots]
-
-    def _feed_forward(self, layer: _LayerWeights, hidden: Tensor) -> Tensor:
-        gate, up = F.linear(self._normalize(hidden, layer.feed_forward_norm), layer.gate_up).chunk(2, dim=-1)
-        return F.linear(F.silu(gate) * up, layer.down)
 
     def _normalize(self, hidden: Tensor, weight: Tensor) -> Tensor:
         return F.rms_norm(hidden, weight.shape, weight, self._epsilon)
@@ -174,16 +185,16 @@ class LlamaForward:
 
 
 def _weights_of_layer(model: LoadedModel, index: int) -> _LayerWeights:
-    def weight(name: str) -> Tensor:
-        return model.module.get_parameter(f"model.layers.{index}.{name}.weight")
-
+    layer: Any = model.module.model.layers[index]
+    attention = layer.self_attn
+    has_norms = hasattr(attention, "q_norm")
     return _LayerWeights(
-        attention_norm=weight("input_layernorm"),
+        attention_norm=layer.input_layernorm.weight,
         qkv=model.layers[index].qkv,
-        attention_out=weight("self_attn.o_proj"),
-        feed_forward_norm=weight("post_attention_layernorm"),
-        gate_up=model.layers[index].gate_up,
-        down=weight("mlp.down_proj"),
+        head_norms=(attention.q_norm.weight, attention.k_norm.weight) if has_norms else None,
+        attention_out=attention.o_proj.weight,
+        feed_forward_norm=layer.post_attention_layernorm.weight,
+        feed_forward=fast_feed_forward(layer.mlp, model.layers[index]),
     )
 
 

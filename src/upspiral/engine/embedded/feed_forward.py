@@ -1,0 +1,60 @@
+"""The feed-forward half of a layer, on rows: dense, or a mixture of experts.
+
+Shapes: N rows, C hidden width, K experts of a row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from upspiral.weights.experts import exact_experts, has_experts
+from upspiral.weights.fused import FusedLayer
+
+
+class FeedForward(Protocol):
+    """Takes the normalised rows [N, C] and gives what is added to them."""
+
+    def __call__(self, hidden_NC: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True, slots=True)
+class DenseFeedForward:
+    gate_up: Tensor
+    """[2 * intermediate, C]"""
+    down: Tensor
+
+    def __call__(self, hidden_NC: Tensor) -> Tensor:
+        gate, up = F.linear(hidden_NC, self.gate_up).chunk(2, dim=-1)
+        return F.linear(F.silu(gate) * up, self.down)
+
+
+@dataclass(slots=True)
+class ExpertFeedForward:
+    """The trainer's own router and experts. `exact`: a row has the same bits whatever else is in the batch."""
+
+    block: Any
+    exact: bool
+    chosen_NK: Tensor | None = None
+    """Which experts the rows of the last call went to."""
+
+    def __call__(self, hidden_NC: Tensor) -> Tensor:
+        _, weights_NK, chosen_NK = self.block.gate(hidden_NC)
+        self.chosen_NK = chosen_NK
+        compute = partial(exact_experts, self.block.experts) if self.exact else self.block.experts
+        return compute(hidden_NC, chosen_NK, weights_NK)
+
+
+def fast_feed_forward(block: Any, fused: FusedLayer) -> FeedForward:
+    if has_experts(block):
+        return ExpertFeedForward(block, exact=False)
+    assert fused.gate_up is not None
+    return DenseFeedForward(fused.gate_up, block.down_proj.weight)
+
+
+def exact_feed_forward(block: Any) -> FeedForward:
+    return ExpertFeedForward(block, exact=True) if has_experts(block) else block
