@@ -1,7 +1,8 @@
 """From the gradient of a merged weight to those of its factors.
 
 W = base + s B A, so dA = s B' dW and dB = s dW A' (the chain rule). The forward pass knows nothing of factors, which
-is what keeps it the engine's. A weight's gradient is handed on as soon as it is complete: two are never alive.
+is what keeps it the engine's. A weight's gradient is handed on as soon as it is complete, so that never more than those
+of one layer are alive.
 """
 
 from __future__ import annotations
