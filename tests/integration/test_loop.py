@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -16,6 +17,7 @@ import pytest
 pytest.importorskip("torch", reason="needs the [train] extra")
 
 from tests.fixtures.tiny_model import make_model
+from upspiral.cli.main import run_command
 from upspiral.config.loader import load_run_config
 from upspiral.errors import LedgerError
 from upspiral.loop.run import run_training
@@ -60,6 +62,19 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model(tmp_path_factory.mktemp("model"))
 
 
+@pytest.fixture(scope="module")
+def decided_model(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model with embeddings large enough for decided answers: an adapter leaves those as they are."""
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path_factory.mktemp("decided") / "model"
+    shutil.copytree(model, folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.embed_tokens.weight"] *= 8
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
 def recipe(folder: Path, model: Path, steps: int) -> Path:
     path = folder / "tiny.toml"
     path.write_text(RECIPE.format(model=model, fixtures=FIXTURES, steps=steps))
@@ -92,6 +107,26 @@ def test_reward_rises_and_the_ledger_closes(tmp_path: Path, model: Path) -> None
         graph = store.graph(rollout.id)
         assert {int(v) for node in graph.nodes for v in node.versions[node.sampled]} == {rollout.step - 1}
     store.close()
+
+
+def test_an_adapter_learns_is_resumed_and_exported(tmp_path: Path, decided_model: Path) -> None:
+    flags = {"trainer.lora.rank": "8", "trainer.lr": "4e-3", "trainer.activation_checkpointing": "true",
+             "engine.exact": "true"}  # fmt: skip
+    folder, file = tmp_path / "run", recipe(tmp_path, decided_model, steps=12)
+    command = [sys.executable, "-m", "upspiral", "run", str(file), "--run", str(folder), "--steps", "2"]
+    command += [word for key, value in flags.items() for word in (f"--{key}", value)]
+    subprocess.run(command, check=True, timeout=120, stdout=subprocess.DEVNULL)
+    config = load_run_config(file, flags)
+    run_training(config, folder, resume=True, progress=LiveProgress("tiny", 12, quiet=True))
+    steps = steps_of(folder)
+    rewards = [line["reward_mean"] for line in steps]
+    assert len(steps) == 12 and fmean(rewards[-3:]) > fmean(rewards[:3]) + 0.2, rewards
+    assert all(line["ledger"]["difference"] == 0 for line in steps)
+    assert all(line["mismatch_max_abs"] == 0 for line in steps if line["trained_tokens"]), "exact mode must stay exact"
+    assert run_command(["export", str(folder), "--peft", str(tmp_path / "adapter")]) == 0
+    assert {path.name for path in (tmp_path / "adapter").iterdir()} >= {
+        "adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "chat_template.jinja",
+    }  # fmt: skip
 
 
 def test_a_reward_that_no_token_earned_stops_the_run(tmp_path: Path, model: Path) -> None:

@@ -90,24 +90,12 @@ def relative_difference(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> flo
 
 class DoubleLlama(nn.Module):
     """A Llama-like model that is float64 throughout: transformers computes RMSNorm and RoPE in float32 whatever the
-    dtype, which hides differences below 1e-7. Offers what `target_logprobs` asks of a model, on our attention."""
+    dtype, which hides differences below 1e-7. Offers what the trainer asks of a model, on our attention."""
 
     def __init__(self, width: int = 16, heads: int = 4, key_heads: int = 2, layers: int = 2) -> None:
         super().__init__()
-        self.heads, self.key_heads, self.head = heads, key_heads, width // heads
         self.embedding = nn.Embedding(VOCABULARY, width)
-        self.blocks = nn.ModuleList(
-            nn.ModuleDict(
-                {
-                    "query": nn.Linear(width, width, bias=False),
-                    "key_value": nn.Linear(width, 2 * key_heads * self.head, bias=False),
-                    "out": nn.Linear(width, width, bias=False),
-                    "up": nn.Linear(width, 2 * width, bias=False),
-                    "down": nn.Linear(2 * width, width, bias=False),
-                }
-            )
-            for _ in range(layers)
-        )
+        self.layers = nn.ModuleList(DoubleLayer(number, width, heads, key_heads) for number in range(layers))
         self.double()
 
     def get_decoder(self) -> DoubleLlama:
@@ -118,15 +106,29 @@ class DoubleLlama(nn.Module):
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, use_cache: bool, forest: Any) -> SimpleNamespace:
         x = self.embedding(input_ids)
-        for block in self.blocks:
-            parts: Any = block
-            normed = _norm(x)
-            query = _rotate(self._split(parts["query"](normed), self.heads), position_ids)
-            key, value = self._split(parts["key_value"](normed), 2 * self.key_heads).chunk(2, dim=1)
-            mixed, _ = forest_attention(self, query, _rotate(key, position_ids), value, forest=forest)
-            x = x + parts["out"](mixed.flatten(2))
-            x = x + parts["down"](nn.functional.silu(parts["up"](_norm(x))))
+        for layer in self.layers:
+            x = layer(x, position_ids, forest=forest)
         return SimpleNamespace(last_hidden_state=_norm(x))
+
+
+class DoubleLayer(nn.Module):
+    def __init__(self, number: int, width: int, heads: int, key_heads: int) -> None:
+        super().__init__()
+        self.layer_idx, self.heads, self.key_heads, self.head = number, heads, key_heads, width // heads
+        self.query = nn.Linear(width, width, bias=False)
+        self.key_value = nn.Linear(width, 2 * key_heads * self.head, bias=False)
+        self.out = nn.Linear(width, width, bias=False)
+        self.mlp = nn.ModuleDict(
+            {"up": nn.Linear(width, 2 * width, bias=False), "down": nn.Linear(2 * width, width, bias=False)}
+        )
+
+    def forward(self, x: Tensor, position_ids: Tensor, forest: Any) -> Tensor:
+        normed = _norm(x)
+        query = _rotate(self._split(self.query(normed), self.heads), position_ids)
+        key, value = self._split(self.key_value(normed), 2 * self.key_heads).chunk(2, dim=1)
+        mixed, _ = forest_attention(self, query, _rotate(key, position_ids), value, forest=forest)
+        x = x + self.out(mixed.flatten(2))
+        return x + self.mlp["down"](nn.functional.silu(self.mlp["up"](_norm(x))))
 
     def _split(self, x: Tensor, heads: int) -> Tensor:
         return x.unflatten(-1, (heads, self.head)).transpose(1, 2)

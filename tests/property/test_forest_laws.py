@@ -9,6 +9,7 @@ import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import peft
 import pytest
 import torch
 from hypothesis import given, settings
@@ -26,12 +27,15 @@ from tests.property.forests import (
     with_routes,
 )
 from upspiral.algorithm.loss import PolicyLoss, SftLoss, TokenTerms
+from upspiral.config.models import LoraConfig
 from upspiral.trainer.attention import forest_attention_in
 from upspiral.trainer.depth_first import lanes_of
 from upspiral.trainer.flat import call_rows, flatten, side_by_side
 from upspiral.trainer.forest import ForestBatch, Item, pack
 from upspiral.trainer.logprob import target_logprobs
+from upspiral.trainer.lora import factors_behind
 from upspiral.trainer.routes import replayed_routes_in
+from upspiral.weights.adapter import Adapter
 from upspiral.weights.experts import exact_experts_in, expert_layers
 
 LOSS = PolicyLoss(clip_low=0.2, clip_high=0.28, mismatch_cap=2.0)
@@ -80,21 +84,21 @@ def minibatches_of(batches: Sequence[ForestBatch]) -> list[list[ForestBatch]]:
     return [[batch for batch in batches if batch.minibatch == n] for n in sorted({each.minibatch for each in batches})]
 
 
-def loss_and_gradients(model: nn.Module, batches: Sequence[ForestBatch]) -> tuple[float, list[Tensor]]:
+def loss_and_gradients(model: nn.Module, batches: Sequence[ForestBatch], **lane: bool) -> tuple[float, list[Tensor]]:
     """The policy loss summed over batches, at a p_theta near p_old so that both sides of the clip occur."""
     model.zero_grad()
     total = 0.0
     with forest_attention_in(model), replayed_routes_in(model), exact_experts_in(model):
-        for lane in (lane for part in minibatches_of(batches) for lane in lanes_of(part)):
-            for work in lane.remaining:
-                batch = lane.batches[work.batch]
+        for one in (one for part in minibatches_of(batches) for one in lanes_of(part, **lane)):
+            for work in one.remaining:
+                batch = one.batches[work.batch]
                 if work.kind != "backward":
-                    logprobs, _ = target_logprobs(model, batch, temperature=0.7, forest=lane.begin(work))
+                    logprobs, _ = target_logprobs(model, batch, temperature=0.7, forest=one.begin(work))
                     loss = policy_loss(batch, logprobs)
-                    lane.keep_loss(work, loss)
+                    one.keep_loss(work, loss)
                     total += loss.item()
                 if work.kind != "forward":
-                    lane.end(work)
+                    one.end(work)
     return total, gradients(model)
 
 
@@ -123,15 +127,21 @@ MODELS: list[tuple[str, Callable[[], nn.Module], float]] = [
 def test_forest_equals_one_row_per_path(
     model: Callable[[], nn.Module], tolerance: float, items: list[Item], budget: int, habits: list[int]
 ) -> None:
-    made: Any = model()
-    layers = expert_layers(made)
-    if layers:
-        router = layers[0].mlp.gate
-        items = with_routes(items, (len(layers), router.top_k), router.num_experts, habits)
+    made = model()
+    items = routed(items, made, habits)
     ours = loss_and_gradients(made, pack(items, tokens_per_microbatch=budget))
     theirs = loss_and_gradients(made, flatten(items))
     assert ours[0] == pytest.approx(theirs[0], rel=tolerance, abs=tolerance)
     assert relative_difference(ours[1], theirs[1]) <= tolerance
+
+
+def routed(items: list[Item], model: Any, habits: Sequence[int]) -> list[Item]:
+    """With routes of the model's shape, where it has experts."""
+    layers = expert_layers(model)
+    if not layers:
+        return items
+    router = layers[0].mlp.gate
+    return with_routes(items, (len(layers), router.top_k), router.num_experts, habits)
 
 
 @settings(max_examples=25, deadline=None)
@@ -152,6 +162,64 @@ def test_order_and_budget_do_not_change_the_gradient(items: list[Item], budgets:
     theirs = loss_and_gradients(model, pack(shuffled, tokens_per_microbatch=budgets[1]))
     assert ours[0] == pytest.approx(theirs[0], rel=1e-9, abs=1e-9)
     assert relative_difference(ours[1], theirs[1]) <= 1e-9
+
+
+@pytest.mark.parametrize("model", [each[1] for each in MODELS], ids=[each[0] for each in MODELS])
+@settings(max_examples=15, deadline=None)
+@given(items=batches_of_rollouts(), budget=st.integers(1, 60), exact=st.booleans())
+def test_layers_computed_again_give_the_same_bits(
+    model: Callable[[], nn.Module], items: list[Item], budget: int, exact: bool
+) -> None:
+    made = model()
+    batches = pack(routed(items, made, [1, 2, 0, 1]), tokens_per_microbatch=budget, lanes=2)
+    kept = loss_and_gradients(made, batches, exact=exact)
+    again = loss_and_gradients(made, batches, exact=exact, recompute=True)
+    assert again[0] == kept[0]
+    assert all(torch.equal(a, b) for a, b in zip(again[1], kept[1], strict=True))
+
+
+# Without experts: merged or not, a router may choose otherwise.
+DENSE = [each for each in MODELS if "MoE" not in each[0]]
+
+
+@pytest.mark.parametrize(("model", "tolerance"), [each[1:] for each in DENSE], ids=[each[0] for each in DENSE])
+@settings(max_examples=15, deadline=None)
+@given(items=batches_of_rollouts(), budget=st.integers(1, 60), rank=st.integers(1, 5), alpha=st.floats(0.5, 8))
+def test_factors_get_the_gradients_that_layers_of_peft_give_them(
+    model: Callable[[], nn.Module], tolerance: float, items: list[Item], budget: int, rank: int, alpha: float
+) -> None:
+    made, twin, batches = model(), model(), pack(items, tokens_per_microbatch=budget, lanes=2)
+    adapter = Adapter(made, LoraConfig(rank=rank, alpha=alpha))
+    for each in adapter.weights:
+        nn.init.normal_(each.up_OR, std=0.1)
+    adapter.merge()
+    behind = factors_behind(made, adapter)
+    ours, others = loss_and_gradients(made, batches)
+    theirs = loss_and_gradients(with_layers_of_peft(twin, adapter), batches)[0]
+    assert ours == pytest.approx(theirs, rel=tolerance, abs=tolerance)
+    assert not any(gradient.any() for gradient in others), "adapted weights must not keep gradients"
+    expected = [
+        twin.get_submodule(f"{each.name}.lora_{letter}.default").weight for each in adapter.weights for letter in "AB"
+    ]
+    if batches:
+        found = ([gradient_of(x) for x in each] for each in (behind, expected))
+        assert relative_difference(*found) <= tolerance
+
+
+def with_layers_of_peft(model: nn.Module, adapter: Adapter) -> nn.Module:
+    """The model with PEFT's own layers around its weights, which stay unmerged."""
+    config = adapter.config
+    settings = peft.LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=adapter.target_modules)  # pyright: ignore[reportArgumentType]
+    peft.inject_adapter_in_model(settings, model)
+    for each in adapter.weights:
+        for letter, factor in (("A", each.down_RI), ("B", each.up_OR)):
+            layer: Any = model.get_submodule(f"{each.name}.lora_{letter}.default")
+            layer.weight.data = factor.to(layer.weight.dtype)
+    return model.eval()
+
+
+def gradient_of(parameter: Any) -> Tensor:
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
 
 
 @settings(max_examples=100, deadline=None)

@@ -18,6 +18,7 @@ NEEDS_TORCH = (
     "upspiral.kernel.rows",
     "upspiral.loop",
     "upspiral.weights.load",
+    "upspiral.weights.adapter",
     "upspiral.weights.cpu",
     "upspiral.weights.fused",
     "upspiral.weights.families",
@@ -30,7 +31,7 @@ import importlib, json, sys
 
 class Refuse:
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {"torch", "transformers", "safetensors", "gguf", "accelerate", "openai"}:
+        if name.partition(".")[0] in {"torch", "transformers", "safetensors", "gguf", "accelerate", "peft", "openai"}:
             raise ImportError(f"refused: {name}", name=name)
 
 sys.meta_path.insert(0, Refuse())

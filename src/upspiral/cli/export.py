@@ -9,15 +9,17 @@ from upspiral.config.loader import load_run_config
 from upspiral.errors import ConfigError
 
 
-def export(run: Path, /, *, hf: Path, step: int | None = None) -> None:
-    """Write the trained model as a Hugging Face folder that transformers loads.
+def export(run: Path, /, *, hf: Path | None = None, peft: Path | None = None, step: int | None = None) -> None:
+    """Write the trained model as a Hugging Face folder that transformers loads, or its adapter alone.
 
     Parameters
     ----------
     run
         The run folder, such as runs/demo.
     hf
-        The folder to write; it must not exist yet.
+        The folder to write the whole model to; it must not exist yet.
+    peft
+        The folder to write the adapter of a run with [trainer.lora] to, for PEFT; it must not exist yet.
     step
         The step of the checkpoint; the newest when not given.
     """
@@ -25,10 +27,14 @@ def export(run: Path, /, *, hf: Path, step: int | None = None) -> None:
     if not resolved.is_file():
         raise ConfigError(f"{run} holds no training run (no {resolved.name}); `upspiral run FILE` makes one")
     config = load_run_config(resolved)
-    need_training_packages("export")
+    if hf is None and peft is None:
+        raise ConfigError("nothing to write; give --hf FOLDER or --peft FOLDER")
+    if peft is not None and config.trainer.lora is None:
+        raise ConfigError(f"--peft: {run} trained all weights ([trainer.lora] is not in its config); use --hf")
+    need_training_packages("export", *(["peft"] if peft is not None else []))
     from upspiral.trainer.checkpoint import load_checkpoint
     from upspiral.trainer.local import LocalTrainer
-    from upspiral.weights.export import export_hf
+    from upspiral.weights.export import export_hf, export_peft
     from upspiral.weights.load import load_model
     from upspiral.weights.models import resolve_model
 
@@ -38,7 +44,10 @@ def export(run: Path, /, *, hf: Path, step: int | None = None) -> None:
     # The trainer alone knows what its state means; loading it updates the module in place.
     trainer = LocalTrainer(model.module, config.trainer, config.algorithm, temperature=config.temperature)
     trainer.load_state_dict(load_checkpoint(checkpoint))
-    print(export_hf(model.module, source, hf))
+    if hf is not None:
+        print(export_hf(model.module, source, hf))
+    if peft is not None and trainer.adapter is not None:
+        print(export_peft(trainer.adapter, source, peft))
 
 
 def _checkpoint(run: Path, step: int | None) -> Path:

@@ -9,8 +9,9 @@ from upspiral.errors import ModelError
 _TRAINING_PACKAGES = ("torch", "transformers", "safetensors")
 
 
-def need_training_packages(command: str) -> None:
-    """Raises ModelError that says what to install, when upspiral[train] is not there."""
-    missing = [name for name in _TRAINING_PACKAGES if find_spec(name) is None]
+def need_training_packages(command: str, *others: str) -> None:
+    """Raises ModelError that says what to install, when what every training command needs of upspiral[train], or one of
+    the `others` in it, is not there."""
+    missing = [name for name in (*_TRAINING_PACKAGES, *others) if find_spec(name) is None]
     if missing:
         raise ModelError(f"`upspiral {command}` needs {', '.join(missing)}: pip install 'upspiral[train]'")

@@ -21,6 +21,10 @@ def switched_off(config: RunConfig) -> dict[str, str]:
     if config.env.kind != "shell":
         for name in ("levels", "kinds", "shapes"):
             off[f"env.{name}"] = 'only env.kind = "shell" has a ladder; drop this key'
+    if config.model.dtype == "float32":
+        off["trainer.master_weights"] = 'with model.dtype = "float32" weights are their own masters; drop this key'
+    elif config.trainer.lora is not None:
+        off["trainer.master_weights"] = "the factors of [trainer.lora] are always float32; drop this key"
     if config.agent.file is None:
         off["agent.workers"] = "only agent.file has worker processes; drop this key"
     return off

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache
-from types import MappingProxyType
-from typing import Any, TypeGuard
+from types import MappingProxyType, UnionType
+from typing import Any, get_args
 
 from pydantic import BaseModel
 
@@ -34,7 +34,7 @@ def all_keys() -> Mapping[str, Key]:
 
 def sections() -> list[str]:
     """The names of the tables of a run file."""
-    return [name for name, field in RunConfig.model_fields.items() if _is_section(field.annotation)]
+    return [name for name, field in RunConfig.model_fields.items() if _section_in(field.annotation)]
 
 
 def nearest_keys(name: str) -> list[str]:
@@ -54,13 +54,16 @@ def nearest_keys(name: str) -> list[str]:
 def _keys_of(model: type[BaseModel], prefix: str) -> list[Key]:
     keys: list[Key] = []
     for name, field in model.model_fields.items():
-        if _is_section(field.annotation):
-            keys += _keys_of(field.annotation, f"{prefix}{name}.")
+        section = _section_in(field.annotation)
+        if section is not None:
+            keys += _keys_of(section, f"{prefix}{name}.")
         else:
             doc = " ".join((field.description or "").split())
             keys.append(Key(prefix + name, field.annotation, field.get_default(), doc))
     return keys
 
 
-def _is_section(annotation: Any) -> TypeGuard[type[BaseModel]]:
-    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+def _section_in(annotation: Any) -> type[BaseModel] | None:
+    """The model of a section, be it one that may be absent."""
+    choices = get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
+    return next((each for each in choices if isinstance(each, type) and issubclass(each, BaseModel)), None)

@@ -216,9 +216,10 @@ def _misfits(config: RunConfig, given: _Given) -> Iterator[str]:
 
 
 def _value_of(config: RunConfig, key: str) -> Any:
+    """None where the key's section is absent."""
     value: Any = config
     for name in key.split("."):
-        value = getattr(value, name)
+        value = None if value is None else getattr(value, name)
     return value
 
 

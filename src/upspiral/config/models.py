@@ -24,7 +24,8 @@ class ModelConfig(_Section):
     path: str = "smollm2-135m"
     """A name from `upspiral model list`, a local Hugging Face folder, or a hub id."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Precision of the weights in the forward and backward pass. The optimizer keeps float32 master weights."""
+    """Precision of the weights in the forward and backward pass. What the optimizer keeps beside them is
+    trainer.master_weights."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the model computes."""
     threads: Annotated[int, Field(ge=0)] = 0
@@ -208,6 +209,18 @@ class AlgorithmConfig(_Section):
         return self
 
 
+class LoraConfig(_Section):
+    """Low-rank factors are trained instead of the weights: each adapted weight is base + B A * alpha / rank."""
+
+    rank: PositiveInt = 16
+    """Columns of B and rows of A."""
+    alpha: PositiveFloat = 32.0
+    """The product of the factors is scaled by alpha / rank."""
+    target_modules: tuple[str, ...] = ()
+    """Which linear layers are adapted, by the end of their names, such as "q_proj" or "layers.0.mlp.up_proj"; none
+    named: all but the output layer."""
+
+
 class TrainerConfig(_Section):
     """How the loss becomes new weights."""
 
@@ -221,12 +234,20 @@ class TrainerConfig(_Section):
     """AdamW's decay rates."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """AdamW's weight decay."""
+    master_weights: Literal["float32", "none"] = "float32"
+    """What AdamW updates when the model is in bfloat16: "float32" copies of the weights, or with "none" the weights
+    themselves with stochastic rounding, which saves 4 bytes a weight."""
     max_grad_norm: PositiveFloat = 1.0
     """Gradients are clipped to this global norm."""
     tokens_per_microbatch: PositiveInt = 4096
     """Unique tokens of one forward and backward pass."""
+    activation_checkpointing: bool = False
+    """Whether decoder layers are computed again in the backward pass instead of being kept: the same gradients to the
+    bit, with less memory and in more time."""
     minibatches: PositiveInt = 1
     """Optimizer steps per batch of rollouts. Above 1 the batch is split by groups and PPO clipping comes to bear."""
+    lora: LoraConfig | None = None
+    """With a section [trainer.lora], if only an empty one, low-rank factors are trained; without, all weights."""
 
 
 class EvalConfig(_Section):

@@ -130,7 +130,7 @@ class KeptLayer:
 class ForestPass:
     """One batch on its way through a model: which keys each query sees, and what batches below it will need.
 
-    Attention layers call it in their order; a pass serves one forward.
+    A pass serves one forward. A layer that is computed again in the backward pass finds what it found before.
     """
 
     def __init__(
@@ -140,17 +140,19 @@ class ForestPass:
         *,
         keeps: bool = False,
         exact: bool = False,
+        recompute: bool = False,
     ) -> None:
         """`earlier`: the passes of the lane's batches before this one, as far as they are kept. `keeps`: others hang
-        below it. `exact`: to the same bits as the engine in its exact mode."""
+        below it. `exact`: to the same bits as the engine in its exact mode. `recompute`: layers are computed again in
+        the backward pass."""
+        self.recompute = recompute
         self._batch = batch
         self._plans: dict[int, Plan] = {}
         self.exact = exact
         self.routes = torch.from_numpy(batch.routes_TLK) if batch.routes_TLK.size else None
-        self.kept: list[KeptLayer] = []
+        self.kept: dict[int, KeptLayer] = {}
         self._runs = [(earlier[run.batch], run) for run in batch.context]
         self._keeps = keeps
-        self._layer = 0
 
     @cached_property
     def spans(self) -> tuple[Span, ...]:
@@ -166,12 +168,11 @@ class ForestPass:
             self._plans[group] = Plan.of(segments_of(self._batch), group)
         return self._plans[group]
 
-    def extend(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Puts the context's keys and values of the layer whose turn it is before those of the batch."""
-        layer, self._layer = self._layer, self._layer + 1
+    def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Puts the context's keys and values of a layer before those of the batch."""
         if self._keeps:
             key_leaf, value_leaf = (tensor.detach().requires_grad_(tensor.requires_grad) for tensor in (key, value))
-            self.kept.append(KeptLayer((key, value), (key_leaf, value_leaf)))
+            self.kept[layer] = KeptLayer((key, value), (key_leaf, value_leaf))
         if not self._runs:
             return key, value
         pairs = [(self._leaves(each, layer), run) for each, run in self._runs]
@@ -182,7 +183,8 @@ class ForestPass:
     def backward(self, loss: Tensor | None) -> None:
         """The backward pass of the batch, after those of all batches that have it as context."""
         ends = [(loss, None)] if loss is not None and loss.requires_grad else []
-        for layer in self.kept:
+        self._keeps = False  # what is computed again from here on has nothing below it any more
+        for layer in self.kept.values():
             pairs = zip(layer.computed, layer.leaves, strict=True)
             ends += [(computed, leaf.grad) for computed, leaf in pairs if leaf.grad is not None]
         self.kept.clear()
@@ -375,14 +377,15 @@ def forest_attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **kwargs: Any
 ) -> tuple[Tensor, None]:
     """The attention function of transformers' interface. Takes query [1,H,T,D], key and value [1,K,T,D] after RoPE
-    and the keywords `scaling` and `forest` (a ForestPass); returns ([1,T,H,D], None)."""
+    and the keywords `scaling` and `forest` (a ForestPass); returns ([1,T,H,D], None). `module` says by `layer_idx`
+    which layer of the model it is."""
     forest: ForestPass | None = kwargs.get("forest")
     if forest is None:
         raise ValueError(
             f"attention {ATTENTION_NAME!r} needs the keyword forest=ForestPass(batch) in the model's forward"
         )
     scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
-    key, value = forest.extend(key, value)
+    key, value = forest.extend(module.layer_idx, key, value)
     return _attend(forest, query, key, value, scale).transpose(1, 2), None
 
 

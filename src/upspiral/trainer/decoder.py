@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from upspiral.kernel.layer import Angles, DenseLayer, dense_layers
 from upspiral.trainer.attention import ForestPass, forest_attention
+from upspiral.trainer.recompute import computed_again, recomputed_layers
 from upspiral.weights.families import CausalModule
 from upspiral.weights.fused import fuse_projections
 
@@ -29,9 +30,10 @@ def hidden_states(model: Any, token_ids_T: Tensor, positions_T: Tensor, forest: 
     if decoder is not None:
         return decoder(token_ids_T, positions_T, forest)
     own = model.get_decoder()
-    return own(
-        input_ids=token_ids_T[None], position_ids=positions_T[None], use_cache=False, forest=forest
-    ).last_hidden_state[0]
+    with recomputed_layers(own.layers if forest.recompute else ()):
+        return own(
+            input_ids=token_ids_T[None], position_ids=positions_T[None], use_cache=False, forest=forest
+        ).last_hidden_state[0]
 
 
 def prepare(model: Any) -> None:
@@ -61,8 +63,9 @@ class CompiledDecoder:
         hidden = F.embedding(token_ids_T, self._embedding)
         cosines, sines = self._rotary(hidden, positions_T[None])
         angles = cosines[0].contiguous(), sines[0].contiguous()
+        compute = computed_again(_layer) if forest.recompute else _layer
         for layer in self._layers:
-            hidden = _layer(layer, hidden, angles, forest)
+            hidden = compute(layer, hidden, angles, forest)
         return _tensor(Norm.apply(hidden, self._norm.weight, self._norm.variance_epsilon, self._layers[0].rows))
 
 

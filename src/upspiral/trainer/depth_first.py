@@ -43,9 +43,9 @@ def depth_first(batches: Sequence[ForestBatch]) -> Iterator[Work]:
 class Lane:
     """The batches of one lane while they are computed. `remaining` is the work that is left."""
 
-    def __init__(self, batches: Sequence[ForestBatch], *, exact: bool = False) -> None:
+    def __init__(self, batches: Sequence[ForestBatch], *, exact: bool = False, recompute: bool = False) -> None:
         self.batches = batches
-        self._exact = exact
+        self._exact, self._recompute = exact, recompute
         self.remaining = deque(depth_first(batches))
         self._passes: list[ForestPass | None] = [None] * len(batches)
         self._losses: dict[int, Tensor] = {}
@@ -53,7 +53,9 @@ class Lane:
     def begin(self, work: Work) -> ForestPass:
         """The pass of a batch, for its forward; its context must have begun and not ended."""
         keeps = work.kind == "forward"
-        begun = ForestPass(self.batches[work.batch], self._passes, keeps=keeps, exact=self._exact)
+        begun = ForestPass(
+            self.batches[work.batch], self._passes, keeps=keeps, exact=self._exact, recompute=self._recompute
+        )
         self._passes[work.batch] = begun
         return begun
 
@@ -68,7 +70,7 @@ class Lane:
         ended.backward(self._losses.pop(work.batch, None))
 
 
-def lanes_of(batches: Sequence[ForestBatch], *, exact: bool = False) -> list[Lane]:
-    """The lanes of one minibatch."""
-    numbers = sorted({batch.lane for batch in batches})
-    return [Lane([batch for batch in batches if batch.lane == number], exact=exact) for number in numbers]
+def lanes_of(batches: Sequence[ForestBatch], *, exact: bool = False, recompute: bool = False) -> list[Lane]:
+    """The lanes of one minibatch. `exact`, `recompute`: see `ForestPass`."""
+    dealt = ([batch for batch in batches if batch.lane == n] for n in sorted({batch.lane for batch in batches}))
+    return [Lane(part, exact=exact, recompute=recompute) for part in dealt]

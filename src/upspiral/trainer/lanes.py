@@ -7,12 +7,12 @@ worth splitting (measured on two cores: 1.3 times one thread's speed with two Op
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from upspiral.weights.cpu import use_threads
 
@@ -32,11 +32,6 @@ class Lanes:
 
     def __len__(self) -> int:
         return len(self.models)
-
-    def parameters(self) -> Iterator[list[Tensor]]:
-        """The trainable parameters of each lane, in the order of the model's."""
-        for model in self.models:
-            yield [parameter for parameter in model.parameters() if parameter.requires_grad]
 
     def run(self, work: Callable[[Any, Item], Result], items: Sequence[Item]) -> list[Result]:
         """`work(model of the lane, item)` for at most as many items as there are lanes, all at once."""

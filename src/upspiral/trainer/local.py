@@ -1,7 +1,7 @@
 """The trainer of one process and one device: forest batches in, new weights in place out.
 
-Reproducible bit for bit: nothing in a step draws random numbers, and sums run in a fixed order for a fixed number of
-threads.
+Reproducible bit for bit: sums run in a fixed order for a fixed number of threads, and random numbers, where
+`trainer.lora` and `trainer.master_weights` want some, start from torch's seed.
 """
 
 from __future__ import annotations
@@ -19,15 +19,22 @@ from torch import Tensor
 
 from upspiral.algorithm.loss import Loss, PolicyLoss, SftLoss, TokenTerms
 from upspiral.config.models import AlgorithmConfig, TrainerConfig
+from upspiral.errors import StoreError
 from upspiral.trainer.attention import ForestPass, forest_attention_in
 from upspiral.trainer.decoder import prepare
 from upspiral.trainer.depth_first import Lane, Work, lanes_of
 from upspiral.trainer.forest import ForestBatch
 from upspiral.trainer.lanes import Lanes
 from upspiral.trainer.logprob import target_logprobs
-from upspiral.trainer.optimizer import MasterAdamW
+from upspiral.trainer.lora import factors_behind
+from upspiral.trainer.optimizer import MasterAdamW, ParameterOptimizer
+from upspiral.trainer.rounding import RoundingAdamW
 from upspiral.trainer.routes import replayed_routes_in
+from upspiral.weights.adapter import Adapter
 from upspiral.weights.experts import exact_experts_in
+
+_OPTIMIZERS: Mapping[str, type[ParameterOptimizer]] = {"float32": MasterAdamW, "none": RoundingAdamW}
+"""By `trainer.master_weights`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +78,9 @@ class LocalTrainer:
         `temperature`: that of the training rollouts; logits are divided by it, as the engine did.
         `lanes`: microbatches computed side by side, on a CPU thread each. `exact`: log-probabilities to the same bits
         as those of the embedded engine in its exact mode.
-        Raises ModelError when nothing in the model is trainable."""
+        Raises ModelError when nothing in the model is trainable, ConfigError when it lacks a layer to be adapted."""
         prepare(model)
+        self.adapter = Adapter(model, config.lora) if config.lora else None
         # No dropout: the policy that is trained is the one that sampled.
         self._lanes = Lanes(model.eval(), lanes)
         self._config = config
@@ -80,7 +88,8 @@ class LocalTrainer:
         self._exact = exact
         self._losses: dict[str, Loss] = {"policy": PolicyLoss.from_config(algorithm), "sft": SftLoss()}
         self._temperatures = {"policy": temperature, "sft": 1.0}
-        self._optimizer = MasterAdamW(model.parameters(), config)
+        self._trained = [self._trained_in(lane) for lane in self._lanes.models]
+        self._optimizer = _OPTIMIZERS[config.master_weights](self._trained[0], config)
         self._policy_steps = 0
 
     def step(
@@ -115,13 +124,28 @@ class LocalTrainer:
         self._optimizer.forget_moments()
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that the next step depends on, weights included. Live tensors: save before the next step."""
-        return {"optimizer": self._optimizer.state_dict(), "policy_steps": self._policy_steps}
+        """Everything that the next step depends on, trained weights included; of a model with an adapter the factors
+        alone. Live tensors: save before the next step."""
+        state = {"optimizer": self._optimizer.state_dict(), "policy_steps": self._policy_steps}
+        return state if self.adapter is None else state | {"base": self.adapter.base_sums}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores the weights in place and the optimizer. StoreError when another model wrote the state."""
         self._optimizer.load_state_dict(state["optimizer"])
+        if self.adapter is not None and state.get("base") != self.adapter.base_sums:
+            raise StoreError("the checkpoint's factors belong to other base weights; resume with theirs")
+        self._merge()
         self._policy_steps = int(state["policy_steps"])
+
+    def _trained_in(self, lane: Any) -> list[Tensor]:
+        """What the optimizer updates, as tensors that gradients of a lane's model arrive on."""
+        if self.adapter is not None:
+            return factors_behind(lane, self.adapter)
+        return [parameter for parameter in lane.parameters() if parameter.requires_grad]
+
+    def _merge(self) -> None:
+        if self.adapter is not None:
+            self.adapter.merge()
 
     @contextmanager
     def _forest_attention(self) -> Iterator[None]:
@@ -176,20 +200,21 @@ class LocalTrainer:
                 lane.end(work)
             return outcome
 
-        lanes = lanes_of(minibatch, exact=self._exact)
+        lanes = lanes_of(minibatch, exact=self._exact, recompute=self._config.activation_checkpointing)
         for batch in minibatch:
             tally.count(batch)
         while busy := [lane for lane in lanes if lane.remaining][: len(self._lanes)]:
             for outcome in self._lanes.run(compute, [(lane, lane.remaining.popleft()) for lane in busy]):
                 tally.add(*outcome)
-            for parameters in self._lanes.parameters():
-                self._optimizer.collect_gradients(parameters)
+            for tensors in self._trained:
+                self._optimizer.collect_gradients(tensors)
 
     def _update(self, lr: float, tally: _Tally) -> None:
         norm = self._optimizer.clip_gradients(self._config.max_grad_norm)
         tally.norms.append(norm)
         if math.isfinite(norm):
             self._optimizer.step(lr)
+            self._merge()
         else:
             self._optimizer.drop_gradients()
 

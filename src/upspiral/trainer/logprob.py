@@ -75,6 +75,7 @@ class ChunkedLogprob(torch.autograd.Function):
         # Several chunks are added up in full precision; a single one is rounded once, as it would be at the end.
         wide = lse.dtype if len(chunks) > 1 else weight.dtype
         grad_weight: Tensor | None = None
+        trained = ctx.needs_input_grad[1]  # a model with an adapter keeps its output layer
         for rows in chunks:
             # d logprob / d logit = onehot(target) - softmax
             scaled = grads[0][rows] / ctx.temperature
@@ -83,9 +84,11 @@ class ChunkedLogprob(torch.autograd.Function):
             slope.scatter_add_(1, targets[rows, None], scaled[:, None])
             slope = slope.to(weight.dtype)
             grad_hidden[rows] = slope @ weight
-            part = (slope.mT @ hidden[rows]).to(wide)
-            grad_weight = part if grad_weight is None else grad_weight.add_(part)
-        grad_weight = torch.zeros_like(weight) if grad_weight is None else grad_weight.to(weight.dtype)
+            if trained:
+                part = (slope.mT @ hidden[rows]).to(wide)
+                grad_weight = part if grad_weight is None else grad_weight.add_(part)
+        if trained:
+            grad_weight = torch.zeros_like(weight) if grad_weight is None else grad_weight.to(weight.dtype)
         return grad_hidden, grad_weight, None, None
 
 

@@ -1,12 +1,13 @@
 """AdamW that keeps float32 master weights beside lower-precision parameters and updates those in place.
 
 In bfloat16 a weight near 1 cannot take a step below 0.004: at RL's learning rates most updates would be lost. The
-master copy takes them all, and the parameter is its rounding. Parameters are written with `copy_` and never replaced:
-the embedded engine samples from the same storage, of which some parameters are views.
+master copy takes them all, and the parameter is its rounding. `rounding.py` does without the copy. Parameters are
+written with `copy_` and never replaced: the embedded engine samples from the same storage, of which some are views.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -17,36 +18,36 @@ from upspiral.config.models import TrainerConfig
 from upspiral.errors import ModelError, StoreError
 
 
-class MasterAdamW:
-    """One optimizer over all trainable parameters of a model. Parameters in float32 or wider are their own masters."""
+class ParameterOptimizer(ABC):
+    """One optimizer over all trainable parameters of a model, and the sums of their gradients.
+
+    Gradients of microbatches are added in float32 whatever the parameters' precision, so that splitting a batch loses
+    nothing.
+    """
 
     def __init__(self, parameters: Iterable[Tensor], config: TrainerConfig) -> None:
         self._parameters = [parameter for parameter in parameters if parameter.requires_grad]
         if not self._parameters:
             raise ModelError("no parameter of the model is trainable; call requires_grad_(True) before training")
-        self._masters = [_master_of(parameter) for parameter in self._parameters]
         self._config = config
-        self._adamw = self._fresh()
+        self._sums: list[Tensor | None] = [None] * len(self._parameters)
 
     @torch.no_grad()
     def collect_gradients(self, parameters: Sequence[Tensor] | None = None) -> None:
         """Moves what a backward pass left on the parameters (or on others in their place, in the same order) into the
-        masters' sums. Gradients of microbatches are added in float32 whatever the parameters' precision, so that
-        splitting a batch loses nothing."""
-        for parameter, master in zip(parameters or self._parameters, self._masters, strict=True):
-            if parameter.grad is None:
+        sums."""
+        for number, parameter in enumerate(self._parameters if parameters is None else parameters):
+            gradient, parameter.grad = parameter.grad, None
+            if gradient is None:
                 continue
-            if master.grad is None:
-                master.grad = parameter.grad.to(master.dtype)
-            else:
-                master.grad.add_(parameter.grad)
-            parameter.grad = None
+            total = self._sums[number]
+            self._sums[number] = gradient.to(_wide(gradient.dtype)) if total is None else total.add_(gradient)
 
     @torch.no_grad()
     def clip_gradients(self, max_norm: float) -> float:
         """Scales the collected gradients to a global norm of at most `max_norm`. Returns the norm before; when it is
         not finite nothing is scaled."""
-        gradients = [master.grad for master in self._masters if master.grad is not None]
+        gradients = [gradient for gradient in self._sums if gradient is not None]
         if not gradients:
             return 0.0
         norm = torch.nn.utils.get_total_norm(gradients).item()
@@ -57,33 +58,60 @@ class MasterAdamW:
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
-        """One update with learning rate `lr`; the parameters follow their masters; gradients are dropped."""
-        for group in self._adamw.param_groups:
-            group["lr"] = lr
-        self._adamw.step()
+        """One update with learning rate `lr`, in place; gradients are dropped."""
+        self._update(lr)
         self.drop_gradients()
-        self._publish()
 
     def drop_gradients(self) -> None:
-        for tensor in (*self._masters, *self._parameters):
-            tensor.grad = None
+        self._sums = [None] * len(self._parameters)
+        for parameter in self._parameters:
+            parameter.grad = None
 
+    @abstractmethod
+    def _update(self, lr: float) -> None:
+        """From the sums; those that are None leave their parameter as it is."""
+
+    @abstractmethod
     def forget_moments(self) -> None:
         """Starts AdamW anew on the weights as they are: what it knew of one objective misleads it on the next."""
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """Weights and moments; views of the live tensors, so save or copy them before the next step."""
+
+    @abstractmethod
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores weights and moments, in place. StoreError when another model or another kind of optimizer wrote
+        them."""
+
+
+class MasterAdamW(ParameterOptimizer):
+    """Parameters in float32 or wider are their own masters."""
+
+    def __init__(self, parameters: Iterable[Tensor], config: TrainerConfig) -> None:
+        super().__init__(parameters, config)
+        self._masters = [_master_of(parameter) for parameter in self._parameters]
+        self._adamw = self._fresh()
+
+    def _update(self, lr: float) -> None:
+        for group in self._adamw.param_groups:
+            group["lr"] = lr
+        for master, gradient in zip(self._masters, self._sums, strict=True):
+            master.grad = gradient
+        self._adamw.step()
+        for master in self._masters:
+            master.grad = None
+        self._publish()
+
+    def forget_moments(self) -> None:
         self._adamw = self._fresh()
 
     def state_dict(self) -> dict[str, Any]:
-        """Masters and moments; views of the live tensors, so save or copy them before the next step."""
         return {"masters": self._masters, "adamw": self._adamw.state_dict()}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores masters, moments and thereby the parameters, in place. StoreError when another model wrote it."""
-        masters: Sequence[Tensor] = state["masters"]
-        if [tuple(x.shape) for x in masters] != [tuple(x.shape) for x in self._masters]:
-            raise StoreError("the checkpoint holds weights of other shapes than this model; resume with its own model")
-        for master, saved in zip(self._masters, masters, strict=True):
-            master.copy_(saved)
+        load_tensors(self._masters, state.get("masters", ()))
         self._adamw = self._fresh()
         self._adamw.load_state_dict(state["adamw"])
         self._publish()
@@ -94,16 +122,31 @@ class MasterAdamW:
                 parameter.copy_(master)
 
     def _fresh(self) -> torch.optim.AdamW:
-        # Norms and biases are not decayed, as is usual: they set scales, not features.
-        groups = [
-            {"params": [x for x in self._masters if x.ndim > 1], "weight_decay": self._config.weight_decay},
-            {"params": [x for x in self._masters if x.ndim <= 1], "weight_decay": 0.0},
-        ]
-        groups = [group for group in groups if group["params"]]
+        kinds = ([x for x in self._masters if x.ndim > 1], [x for x in self._masters if x.ndim <= 1])
+        groups = [{"params": kind, "weight_decay": weight_decay_of(kind[0], self._config)} for kind in kinds if kind]
         return torch.optim.AdamW(groups, lr=self._config.lr, betas=self._config.betas, fused=True)
 
 
+def weight_decay_of(parameter: Tensor, config: TrainerConfig) -> float:
+    """Norms and biases are not decayed, as is usual: they set scales, not features."""
+    return config.weight_decay if parameter.ndim > 1 else 0.0
+
+
+def load_tensors(own: Sequence[Tensor], saved: Sequence[Tensor]) -> None:
+    """Copies the saved over our own. StoreError where they are not the same in number, shape and precision."""
+    if [(x.shape, x.dtype) for x in saved] != [(x.shape, x.dtype) for x in own]:
+        raise StoreError(
+            "the checkpoint holds weights of other shapes or precision than this trainer's; resume with its own model, "
+            "trainer.lora and trainer.master_weights"
+        )
+    for tensor, other in zip(own, saved, strict=True):
+        tensor.copy_(other)
+
+
 def _master_of(parameter: Tensor) -> Tensor:
-    if parameter.dtype in (torch.float32, torch.float64):
-        return parameter.detach()  # the same storage: updating the master updates the parameter
-    return parameter.detach().to(torch.float32, copy=True)
+    """The same storage where the parameter is wide enough: updating the master updates the parameter."""
+    return parameter.detach().to(_wide(parameter.dtype))
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -43,6 +43,16 @@ def test_values_come_through_and_flags_win(folder: Path) -> None:
     assert (config.env.levels, config.model.device) == ((2, 3), "cpu")
 
 
+def test_a_section_that_may_be_absent(folder: Path) -> None:
+    assert load_run_config(write(folder, "")).trainer.lora is None
+    path = write(folder, "[trainer.lora]\n")
+    for overrides, rank in (({}, 16), ({"trainer.lora.rank": "4"}, 4)):
+        config = load_run_config(path, overrides)
+        assert config.trainer.lora is not None and config.trainer.lora.rank == rank
+        (folder / "resolved.toml").write_text(dump_toml(config))
+        assert load_run_config(folder / "resolved.toml") == config
+
+
 def test_the_agent_file_is_found_beside_the_run_file(folder: Path) -> None:
     assert load_run_config(write(folder, "")).agent.file == str((folder / "agent.py").resolve())
 
@@ -74,6 +84,15 @@ def test_the_agent_file_is_found_beside_the_run_file(folder: Path) -> None:
         ("steps = 2", {"trainer.lr_warmup_steps": "3"}, "more than steps = 2"),
         ("steps = 2", {"eval.every": "3"}, "more than steps = 2, so it never happens"),
         ("", {"engine.context_length": "128"}, "agent.max_completion_tokens = 128 (the default): leaves no room"),
+        ("[trainer.lora]\nrank = 0", {}, "trainer.lora.rank = 0 in demo.toml: input should be greater than 0"),
+        (
+            "[trainer.lora]\nrnk = 8",
+            {},
+            "trainer.lora.rnk = 8 in demo.toml: no such key; did you mean trainer.lora.rank?",
+        ),
+        ("[trainer]\nlora = 8", {}, "trainer.lora = 8 in demo.toml: it is a section; write its keys below a line [tra"),
+        ("[trainer.lora]", {"trainer.master_weights": "none"}, "the factors of [trainer.lora] are always float32"),
+        ("", {"trainer.master_weights": "none", "model.dtype": "float32"}, "weights are their own masters; drop this"),
         ("", {"engine.cache_slots": "3"}, "engine.cache_slots = 3 is less than engine.max_running = 64"),
     ],
 )

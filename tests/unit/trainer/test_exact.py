@@ -12,12 +12,13 @@ import pytest
 import torch
 
 from tests.fixtures.tiny_modules import FAMILIES, VOCABULARY, tiny_module
-from upspiral.config.models import EngineConfig
+from upspiral.config.models import AlgorithmConfig, EngineConfig, LoraConfig, TrainerConfig
 from upspiral.engine.embedded.engine import EmbeddedEngine
 from upspiral.kernel.path_attention import path_attention
 from upspiral.trainer.attention import forest_attention_in
 from upspiral.trainer.depth_first import lanes_of
 from upspiral.trainer.forest import Item, pack
+from upspiral.trainer.local import LocalTrainer
 from upspiral.trainer.logprob import target_logprobs
 from upspiral.trajectory.graph import TokenRun, TrajectoryGraph
 from upspiral.types import NodeCredit, RolloutCredit, SamplingParams
@@ -70,17 +71,35 @@ def test_engine_and_trainer_agree_on_every_bit(
     elif path_attention() is None:
         pytest.skip("nothing can be compiled here")
     loaded = LoadedModel.from_module(tiny_module(family, dtype, hidden_size=96, num_attention_heads=6, head_dim=32))
+    check_agreement(loaded, asyncio.run(sampled_by(loaded, count)))
 
-    async def sample() -> list[Item]:
-        config = EngineConfig(context_length=512, max_running=6, cache_slots=8, prefill_tokens=40, exact=True)
-        engine = EmbeddedEngine(loaded, config, seed=0)
-        await engine.start()
-        try:
-            return await sampled_rollouts(engine, count)
-        finally:
-            await engine.stop()
 
-    items = asyncio.run(sample())
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_they_agree_with_an_adapter_too(family: str, dtype: torch.dtype) -> None:
+    loaded = LoadedModel.from_module(tiny_module(family, dtype, hidden_size=96, num_attention_heads=6))
+    config = TrainerConfig(lr=1e-2, lora=LoraConfig(), activation_checkpointing=True)
+    trainer = LocalTrainer(loaded.module, config, AlgorithmConfig(), temperature=TEMPERATURE, exact=True)
+    before, items = loaded.layers[0].qkv.clone(), asyncio.run(sampled_by(loaded, 2))
+    for _ in range(2):
+        trainer.step(pack(items, tokens_per_microbatch=200))
+    assert not torch.equal(before, loaded.layers[0].qkv), "the step must have changed the policy"
+    metrics = trainer.step(pack(asyncio.run(sampled_by(loaded, 3)), tokens_per_microbatch=200))
+    assert metrics.tokens["max_mismatch_abs"] == 0.0
+    check_agreement(loaded, asyncio.run(sampled_by(loaded, 3)))
+
+
+async def sampled_by(loaded: LoadedModel, count: int) -> list[Item]:
+    config = EngineConfig(context_length=512, max_running=6, cache_slots=8, prefill_tokens=40, exact=True)
+    engine = EmbeddedEngine(loaded, config, seed=0)
+    await engine.start()
+    try:
+        return await sampled_rollouts(engine, count)
+    finally:
+        await engine.stop()
+
+
+def check_agreement(loaded: LoadedModel, items: list[Item]) -> None:
     for budget, lanes in ((10_000, 1), (100, 1), (300, 2)):
         batches = pack(items, tokens_per_microbatch=budget, lanes=lanes)
         with forest_attention_in(loaded.module), exact_experts_in(loaded.module), torch.no_grad():

@@ -53,7 +53,7 @@ def test_lanes_are_reproducible_bit_for_bit() -> None:
 def test_a_lane_shares_weights_and_not_gradients() -> None:
     model = tiny_model()
     lanes = Lanes(model, 2)
-    for own, other in zip(*lanes.parameters(), strict=True):
+    for own, other in zip(*(each.parameters() for each in lanes.models), strict=True):
         assert own.data_ptr() == other.data_ptr() and own is not other
     lanes.models[1](torch.tensor([[1, 2, 3]])).logits.sum().backward()
     assert all(parameter.grad is None for parameter in model.parameters())
