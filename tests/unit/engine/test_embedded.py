@@ -320,7 +320,7 @@ def test_publish_after_an_in_place_change(model: LoadedModel) -> None:
     async def main() -> tuple[Completion, Completion]:
         async with _running(model) as engine:
             old = await _complete(engine, prompt, 20, seed=1)
-            with engine.paused():
+            async with engine.paused():
                 generator = torch.Generator().manual_seed(9)
                 for parameter in model.module.parameters():
                     parameter.data.add_(torch.randn(parameter.shape, generator=generator), alpha=0.05)
@@ -359,7 +359,7 @@ def test_no_step_runs_while_paused(model: LoadedModel) -> None:
         async with _running(model) as engine:
             task = asyncio.create_task(_complete(engine, _prompt(20), 200))
             await _until(lambda: engine.stats().sampled_tokens > 5)
-            with engine.paused(), engine.paused():
+            async with engine.paused(), engine.paused():
                 steps = engine.stats().extra["steps"]
                 await asyncio.sleep(0.1)
                 assert engine.stats().extra["steps"] == steps
@@ -404,12 +404,14 @@ def test_a_failing_step_fails_every_request_and_the_engine_recovers(model: Loade
         async with _running(model, max_running=4) as engine:
             healthy = weight.clone()
             weight.fill_(float("nan"))
+            engine.publish(1)
             failures = await asyncio.gather(*(_complete(engine, p) for p in prompts), return_exceptions=True)
             for failure in failures:
                 assert isinstance(failure, EngineError)
                 assert "not finite" in str(failure)
             assert engine.stats().extra["failed_steps"] > 0
             weight.copy_(healthy)
+            engine.publish(2)
             completions = await asyncio.gather(*(_complete(engine, p) for p in prompts))
             return completions[-1]
 

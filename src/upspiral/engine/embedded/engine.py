@@ -11,10 +11,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
 import numpy as np
@@ -49,9 +48,9 @@ Result = TypeVar("Result")
 class EmbeddedEngine:
     """Continuous batching over a shared prefix cache; see engine/base.py for what callers may rely on.
 
-    Weights are those of `model`, updated in place by the trainer between steps: do that in `exclusive` (or, from
-    another thread, inside `paused()`), then call `publish`. Sampling is a function of `seed`, the request's seed (or
-    its number in the order of arrival) and the logits, not of the batch.
+    Weights are those of `model`, updated in place by the trainer between steps: do that in `exclusive`, with `publish`
+    as its last act, so that no token is sampled from new weights under the old version. Sampling is a function of
+    `seed`, the request's seed (or its number in the order of arrival) and the logits, not of the batch.
     """
 
     def __init__(self, model: LoadedModel, config: EngineConfig, *, seed: int, threads: int = 0):
@@ -74,6 +73,7 @@ class EmbeddedEngine:
         self._pauses = 0
         self._stepping = False
         self._stopping = False
+        self._weights_changed = True
         # Written by one thread only:
         self._requests = 0
         self._sampled_tokens = self._prefilled_tokens = self._steps = self._failed_steps = 0
@@ -199,7 +199,7 @@ class EmbeddedEngine:
 
     async def exclusive(self, work: Callable[[], Result]) -> Result:
         """Runs `work` on the engine's thread between two steps, such as an optimizer step that writes the weights in
-        place, and gives what it returns or raises what it raises. Call `publish` afterwards."""
+        place, and gives what it returns or raises what it raises. `work` may call `publish`."""
         loop = asyncio.get_running_loop()
         outcome: asyncio.Future[Result] = loop.create_future()
 
@@ -223,33 +223,62 @@ class EmbeddedEngine:
                 f"work on the embedded engine's thread did not end within {_EXCLUSIVE_DEADLINE_S:.0f} s"
             ) from error
 
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """No step runs inside. Requests wait and go on afterwards. Blocks for at most the step under way."""
-        deadline = time.monotonic() + _STEP_DEADLINE_S
+    async def pause(self) -> None:
+        """Holds tokens back: returns when no step runs, and none runs until `resume`. Requests, old and new, wait and
+        go on afterwards; `exclusive` work still runs. Pauses nest: each needs a `resume` of its own."""
         with self._changed:
             self._pauses += 1
-            ended = self._changed.wait_for(lambda: not self._stepping, deadline - time.monotonic())
         try:
-            if not ended:
-                raise DeadlineError(
-                    f"the embedded engine did not pause within {_STEP_DEADLINE_S:.0f} s: its step did not end"
-                )
+            await asyncio.to_thread(self._await_end_of_step)
+        except BaseException:
+            self.resume()
+            raise
+
+    def resume(self) -> None:
+        """Takes one `pause` back."""
+        with self._changed:
+            assert self._pauses > 0, "resume() without pause()"
+            self._pauses -= 1
+            self._changed.notify_all()
+
+    @asynccontextmanager
+    async def paused(self) -> AsyncIterator[None]:
+        """`pause` and `resume` around a block."""
+        await self.pause()
+        try:
             yield
         finally:
-            with self._changed:
-                self._pauses -= 1
-                self._changed.notify_all()
+            self.resume()
 
     def publish(self, version: int) -> None:
         """The weights have changed in place: tokens carry `version` from now on and no prefix is reused across it.
 
-        Generations under way go on, on the keys and values they have. Raises ModelError when a weight was replaced
-        instead of updated in place.
+        Generations under way go on, on the keys and values they have. Waits for the step under way and blocks its
+        caller so long, except as the last act of `exclusive` work. Raises ModelError when a weight was replaced instead
+        of updated in place.
         """
-        with self.paused():
-            self._model.check_fused()
-            self._cache.forget(version)
+        if threading.current_thread() is self._thread:
+            self._adopt(version)
+            return
+        with self._changed:
+            self._pauses += 1
+            try:
+                self._await_end_of_step()
+                self._adopt(version)
+            finally:
+                self.resume()
+
+    def _adopt(self, version: int) -> None:
+        self._model.check_fused()
+        self._cache.forget(version)
+        self._weights_changed = True
+
+    def _await_end_of_step(self) -> None:
+        with self._changed:
+            if not self._changed.wait_for(lambda: not self._stepping, _STEP_DEADLINE_S):
+                raise DeadlineError(
+                    f"the embedded engine did not pause within {_STEP_DEADLINE_S:.0f} s: its step did not end"
+                )
 
     # ---- the engine thread
 
@@ -276,13 +305,16 @@ class EmbeddedEngine:
             self._changed.notify_all()
             self._changed.wait_for(
                 lambda: (
-                    self._stopping or (not self._pauses and (self._work or self._arrived or self._scheduler.has_work))
+                    self._stopping or self._work or (not self._pauses and (self._arrived or self._scheduler.has_work))
                 )
             )
             self._stepping = not self._stopping
             return self._stepping
 
     def _step(self) -> None:
+        if self._weights_changed:
+            self._forward.refresh()
+            self._weights_changed = False
         batch = self._scheduler.schedule(self._take_arrived())
         if batch:
             token_ids, logprobs = self._run(batch)

@@ -24,6 +24,9 @@ class ExactForward(LlamaForward):
         super().__init__(model, cache)
         self._scale = cache.keys_values.shape[-1] ** -0.5
 
+    def refresh(self) -> None:
+        """Nothing is held beside the trainer's weights."""
+
     def logits(self, batch: Batch) -> Tensor:
         """[S, V], in the dtype of the model, rows in the order of `batch.sampling`."""
         rows = self._rows(batch)

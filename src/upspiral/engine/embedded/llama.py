@@ -2,7 +2,7 @@
 
 Shapes: N rows (one token each), S rows that are sampled, H query heads, K key-value heads, G = H / K, D head size,
 V vocabulary. All rows share the multiplications; only attention treats decoding rows and prompt chunks apart. Weights
-are read from the trainer's module at every step, so an in-place update needs no publication of its own.
+are the trainer's own; what a projection holds beside them is made again by `refresh`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from upspiral.engine.embedded.attention import attend_chunk, attend_slots, attend_slots_sharing
 from upspiral.engine.embedded.cache import SlotCache
+from upspiral.engine.embedded.projection import Projection
 from upspiral.engine.embedded.sequence import Batch
 from upspiral.weights.load import LoadedModel
 
@@ -28,11 +29,15 @@ class _LayerWeights:
     """The trainer's own parameters, looked up once: walking the module costs a millisecond a step."""
 
     attention_norm: Tensor
-    qkv: Tensor
-    attention_out: Tensor
+    qkv: Projection
+    attention_out: Projection
     feed_forward_norm: Tensor
-    gate_up: Tensor
-    down: Tensor
+    gate_up: Projection
+    down: Projection
+
+    @property
+    def projections(self) -> tuple[Projection, ...]:
+        return self.qkv, self.attention_out, self.gate_up, self.down
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +83,15 @@ class LlamaForward:
         self._kv_heads = cache.keys_values.shape[2] // 2
         self._epsilon = config.rms_norm_eps
         self._layers = [_weights_of_layer(model, index) for index in range(len(model.layers))]
+        self._head = Projection(model.module.lm_head.weight)
         self._cosines, self._sines = _rotary_table(model, cache.ids.shape[1])
+
+    def refresh(self) -> None:
+        """The weights have changed in place, or are new. Before the first batch and before the next one after it."""
+        for layer in self._layers:
+            for projection in layer.projections:
+                projection.refresh()
+        self._head.refresh()
 
     def logits(self, batch: Batch) -> Tensor:
         """[S, V], in the dtype of the model, rows in the order of `batch.sampling`."""
@@ -89,11 +102,11 @@ class LlamaForward:
             hidden = hidden + self._attend(layer, keys_values, hidden, rows)
             hidden = hidden + self._feed_forward(layer, hidden)
         hidden = self._normalize(hidden[rows.sampled_S], decoder.norm.weight)
-        return F.linear(hidden, self._model.module.lm_head.weight)
+        return self._head(hidden)
 
     def _attend(self, layer: _LayerWeights, keys_values: Tensor, hidden: Tensor, rows: Rows) -> Tensor:
         query_heads, key_heads = self._heads, self._kv_heads
-        qkv = F.linear(self._normalize(hidden, layer.attention_norm), layer.qkv)
+        qkv = layer.qkv(self._normalize(hidden, layer.attention_norm))
         qkv = qkv.view(len(hidden), query_heads + 2 * key_heads, -1)
         self._rotate(qkv[:, : query_heads + key_heads], rows)
         keys_values[rows.slots_N, :, rows.positions_N] = qkv[:, query_heads:]
@@ -105,7 +118,7 @@ class LlamaForward:
             keys, values = keys_values[chunk.slot, :, : chunk.length].split(self._kv_heads)
             parts.append(attend_chunk(queries[chunk.begin : chunk.end], keys, values, chunk.mask))
         attended = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return F.linear(attended, layer.attention_out)
+        return layer.attention_out(attended)
 
     def _decode(self, queries: Tensor, keys_values: Tensor, rows: Rows) -> Tensor:
         """[decoding, H, D] -> [decoding, H * D]"""
@@ -120,8 +133,8 @@ class LlamaForward:
         return attended if rows.decode_slots is None else attended[rows.decode_slots]
 
     def _feed_forward(self, layer: _LayerWeights, hidden: Tensor) -> Tensor:
-        gate, up = F.linear(self._normalize(hidden, layer.feed_forward_norm), layer.gate_up).chunk(2, dim=-1)
-        return F.linear(F.silu(gate) * up, layer.down)
+        gate, up = layer.gate_up(self._normalize(hidden, layer.feed_forward_norm)).chunk(2, dim=-1)
+        return layer.down(F.silu(gate) * up)
 
     def _normalize(self, hidden: Tensor, weight: Tensor) -> Tensor:
         return F.rms_norm(hidden, weight.shape, weight, self._epsilon)
@@ -179,11 +192,11 @@ def _weights_of_layer(model: LoadedModel, index: int) -> _LayerWeights:
 
     return _LayerWeights(
         attention_norm=weight("input_layernorm"),
-        qkv=model.layers[index].qkv,
-        attention_out=weight("self_attn.o_proj"),
+        qkv=Projection(model.layers[index].qkv),
+        attention_out=Projection(weight("self_attn.o_proj")),
         feed_forward_norm=weight("post_attention_layernorm"),
-        gate_up=model.layers[index].gate_up,
-        down=weight("mlp.down_proj"),
+        gate_up=Projection(model.layers[index].gate_up),
+        down=Projection(weight("mlp.down_proj")),
     )
 
 
