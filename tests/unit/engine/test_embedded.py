@@ -440,7 +440,7 @@ def test_context_beyond_the_model_is_refused(model: LoadedModel) -> None:
 
 
 def test_bfloat16_is_close_to_transformers() -> None:
-    model, prompts = _model(dtype=torch.bfloat16, initializer_range=0.1), [_prompt(100, seed=s) for s in range(4)]
+    model, prompts = _model(dtype=torch.bfloat16, initializer_range=0.1), [_prompt(150, seed=s) for s in range(4)]
 
     async def main() -> list[Completion]:
         async with _running(model) as engine:

@@ -11,6 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from upspiral.engine.embedded.projection import has_onednn, multiply
+
+_WORTH_BLOCKS_TOKENS = 128
+_BLOCK_ROWS = 128
+
 
 def attend_slots(queries_BHD: Tensor, keys_BKTD: Tensor, values_BKTD: Tensor, mask_B11T: Tensor) -> Tensor:
     """One query position a slot. The mask is additive. Gives [B, H * D]."""
@@ -43,6 +48,8 @@ def attend_slots_sharing(
 def attend_chunk(queries_THD: Tensor, keys_KTD: Tensor, values_KTD: Tensor, mask_TT: Tensor | None) -> Tensor:
     """The chunk of a prompt that ends where the keys end. The mask is additive; None means that the chunk starts the
     prompt and is plainly causal. Gives [T, H * D]."""
+    if keys_KTD.shape[1] >= _WORTH_BLOCKS_TOKENS and has_onednn(keys_KTD):
+        return _attend_in_blocks(queries_THD, keys_KTD, values_KTD)
     attended = F.scaled_dot_product_attention(
         queries_THD.transpose(0, 1)[None],
         keys_KTD[None],
@@ -52,6 +59,28 @@ def attend_chunk(queries_THD: Tensor, keys_KTD: Tensor, values_KTD: Tensor, mask
         enable_gqa=True,
     )
     return attended[0].transpose(0, 1).flatten(1)
+
+
+def _attend_in_blocks(queries_THD: Tensor, keys_KLD: Tensor, values_KLD: Tensor) -> Tensor:
+    """As `attend_chunk`. torch's kernel for CPU multiplies many small matrices where this multiplies few large ones:
+    all queries of a block that share a key-value head at once. Scores are float32, as they are there."""
+    count, heads, size = queries_THD.shape
+    kv_heads, length, _ = keys_KLD.shape
+    queries_KGTD = queries_THD.view(count, kv_heads, -1, size).permute(1, 2, 0, 3)
+    scaled_KLD = keys_KLD.float() * size**-0.5
+    attended = queries_THD.new_empty(count, kv_heads, heads // kv_heads, size)
+    for begin in range(0, count, _BLOCK_ROWS):
+        end = min(begin + _BLOCK_ROWS, count)
+        seen = length - count + end
+        later = torch.ones(end - begin, end - begin, dtype=torch.bool).triu_(1)
+        for head in range(kv_heads):
+            block_GTD = queries_KGTD[head, :, begin:end].float()
+            scores = multiply(block_GTD.flatten(0, 1), scaled_KLD[head, :seen]).view(*block_GTD.shape[:2], seen)
+            scores[..., seen - (end - begin) :].masked_fill_(later, float("-inf"))
+            weights = scores.softmax(-1).to(values_KLD.dtype).flatten(0, 1)
+            output_GTD = torch.mm(weights, values_KLD[head, :seen]).view_as(block_GTD)
+            attended[begin:end, head] = output_GTD.transpose(0, 1)
+    return attended.view(count, -1)
 
 
 def _by_key_value_head(queries_BHD: Tensor, keys_BKTD: Tensor) -> Tensor:

@@ -68,7 +68,7 @@ class SlotCache:
         comes back to the rest of `source` still finds it.
         """
         in_place = self.owners[source] is None and prefix > 0 and prefix == self.lengths[source]
-        slot = source if in_place else self._victim(keep=source)
+        slot = source if in_place else self._victim(keep=source if prefix else None)
         if slot != source and prefix:
             self.keys_values[:, slot, :, :prefix] = self.keys_values[:, source, :, :prefix]
         count = len(sequence.prompt_ids)
@@ -126,7 +126,7 @@ class SlotCache:
         self._versions[:] = NO_VERSION
         self.owners = [None] * len(self.owners)
 
-    def _victim(self, keep: int) -> int:
+    def _victim(self, keep: int | None) -> int:
         """The lowest empty slot, else the one that was left the longest ago; `keep` only when no other is free."""
         free = [slot for slot, owner in enumerate(self.owners) if owner is None]
         chosen = min(free, key=lambda slot: (slot == keep, self.lengths[slot] > 0, self._last_used[slot], slot))

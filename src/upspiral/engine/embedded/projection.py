@@ -22,7 +22,7 @@ class Projection:
     def __init__(self, weight: Tensor):
         """`weight`: [out, in], a parameter that others update in place. Call `refresh` before the first use."""
         self._weight = weight
-        self._packs = _can_pack(weight)
+        self._packs = has_onednn(weight)
         self._packed = weight
 
     def refresh(self) -> None:
@@ -33,13 +33,19 @@ class Projection:
     def __call__(self, rows: Tensor) -> Tensor:
         """[N, in] -> [N, out]"""
         if self._packs:
-            return torch.ops.mkldnn._linear_pointwise(rows, self._packed, None, "none", [], "")
+            return multiply(rows, self._packed)
         return F.linear(rows, self._weight)
 
 
-def _can_pack(weight: Tensor) -> bool:
-    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+def has_onednn(tensor: Tensor) -> bool:
+    """Whether oneDNN multiplies on this tensor's device and in its dtype."""
+    if tensor.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return False
-    if weight.dtype == torch.bfloat16:
+    if tensor.dtype == torch.bfloat16:
         return torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return weight.dtype == torch.float32
+    return tensor.dtype == torch.float32
+
+
+def multiply(rows: Tensor, weight: Tensor) -> Tensor:
+    """[N, in] x [out, in] -> [N, out] by oneDNN. Both contiguous, or it takes a hundred times as long."""
+    return torch.ops.mkldnn._linear_pointwise(rows, weight, None, "none", [], "")
