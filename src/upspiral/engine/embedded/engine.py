@@ -191,6 +191,7 @@ class EmbeddedEngine:
                 "steps": self._steps,
                 "failed_steps": self._failed_steps,
                 "evictions": self._cache.evictions,
+                "recomputed_tokens": scheduler.recomputed_tokens,
                 "cached_tokens": int(self._cache.lengths.sum()),
             },
         )
@@ -250,27 +251,30 @@ class EmbeddedEngine:
         finally:
             self.resume()
 
-    def publish(self, version: int) -> None:
+    def publish(self, version: int, *, recompute: bool = False) -> None:
         """The weights have changed in place: tokens carry `version` from now on and no prefix is reused across it.
 
-        Generations under way go on, on the keys and values they have. Waits for the step under way and blocks its
-        caller so long, except as the last act of `exclusive` work. Raises ModelError when a weight was replaced instead
-        of updated in place.
+        Generations under way go on: on the keys and values they have, so that each token's log-probability is that of
+        a model between two versions; or with `recompute` on those that the new weights give for all tokens so far.
+        Waits for the step under way and blocks its caller so long, except as the last act of `exclusive` work. Raises
+        ModelError when a weight was replaced instead of updated in place.
         """
         if threading.current_thread() is self._thread:
-            self._adopt(version)
+            self._adopt(version, recompute)
             return
         with self._changed:
             self._pauses += 1
             try:
                 self._await_end_of_step()
-                self._adopt(version)
+                self._adopt(version, recompute)
             finally:
                 self.resume()
 
-    def _adopt(self, version: int) -> None:
+    def _adopt(self, version: int, recompute: bool) -> None:
         self._model.check_fused()
         self._cache.forget(version)
+        if recompute:
+            self._scheduler.start_over()
         self._weights_changed = True
 
     def _await_end_of_step(self) -> None:

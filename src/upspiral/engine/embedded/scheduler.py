@@ -25,6 +25,7 @@ class Scheduler:
         self.prefilling: list[Sequence] = []
         self.decoding: list[Sequence] = []
         self.reused_tokens = 0
+        self.recomputed_tokens = 0
         self._cache = cache
         self._config = config
 
@@ -55,6 +56,17 @@ class Scheduler:
         """Takes a running sequence out; its slot may be continued by others."""
         (self.decoding if sequence in self.decoding else self.prefilling).remove(sequence)
         self._cache.release(sequence)
+
+    def start_over(self) -> None:
+        """What runs waits again, before all others, for its tokens so far to be computed anew; siblings share that as
+        they share prompts."""
+        running = [*self.decoding, *self.prefilling]
+        for sequence in running:
+            decodes, slot = sequence in self.decoding, sequence.slot
+            self.recomputed_tokens += int((self._cache.planned if decodes else self._cache.lengths)[slot])
+            sequence.prompt_ids = self._cache.ids[slot, : self._cache.planned[slot]].copy()
+            self._cache.release(sequence)
+        self.waiting, self.prefilling, self.decoding = running + self.waiting, [], []
 
     def abandon(self) -> list[Sequence]:
         """Takes everything out. Who calls it clears the cache."""
