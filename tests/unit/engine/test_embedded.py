@@ -6,9 +6,10 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -234,6 +235,33 @@ def test_filters_bound_what_is_sampled_and_its_logprob(model: LoadedModel) -> No
     greedy, top_1, tiny_p = _run(main())
     assert greedy.ids == top_1.ids == tiny_p.ids
     assert top_1.logprobs == tiny_p.logprobs == [0.0] * 20
+
+
+def test_logprobs_are_the_models_renormalised_over_the_kept_ids(model: LoadedModel) -> None:
+    prompt = _prompt(30)
+    filtered = SamplingParams(max_tokens=20, list_kept=True, top_p=0.8, top_k=20, min_p=0.02, temperature=0.7)
+    unfiltered = SamplingParams(max_tokens=1, list_kept=True)
+
+    async def main() -> list[Any]:
+        async with _running(model) as engine:
+            for params in (unfiltered, replace(unfiltered, temperature=0.0, top_k=3)):
+                assert [chunk.kept_ids async for chunk in engine.generate(prompt, params)] == [(None,)]
+            silent = engine.generate(prompt, SamplingParams(max_tokens=1, top_k=3))
+            assert [chunk.kept_ids async for chunk in silent] == [()]
+            return [chunk async for chunk in engine.generate(prompt, filtered)]
+
+    chunks = _run(main())
+    ids = [chunk.token_ids[0] for chunk in chunks]
+    with torch.no_grad():
+        logits = model.module(torch.tensor([[*prompt, *ids]])).logits[0, len(prompt) - 1 : -1].float() / 0.7
+    for chunk, token_id, row in zip(chunks, ids, logits, strict=True):
+        (kept,), (logprob,) = chunk.kept_ids, chunk.logprobs
+        assert 1 <= len(kept) <= 20
+        assert token_id in kept.tolist()
+        assert sorted(kept.tolist()) == kept.tolist()
+        left_out = np.setdiff1d(np.arange(VOCABULARY), kept)
+        assert row[kept].min() > row[left_out].max()
+        assert logprob == pytest.approx(float(row[token_id] - row[kept].logsumexp(0)), abs=1e-4)
 
 
 def test_stop_token_is_sampled_recorded_and_last(model: LoadedModel) -> None:

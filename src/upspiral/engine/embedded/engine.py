@@ -14,6 +14,7 @@ import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -321,35 +322,41 @@ class EmbeddedEngine:
             self._weights_changed = False
         batch = self._scheduler.schedule(self._take_arrived())
         if batch:
-            token_ids, logprobs = self._run(batch)
-            self._postprocess(batch, token_ids, logprobs)
+            self._postprocess(batch, self._run(batch))
 
     def _take_arrived(self) -> list[Sequence]:
         with self._changed:
             arrived, self._arrived = self._arrived, []
         return arrived
 
-    def _run(self, batch: Batch) -> tuple[list[int], list[float]]:
+    def _run(self, batch: Batch) -> list[GenerationChunk]:
+        """What each of `batch.sampling` gets; how it ends is not known yet."""
         logits = self._forward.logits(batch)
         if not batch.sampling:
-            return [], []
+            return []
         uniforms = [sequence.random.random() for sequence in batch.sampling]
-        token_ids, logprobs = sample(logits, [sequence.params for sequence in batch.sampling], uniforms)
+        params = [sequence.params for sequence in batch.sampling]
+        token_ids, logprobs, kept_ids = sample(logits, params, uniforms)
         if not np.isfinite(logprobs).all():
             raise EngineError("the model's logits are not finite; the weights may have diverged")
-        return token_ids, logprobs
+        return [
+            GenerationChunk((token_id,), (logprob,), (self.version,), kept_ids=(kept,) if asked.list_kept else ())
+            for token_id, logprob, kept, asked in zip(token_ids, logprobs, kept_ids, params, strict=True)
+        ]
 
-    def _postprocess(self, batch: Batch, token_ids: list[int], logprobs: list[float]) -> None:
+    def _postprocess(self, batch: Batch, sampled: list[GenerationChunk]) -> None:
         self._scheduler.advance(batch)
-        version, deliveries = self.version, []
-        for sequence, token_id, logprob in zip(batch.sampling, token_ids, logprobs, strict=True):
+        deliveries: list[tuple[Sequence, Delivery]] = []
+        for sequence, chunk in zip(batch.sampling, sampled, strict=True):
+            (token_id,) = chunk.token_ids
             self._cache.append(sequence.slot, token_id)
             reason = sequence.accept(token_id)
             if reason is not None:
                 self._scheduler.finish(sequence)
-            deliveries.append((sequence, GenerationChunk((token_id,), (logprob,), (version,), reason)))
+                chunk = replace(chunk, finish_reason=reason)
+            deliveries.append((sequence, chunk))
         self._steps += 1
-        self._sampled_tokens += len(token_ids)
+        self._sampled_tokens += len(sampled)
         self._prefilled_tokens += sum(chunk.count for chunk in batch.chunks)
         self._send(deliveries)
 
