@@ -160,6 +160,20 @@ def test_siblings_share_one_prefill_and_decode_rightly(model: LoadedModel) -> No
         _assert_logprobs(model, prompt, completion)
 
 
+def test_groups_of_siblings_below_one_system_prompt_decode_rightly(model: LoadedModel) -> None:
+    """Runs shared by all, by some, and by nobody, in slots that are not in order, with answers of different lengths."""
+    system = _prompt(70)
+    prompts = [system + _prompt(60, seed=group) for group in (1, 2) for _ in range(3)]
+    prompts = [_prompt(5, seed=7), *prompts[::2], _prompt(190, seed=8), *prompts[1::2]]
+
+    async def main() -> list[Completion]:
+        async with _running(model) as engine:
+            return await asyncio.gather(*(_complete(engine, p, 10 + 5 * i) for i, p in enumerate(prompts)))
+
+    for prompt, completion in zip(prompts, _run(main()), strict=True):
+        _assert_logprobs(model, prompt, completion)
+
+
 def test_next_turn_continues_in_place_and_equals_a_cold_engine(model: LoadedModel) -> None:
     async def turns(engine: EmbeddedEngine, prompts: list[list[int]]) -> list[Completion]:
         return [await _complete(engine, prompt, seed=3) for prompt in prompts]

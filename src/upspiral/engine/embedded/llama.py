@@ -15,13 +15,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from upspiral.engine.embedded.attention import attend_chunk, attend_slots, attend_slots_sharing
+from upspiral.engine.embedded.attention import attend_chunk, attend_slots
 from upspiral.engine.embedded.cache import SlotCache
 from upspiral.engine.embedded.projection import Projection
 from upspiral.engine.embedded.sequence import Batch
+from upspiral.engine.embedded.sharing import Sharing, find_sharing
 from upspiral.weights.load import LoadedModel
-
-_WORTH_SHARING_TOKENS = 48
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +66,7 @@ class Rows:
     """[decoding]; None when they are exactly 0, 1, 2 ..."""
     decode_mask: Tensor
     """[slots 0 .. highest decoding, 1, 1, longest], additive"""
-    shared: tuple[int, int] | None
-    """How many leading positions hold the same in all decoding slots, and one of these slots; None: not worth it."""
+    sharing: Sharing
     chunks: tuple[_ChunkRows, ...]
     sampled_S: Tensor
 
@@ -126,10 +124,7 @@ class LlamaForward:
         if rows.decode_slots is not None:
             queries = queries.new_zeros(span, *queries.shape[1:]).index_copy_(0, rows.decode_slots, queries)
         keys, values = keys_values[:span, :, :length].split(self._kv_heads, dim=1)
-        if rows.shared is None:
-            attended = attend_slots(queries, keys, values, rows.decode_mask)
-        else:
-            attended = attend_slots_sharing(queries, keys, values, rows.decode_mask, rows.shared)
+        attended = attend_slots(queries, keys, values, rows.decode_mask, rows.sharing)
         return attended if rows.decode_slots is None else attended[rows.decode_slots]
 
     def _feed_forward(self, layer: _LayerWeights, hidden: Tensor) -> Tensor:
@@ -163,6 +158,7 @@ class LlamaForward:
             begin = end
         slots_N, positions_N = np.concatenate(slots), np.concatenate(positions)
         on_device = torch.from_numpy(positions_N).to(device)
+        sharing = find_sharing(cache, decode_slots, device)
         compact = np.array_equal(decode_slots, np.arange(len(decode_slots)))
         return Rows(
             ids_N=torch.from_numpy(cache.ids[slots_N, positions_N]).to(device),
@@ -172,18 +168,11 @@ class LlamaForward:
             sines=self._sines[on_device],
             decoding=len(decode_slots),
             decode_slots=None if compact else torch.from_numpy(decode_slots).to(device),
-            decode_mask=_length_mask(decode_slots, positions[0], self._model),
-            shared=self._shared_prefix(decode_slots),
+            decode_mask=_length_mask(decode_slots, positions[0], sharing.tails, self._model),
+            sharing=sharing,
             chunks=tuple(chunks),
             sampled_S=torch.tensor(sampled, dtype=torch.int64, device=device),
         )
-
-    def _shared_prefix(self, slots: NDArray[np.int64]) -> tuple[int, int] | None:
-        # Elsewhere than on CPU, keys are read faster than two calls and their joining are launched.
-        if self._model.device.type != "cpu" or len(slots) < 2:
-            return None
-        count = self._cache.common_prefix(slots)
-        return (count, int(slots[0])) if count >= _WORTH_SHARING_TOKENS else None
 
 
 def _weights_of_layer(model: LoadedModel, index: int) -> _LayerWeights:
@@ -211,13 +200,15 @@ def _rotary_table(model: LoadedModel, context_length: int) -> tuple[Tensor, Tens
     return cosines[0][:, None], signed[0][:, None]
 
 
-def _length_mask(slots: NDArray[np.int64], positions: NDArray[np.int64], model: LoadedModel) -> Tensor:
-    """[slots 0 .. highest, 1, 1, longest]: each slot sees its own length. A slot between that does not decode sees
-    one position, since a row of nothing but minus infinity would be NaN."""
-    last = np.zeros(slots.max(initial=-1) + 1, np.int64)
+def _length_mask(
+    slots: NDArray[np.int64], positions: NDArray[np.int64], tails: NDArray[np.int64], model: LoadedModel
+) -> Tensor:
+    """[slots 0 .. highest, 1, 1, longest]: each slot sees from where its tail begins to its own position. A slot
+    between that does not decode sees position 0, since a row of nothing but minus infinity may be NaN."""
+    last = np.zeros(len(tails), np.int64)
     last[slots] = positions
-    hidden = np.arange(positions.max(initial=-1) + 1) > last[:, None]
-    return _additive(hidden, model)[:, None, None]
+    every = np.arange(positions.max(initial=-1) + 1)
+    return _additive((every > last[:, None]) | (every < tails[:, None]), model)[:, None, None]
 
 
 def _causal_mask(start: int, count: int, model: LoadedModel) -> Tensor | None:
