@@ -187,7 +187,7 @@ def test_next_turn_continues_in_place_and_equals_a_cold_engine(model: LoadedMode
             after = engine.stats()
         assert after.reused_tokens - before.reused_tokens == 70 + 12 - 1  # the last sampled token was never fed back
         assert after.prefilled_tokens - before.prefilled_tokens == 1 + 9
-        assert after.extra["cached_tokens"] == len(second_prompt) + 12 - 1
+        assert after.extra["held_tokens"] == len(second_prompt) + 12 - 1
         async with _running(model) as cold:
             expected = await _complete(cold, second_prompt, seed=3)
         assert second.ids == expected.ids
@@ -303,7 +303,7 @@ def test_more_requests_than_slots_all_finish(model: LoadedModel) -> None:
         for (prompt_length, count), completion in zip(lengths, completions, strict=True):
             assert len(completion.ids) == count
             _assert_logprobs(model, _prompt(prompt_length, seed=prompt_length), completion)
-        assert stats.extra["evictions"] > 0
+        assert stats.extra["evicted_tokens"] > 0
         assert (stats.running, stats.waiting) == (0, 0)
         assert stats.sampled_tokens == sum(count for _, count in lengths)
         assert stats.prefilled_tokens + stats.reused_tokens == sum(prompt for prompt, _ in lengths)
@@ -452,6 +452,7 @@ def test_a_failing_step_fails_every_request_and_the_engine_recovers(model: Loade
                 assert isinstance(failure, EngineError)
                 assert "not finite" in str(failure)
             assert engine.stats().extra["failed_steps"] > 0
+            assert engine.stats().extra["held_tokens"] == 0
             weight.copy_(healthy)
             engine.publish(2)
             completions = await asyncio.gather(*(_complete(engine, p) for p in prompts))

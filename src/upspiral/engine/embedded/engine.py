@@ -191,9 +191,8 @@ class EmbeddedEngine:
             extra={
                 "steps": self._steps,
                 "failed_steps": self._failed_steps,
-                "evictions": self._cache.evictions,
                 "recomputed_tokens": scheduler.recomputed_tokens,
-                "cached_tokens": int(self._cache.lengths.sum()),
+                **self._cache.counts(),
             },
         )
 

@@ -45,9 +45,9 @@ class Scheduler:
     def advance(self, batch: Batch) -> None:
         """The batch was computed: its tokens are in the cache, and who finished its prompt decodes from now on."""
         for sequence in batch.decoding:
-            self._cache.lengths[sequence.slot] += 1
+            self._cache.extend(sequence.slot, 1)
         for chunk in batch.chunks:
-            self._cache.lengths[chunk.sequence.slot] += chunk.count
+            self._cache.extend(chunk.sequence.slot, chunk.count)
             if chunk.completes_prompt:
                 self.prefilling.remove(chunk.sequence)
                 self.decoding.append(chunk.sequence)
