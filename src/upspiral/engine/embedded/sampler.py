@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from upspiral.types import SamplingParams
@@ -14,8 +16,9 @@ _BLOCK = 128
 
 def sample(
     logits_SV: Tensor, params: Sequence[SamplingParams], uniforms: Sequence[float]
-) -> tuple[list[int], list[float]]:
-    """Token ids and their log-probabilities, one for each of S rows over V tokens; `uniforms` lie in [0, 1).
+) -> tuple[list[int], list[float], list[NDArray[np.int32] | None]]:
+    """Token ids, their log-probabilities and, where `list_kept` asks for them, the ids that the filters left; one for
+    each of S rows over V tokens. `uniforms` lie in [0, 1).
 
     The log-probability is that of the distribution drawn from: after temperature, then min-p, then top-k, then top-p.
     Temperature 0 takes the likeliest token, with its log-probability under the plain softmax. NaN gives NaN.
@@ -26,16 +29,19 @@ def sample(
         logits_SV = logits_SV / torch.tensor(temperatures, device=logits_SV.device)[:, None]
     logprobs_SV = torch.log_softmax(logits_SV, dim=-1)
     probabilities_SV = logprobs_SV.exp()
+    kept: list[NDArray[np.int32] | None] = [None] * len(params)
     filtered = [row for row, each in enumerate(params) if _filters(each, logits_SV.shape[1])]
     for row in filtered:
         probabilities_SV[row] = _filter(torch.softmax(logits_SV[row], dim=-1), params[row])
         logprobs_SV[row] = probabilities_SV[row].log()
+        if params[row].list_kept:
+            kept[row] = probabilities_SV[row].nonzero()[:, 0].to(torch.int32).numpy(force=True)
     uniforms_S = torch.tensor(list(uniforms), dtype=torch.float64, device=logits_SV.device)
     tokens_S = _invert_cdf(probabilities_SV, uniforms_S)
     greedy = [row for row, each in enumerate(params) if each.temperature == 0]
     if greedy:
         tokens_S[greedy] = logits_SV[greedy].argmax(dim=-1)
-    return tokens_S.tolist(), logprobs_SV.gather(1, tokens_S[:, None])[:, 0].tolist()
+    return tokens_S.tolist(), logprobs_SV.gather(1, tokens_S[:, None])[:, 0].tolist(), kept
 
 
 def _filters(params: SamplingParams, vocabulary: int) -> bool:

@@ -25,6 +25,7 @@ class Scheduler:
         self.prefilling: list[Sequence] = []
         self.decoding: list[Sequence] = []
         self.reused_tokens = 0
+        self.recomputed_tokens = 0
         self._cache = cache
         self._config = config
 
@@ -44,9 +45,9 @@ class Scheduler:
     def advance(self, batch: Batch) -> None:
         """The batch was computed: its tokens are in the cache, and who finished its prompt decodes from now on."""
         for sequence in batch.decoding:
-            self._cache.lengths[sequence.slot] += 1
+            self._cache.extend(sequence.slot, 1)
         for chunk in batch.chunks:
-            self._cache.lengths[chunk.sequence.slot] += chunk.count
+            self._cache.extend(chunk.sequence.slot, chunk.count)
             if chunk.completes_prompt:
                 self.prefilling.remove(chunk.sequence)
                 self.decoding.append(chunk.sequence)
@@ -55,6 +56,17 @@ class Scheduler:
         """Takes a running sequence out; its slot may be continued by others."""
         (self.decoding if sequence in self.decoding else self.prefilling).remove(sequence)
         self._cache.release(sequence)
+
+    def start_over(self) -> None:
+        """What runs waits again, before all others, for its tokens so far to be computed anew; siblings share that as
+        they share prompts."""
+        running = [*self.decoding, *self.prefilling]
+        for sequence in running:
+            decodes, slot = sequence in self.decoding, sequence.slot
+            self.recomputed_tokens += int((self._cache.planned if decodes else self._cache.lengths)[slot])
+            sequence.prompt_ids = self._cache.ids[slot, : self._cache.planned[slot]].copy()
+            self._cache.release(sequence)
+        self.waiting, self.prefilling, self.decoding = running + self.waiting, [], []
 
     def abandon(self) -> list[Sequence]:
         """Takes everything out. Who calls it clears the cache."""

@@ -19,6 +19,7 @@ class Sequence:
     """Waits without a slot, then prefills, then decodes. Only the engine thread touches it, except where noted."""
 
     prompt_ids: NDArray[np.int32]
+    """What is to be computed before the next token is sampled: the prompt, and what was sampled before a start over."""
     params: SamplingParams
     max_tokens: int
     """`params.max_tokens`, or fewer where the context ends first."""
