@@ -178,6 +178,7 @@ def prefill(backend: Backend, bench: Bench) -> dict[str, float]:
             prompts = bench.prompter.prompts(batch, PREFILL)
             return bench.seconds(lambda: backend.generate(prompts, 1))
 
+        timed()  # warms up
         rates[f"prefill_{batch}"] = round(batch * PREFILL / bench.median(timed), 1)
     return rates
 
