@@ -55,6 +55,11 @@ class Job:
         """Steps before those that are timed. A step with a row for each call takes minutes: it needs none."""
         return 0 if self.row == "call" else 1
 
+    @property
+    def longest_history(self) -> int:
+        """Tokens that the last call sends."""
+        return max(len(prompt) for prompt in self.prompts) + (self.calls - 1) * (NEW_TOKENS + RESULT_TOKENS)
+
     def with_rows(self, rows_per_pass: int) -> Job:
         return replace(self, rows_per_pass=rows_per_pass)
 

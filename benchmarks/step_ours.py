@@ -39,6 +39,9 @@ from upspiral.types import Rollout, SamplingParams
 from upspiral.weights.cpu import keep_freed_memory, num_cores
 from upspiral.weights.load import load_model
 
+TOKENS_PER_MICROBATCH = 1024
+"""As fast as the default of 4,096 here, and leaner."""
+
 
 class TimedTrainer(LocalTrainer):
     """Says how long clipping and the optimizer took of its last step."""
@@ -61,12 +64,19 @@ class Steps:
         model = load_model(Path(job.model_folder), dtype=job.dtype, device="cpu")
         self._job = job
         self._algorithm = AlgorithmConfig(clip_low=CLIP_LOW, clip_high=CLIP_HIGH, group_size=COMPLETIONS)
-        self._config = TrainerConfig(lr=LEARNING_RATE, betas=BETAS, max_grad_norm=MAX_GRAD_NORM)
+        self._config = TrainerConfig(
+            lr=LEARNING_RATE,
+            betas=BETAS,
+            max_grad_norm=MAX_GRAD_NORM,
+            tokens_per_microbatch=TOKENS_PER_MICROBATCH,
+        )
         self._trainer = TimedTrainer(
             model.module, self._config, self._algorithm, temperature=TEMPERATURE, lanes=num_cores()
         )
         self._trainer.now = job.now
-        config = EngineConfig(max_running=rollouts, cache_slots=rollouts)
+        config = EngineConfig(
+            max_running=rollouts, cache_slots=rollouts, context_length=job.longest_history + NEW_TOKENS
+        )
         self._engine = EmbeddedEngine(model, config, seed=SEED, threads=num_cores())
 
     async def run(self) -> list[Mapping[str, float]]:
