@@ -19,6 +19,7 @@ a thread for each core. TRL needs an environment of its own, whose interpreter `
   upspiral's masters and moments float32.
 - TRL without gradient checkpointing and logging. `--rows-per-pass` rows go forward and backward at once and their
   gradients add up to one step; of several numbers the fastest counts and all are in `tried`. The default, 8, is TRL's.
+  Without Triton its output layer scores the positions of prompts too (`add_fused_lm_head` in its source).
 - TRL plays turns by a `rollout_func` that generates as its own loop over tool calls does. A row of its batch is then a
   call (its history and answer, what flat trainers compute: `turns_ratio`) or a rollout with the results masked (each
   token computed once in training: `turns_concatenated_ratio`).
