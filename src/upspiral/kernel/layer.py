@@ -8,6 +8,7 @@ Shapes: T tokens, W hidden width, H query heads, K key heads, D head width, F in
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,15 +49,26 @@ class Finished:
     """[T,2F]"""
 
 
+Product = Callable[[Tensor], Tensor]
+"""Rows [T, in] times a weight, to [T, out]."""
+
+
+def plain_product(weight: Tensor) -> Product:
+    """With the weight as it is when it is called."""
+    return lambda rows: rows @ weight.mT
+
+
 class DenseLayer:
     """A layer of transformers' Llama or Qwen3 modules. It computes with their parameters, which others update."""
 
-    def __init__(self, module: Any, fused: FusedLayer, compiled: Rows) -> None:
+    def __init__(self, module: Any, fused: FusedLayer, compiled: Rows, product: Callable[[Tensor], Product]) -> None:
         assert fused.gate_up is not None
         attention = module.self_attn
         self.attention, self.fused, self.rows = attention, fused, compiled
         self.qkv, self.gate_up = fused.qkv, fused.gate_up
         self.output, self.down = attention.o_proj.weight, module.mlp.down_proj.weight
+        self.products = tuple(product(weight) for weight in (self.qkv, self.output, self.gate_up, self.down))
+        """By queries, keys and values; output; gate and up; down."""
         self.attention_norm = module.input_layernorm.weight
         self.feed_forward_norm = module.post_attention_layernorm.weight
         self.head_norms = tuple(
@@ -69,7 +81,7 @@ class DenseLayer:
 
     def project(self, hidden_TW: Tensor, angles: Angles) -> Projected:
         normed, scales = self.rows.norm(hidden_TW[:, None], self.attention_norm, self.epsilon)
-        heads = (normed[:, 0] @ self.qkv.mT).unflatten(1, (-1, self.width))
+        heads = self.products[0](normed[:, 0]).unflatten(1, (-1, self.width))
         query, key, value = heads.split([self.query_heads, self.key_heads, self.key_heads], dim=1)
         if not self.head_norms:
             rotated = heads[:, : self.query_heads + self.key_heads]
@@ -83,19 +95,22 @@ class DenseLayer:
 
     def finish(self, hidden_TW: Tensor, attended: Tensor) -> Finished:
         """`attended`: [T,H*D]"""
-        middle = hidden_TW + attended @ self.output.mT
+        _, output, gate_up, down = self.products
+        middle = hidden_TW + output(attended)
         normed, scales = self.rows.norm(middle[:, None], self.feed_forward_norm, self.epsilon)
-        gates = normed[:, 0] @ self.gate_up.mT
-        return Finished(middle + self.rows.gate(gates) @ self.down.mT, middle, scales, gates)
+        gates = gate_up(normed[:, 0])
+        return Finished(middle + down(self.rows.gate(gates)), middle, scales, gates)
 
 
-def dense_layers(module: Any, fused: tuple[FusedLayer, ...]) -> list[DenseLayer] | None:
+def dense_layers(
+    module: Any, fused: tuple[FusedLayer, ...], product: Callable[[Tensor], Product] = plain_product
+) -> list[DenseLayer] | None:
     """The layers of a causal language model whose projections are `fused`; None where the compiled code does not run or
-    does not compute what the model's own modules do."""
+    does not compute what the model's own modules do. `product` makes of a weight how it is multiplied with."""
     compiled = rows() if path_attention() is not None else None
     if compiled is None or not all(_fits(layer, each) for layer, each in zip(module.model.layers, fused, strict=True)):
         return None
-    return [DenseLayer(layer, each, compiled) for layer, each in zip(module.model.layers, fused, strict=True)]
+    return [DenseLayer(layer, each, compiled, product) for layer, each in zip(module.model.layers, fused, strict=True)]
 
 
 def _fits(layer: Any, fused: FusedLayer) -> bool:

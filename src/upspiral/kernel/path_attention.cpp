@@ -353,7 +353,12 @@ class Decode {
     }
     for (int64_t position = 0; position < length; position += TILE) {
       const int rows = (int)std::min<int64_t>(TILE, length - position);
-      for (int n = 0; n < rows; n += LANES) score(state, keys_ + at + (position + n) * token_stride_, n, std::min(LANES, rows - n));
+      for (int n = 0; n < rows; n += LANES) {
+        const int64_t here = at + (position + n) * token_stride_;
+        fetch(keys_ + here + LANES * token_stride_, (int)std::min<int64_t>(LANES, length - position - n - LANES));
+        fetch(values_ + here, std::min(LANES, rows - n));
+        score(state, keys_ + here, n, std::min(LANES, rows - n));
+      }
       soften(state, rows);
       for (int64_t d = 0; d < shape_.width; d += 2 * LANES)
         add_values(state, values_ + at + position * token_stride_ + d, rows, (int)d, d + LANES < shape_.width);
@@ -363,6 +368,12 @@ class Decode {
       E* out = output + (sequence * shape_.query_heads + head + m) * shape_.width;
       for (int64_t d = 0; d < shape_.width; d += LANES) T::store(out + d, _mm512_mul_ps(_mm512_load_ps(state.sums[m] + d), factor));
     }
+  }
+
+  // Asks memory for rows that will be read soon: they lie in many places, each too short for a processor to see a pattern.
+  void fetch(const E* from, int rows) const {
+    for (int i = 0; i < rows; ++i)
+      for (int64_t d = 0; d < shape_.width; d += 64 / sizeof(E)) _mm_prefetch((const char*)(from + i * token_stride_ + d), _MM_HINT_T0);
   }
 
   // Scores of keys n .. n + LANES, of which `rows` are there.

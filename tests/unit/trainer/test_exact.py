@@ -66,7 +66,7 @@ def test_engine_and_trainer_agree_on_every_bit(
     family: str, dtype: torch.dtype, count: int, compiled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not compiled:
-        for place in ("kernel.layer", "trainer.attention", "engine.embedded.exact"):
+        for place in ("kernel.layer", "trainer.attention", "engine.embedded.attention"):
             monkeypatch.setattr(f"upspiral.{place}.path_attention", lambda: None)
     elif path_attention() is None:
         pytest.skip("nothing can be compiled here")
@@ -77,7 +77,7 @@ def test_engine_and_trainer_agree_on_every_bit(
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_they_agree_with_an_adapter_too(family: str, dtype: torch.dtype) -> None:
-    loaded = LoadedModel.from_module(tiny_module(family, dtype, hidden_size=96, num_attention_heads=6))
+    loaded = LoadedModel.from_module(tiny_module(family, dtype, hidden_size=96, num_attention_heads=6, head_dim=32))
     config = TrainerConfig(lr=1e-2, lora=LoraConfig(), activation_checkpointing=True)
     trainer = LocalTrainer(loaded.module, config, AlgorithmConfig(), temperature=TEMPERATURE, exact=True)
     before, items = loaded.layers[0].qkv.clone(), asyncio.run(sampled_by(loaded, 2))

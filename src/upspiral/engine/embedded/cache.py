@@ -57,16 +57,6 @@ class SlotCache:
         common = np.where(self._versions == self.version, common, 0)
         return np.minimum(common, self.lengths), np.minimum(common, self.planned)
 
-    def current(self, slots: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Those of the slots of which all was computed under the version of now."""
-        return slots[self._versions[slots] == self.version]
-
-    def common_prefix(self, slots: NDArray[np.int64]) -> int:
-        """How many leading tokens these slots have in common."""
-        count = int(self.lengths[slots].min())
-        differs = (self.ids[slots, :count] != self.ids[slots[0], :count]).any(axis=0)
-        return int(differs.argmax()) if differs.any() else count
-
     def counts(self) -> dict[str, float]:
         """Tokens whose keys and values are held now and, of these, by running sequences (`referenced_tokens`); and how
         many were ever computed, copied to another slot, evicted for room, outdated by publication, lost in failure."""

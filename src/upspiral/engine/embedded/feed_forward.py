@@ -23,9 +23,6 @@ class FeedForward(Protocol):
 
     def __call__(self, hidden_NC: Tensor) -> Tensor: ...
 
-    def refresh(self) -> None:
-        """The weights have changed in place, or are new."""
-
 
 @dataclass(frozen=True, slots=True)
 class DenseFeedForward:
@@ -36,10 +33,6 @@ class DenseFeedForward:
     def __call__(self, hidden_NC: Tensor) -> Tensor:
         gate, up = self.gate_up(hidden_NC).chunk(2, dim=-1)
         return self.down(F.silu(gate) * up)
-
-    def refresh(self) -> None:
-        self.gate_up.refresh()
-        self.down.refresh()
 
 
 @dataclass(slots=True)
@@ -57,15 +50,12 @@ class ExpertFeedForward:
         compute = partial(exact_experts, self.block.experts) if self.exact else self.block.experts
         return compute(hidden_NC, chosen_NK, weights_NK)
 
-    def refresh(self) -> None:
-        """Nothing is held beside the block's own weights."""
 
-
-def fast_feed_forward(block: Any, fused: FusedLayer) -> FeedForward:
+def fast_feed_forward(block: Any, fused: FusedLayer, projection: Callable[[Tensor], Projection]) -> FeedForward:
     if has_experts(block):
         return ExpertFeedForward(block, exact=False)
     assert fused.gate_up is not None
-    return DenseFeedForward(Projection(fused.gate_up), Projection(block.down_proj.weight))
+    return DenseFeedForward(projection(fused.gate_up), projection(block.down_proj.weight))
 
 
 def exact_feed_forward(block: Any) -> Callable[[Tensor], Tensor]:
