@@ -41,8 +41,8 @@ class RoundingAdamW(ParameterOptimizer):
         self._generator = torch.Generator(self._parameters[0].device).manual_seed(torch.initial_seed())
 
     def _update(self, lr: float) -> None:
-        for number, gradient in enumerate(self._sums):
-            if gradient is not None:
+        for number in range(len(self._parameters)):
+            if (gradient := self._gradient(number)) is not None:
                 self._update_one(number, gradient, lr)
 
     def _update_one(self, number: int, gradient: Tensor, lr: float) -> None:
