@@ -29,6 +29,7 @@ from upspiral.monitor.metrics import MetricsLog
 from upspiral.monitor.progress import Progress
 from upspiral.trainer.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from upspiral.trainer.forest import ForestBatch, pack
+from upspiral.trainer.local import StepMetrics
 from upspiral.trajectory.ledger import check_closed
 from upspiral.types import RolloutCredit
 
@@ -104,9 +105,8 @@ class Run:
         clock.lap("collect")
         credits = grpo_credit(groups, self._config.algorithm)
         batches = self._pack(groups, credits)
-        trained = await self._optimize(batches, kind="policy")
+        trained = await self._optimize(batches, version=step, kind="policy")
         clock.lap("train")
-        self._parts.engine.publish(step)
         self._parts.store.record_step(step, credits)
         ledger = self._parts.store.ledger(step=step, split="train") + count.unrecorded()
         check_closed(ledger, f"step {step}")
@@ -129,13 +129,18 @@ class Run:
         )
 
     async def _optimize(
-        self, batches: Sequence[ForestBatch], *, kind: Literal["policy", "sft"], lr: float | None = None
+        self, batches: Sequence[ForestBatch], *, version: int, kind: Literal["policy", "sft"], lr: float | None = None
     ) -> dict[str, Any]:
-        """Gradient and optimizer steps over the batches, between two steps of the engine."""
+        """Gradient and optimizer steps over the batches, between two steps of the engine, which then has the version:
+        no token is sampled from new weights under an old one."""
         self._progress.phase("training", 0, len(batches))
-        trainer = self._parts.trainer
-        metrics = await self._parts.engine.exclusive(lambda: trainer.step(batches, kind=kind, lr=lr))
-        return metrics.flat()
+
+        def train_and_publish() -> StepMetrics:
+            metrics = self._parts.trainer.step(batches, kind=kind, lr=lr)
+            self._parts.engine.publish(version)
+            return metrics
+
+        return (await self._parts.engine.exclusive(train_and_publish)).flat()
 
     async def _evaluate(self, step: int) -> None:
         clock = Clock()
@@ -161,11 +166,15 @@ class Run:
             await self._checkpoint(0)
             return 0
         state = await asyncio.to_thread(load_checkpoint, checkpoint)
-        await self._parts.engine.exclusive(lambda: self._parts.trainer.load_state_dict(state))
         done = int(state["step"])
+
+        def load_and_publish() -> None:
+            self._parts.trainer.load_state_dict(state)
+            self._parts.engine.publish(done)
+
+        await self._parts.engine.exclusive(load_and_publish)
         for step in range(1, done + 1):
             self._collector.recall(step)
-        self._parts.engine.publish(done)
         self._metrics.resumed(done + 1)
         self._progress.note(f"resumed after step {done}")
         return done
@@ -179,11 +188,10 @@ class Run:
         clock.lap("collect")
         losses = []
         for lr, batches in warm_start_steps(shown, self._config, lanes=num_lanes(self._config)):
-            trained = await self._optimize(batches, kind="sft", lr=lr)
+            trained = await self._optimize(batches, version=0, kind="sft", lr=lr)
             losses.append(trained["loss"])
         clock.lap("train")
         self._parts.trainer.forget_moments()
-        self._parts.engine.publish(0)
         line = {"demonstrations": len(shown), "steps": len(losses), "losses": losses, "seconds": clock.seconds}
         self._metrics.append("warm_start", 0, line)
         self._progress.note(f"warm start: {len(shown)} demonstrations, loss {losses[0]:.3f} -> {losses[-1]:.3f}")
