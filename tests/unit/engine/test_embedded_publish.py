@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
+from tests.fixtures.tiny_modules import tiny_module
 from upspiral.config.models import EngineConfig
 from upspiral.engine.embedded.engine import EmbeddedEngine
 from upspiral.types import SamplingParams
@@ -22,18 +22,9 @@ VOCABULARY = 120
 
 @pytest.fixture
 def model() -> LoadedModel:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        initializer_range=0.3,
-    )
-    return LoadedModel.from_module(LlamaForCausalLM(config))
+    # Heads of 32, so that the compiled layers compute it where there are some.
+    module = tiny_module("llama", vocab_size=VOCABULARY, head_dim=32, max_position_embeddings=512)
+    return LoadedModel.from_module(module)
 
 
 @dataclass

@@ -22,7 +22,7 @@ class Projection:
     def __init__(self, weight: Tensor):
         """`weight`: [out, in], a parameter that others update in place. Call `refresh` before the first use."""
         self._weight = weight
-        self._packs = has_onednn(weight)
+        self._packs = _has_onednn(weight)
         self._packed = weight
 
     def refresh(self) -> None:
@@ -31,21 +31,16 @@ class Projection:
             self._packed = torch.ops.mkldnn._reorder_linear_weight(self._weight.detach(), _ROWS)
 
     def __call__(self, rows: Tensor) -> Tensor:
-        """[N, in] -> [N, out]"""
+        """[N, in] -> [N, out]. Rows have no gaps, or oneDNN takes a hundred times as long."""
         if self._packs:
-            return multiply(rows, self._packed)
+            return torch.ops.mkldnn._linear_pointwise(rows, self._packed, None, "none", [], "")
         return F.linear(rows, self._weight)
 
 
-def has_onednn(tensor: Tensor) -> bool:
+def _has_onednn(tensor: Tensor) -> bool:
     """Whether oneDNN multiplies on this tensor's device and in its dtype."""
     if tensor.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return False
     if tensor.dtype == torch.bfloat16:
         return torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return tensor.dtype == torch.float32
-
-
-def multiply(rows: Tensor, weight: Tensor) -> Tensor:
-    """[N, in] x [out, in] -> [N, out] by oneDNN. Both contiguous, or it takes a hundred times as long."""
-    return torch.ops.mkldnn._linear_pointwise(rows, weight, None, "none", [], "")
