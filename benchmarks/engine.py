@@ -17,7 +17,8 @@ On a machine that others use too, `--threads 1 --cpu-time` counts the CPU second
   with log-probabilities, temperature 1; the time of a run with one new token is taken off.
 - `prefill_B`: prompt tokens/s of B prompts of PREFILL random tokens, one new token each. Nothing is shared.
 - `trace_s`: 16 agents, 8 turns: a shared system prompt of 512 tokens, 48 new tokens and 32 sampled a turn, each with
-  the whole history again. Prefix caches are on where there is one; `trace_no_cache_s` is vLLM without.
+  the whole history again. With prefix caches; `trace_no_cache_s` is vLLM without. `generate` has none from call to
+  call and is left out.
 - `peak_mb`: the process at its largest, imports and model included.
 
 Medians of REPEATS after a warm-up. Ratios are ours over theirs (tokens/s) or theirs over ours (seconds).

@@ -1,7 +1,7 @@
 """One GRPO step of upspiral beside one of TRL's GRPOTrainer: SmolLM2-135M, the same prompts, reward, loss and threads.
 
     python benchmarks/step_vs_trl.py --trl-python PATH [--save] [--only SHAPE ...] [--dtypes bfloat16 float32]
-        [--repeats 3] [--rows-per-pass N ...] [--clock wall|cpu]
+        [--repeats 5] [--rows-per-pass N ...] [--clock wall|cpu]
 
 A step is everything from prompts to new weights that the next one samples from: 4 prompts x 8 completions, reward and
 advantages, forward and backward, AdamW, publication. Each side runs in a process of its own, one after the other, with
@@ -27,7 +27,8 @@ a thread for each core. TRL needs an environment of its own, whose interpreter `
 `X_ratio` is TRL's seconds over ours, `X_peak_ratio` our largest memory over TRL's, `peak_ratio` the worst of these; a
 process's peak holds imports and model. Seconds of phases: `generate`, `credit` (rewards, advantages, packing),
 `forward_backward`, `update` (clipping and AdamW), `publish`. `computed_tokens` went through the model in training, each
-side's padding included. Medians of `--repeats` steps after one that warms up (none for TRL with a row for each call).
+side's padding included. Medians of `--repeats` steps after one that warms up (none for TRL with a row for each call);
+fewer where they take more than four minutes together: `timed_steps` says how many.
 
 On a machine that others use, `taskset -c 0 ... --clock cpu` compares one core's seconds of computing.
 """
@@ -145,7 +146,7 @@ def main() -> None:
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/step_vs_trl.json")
     parser.add_argument("--only", nargs="*", default=list(SHAPES), choices=list(SHAPES), help="measure only these")
     parser.add_argument("--dtypes", nargs="*", default=["bfloat16", "float32"], choices=("bfloat16", "float32"))
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--rows-per-pass", type=int, nargs="*", default=[8])
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
     options = parser.parse_args()
