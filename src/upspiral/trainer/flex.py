@@ -28,7 +28,7 @@ from upspiral.trainer.forest import ForestBatch
 BLOCK = 128
 """Tokens of a block of queries and of one of keys; what FlexAttention's kernels divide in their own ways."""
 _LEAST_WIDTH = 16
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_DTYPES = (torch.bfloat16, torch.float32)
 
 
 def flex_attention_takes(query: Tensor) -> bool:
