@@ -7,11 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention.flex_attention import flex_attention
 
 from tests.fixtures.demonstrations import demonstration_graph
 from upspiral.algorithm.sft import sft_credit
-from upspiral.trainer.flex import BLOCK, attend_by_blocks, block_mask_of
+from upspiral.trainer.flex import BLOCK, attend_by_blocks, block_mask_of, flex_attention_takes
 from upspiral.trainer.forest import ForestBatch, pack
 from upspiral.trainer.spans import PlainKernel, attend_by_spans, spans_of
 
@@ -76,3 +77,21 @@ def test_of_32k_tokens_in_a_row_only_the_blocks_on_the_diagonal_are_looked_into(
     assert mask.full_kv_num_blocks.tolist() == [[list(range(count))]]
     assert mask.kv_num_blocks.tolist() == [[[1] * count]]
     assert sum(x.nbytes for x in mask.as_tuple() if isinstance(x, Tensor)) < 2_000_000
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "width", "taken"),
+    [
+        ("cuda", torch.bfloat16, 64, True),
+        ("cuda", torch.float32, 16, True),
+        ("cuda", torch.float64, 64, False),
+        ("cuda", torch.float32, 8, False),
+        ("cpu", torch.float32, 64, False),
+    ],
+)
+def test_heads_on_a_gpu_are_taken_unless_wide_numbers_or_narrow_heads(
+    device: str, dtype: torch.dtype, width: int, taken: bool
+) -> None:
+    with FakeTensorMode():
+        query = torch.empty(1, 4, 9, width, dtype=dtype, device=device)
+    assert flex_attention_takes(query) == taken
