@@ -15,8 +15,8 @@ a thread for each core. TRL needs an environment of its own, whose interpreter `
 - Prompts are stretches of the licence's text. Both sides sample exactly 64 tokens a call: TRL with `min_new_tokens`,
   upspiral without stop tokens.
 - Both: temperature 1, AdamW with the same rates, clip and gradient norm, no KL; advantage = reward minus the group's
-  mean; mean over tokens, then rollouts. In bfloat16 TRL's weights and moments are bfloat16 (its fastest form),
-  upspiral's masters and moments float32.
+  mean; mean over tokens, then rollouts. In bfloat16 neither side keeps float32 weights: TRL's weights and moments are
+  bfloat16 (its fastest form), upspiral's weights bfloat16 (`trainer.master_weights = "none"`) and its moments float32.
 - TRL without gradient checkpointing and logging. `--rows-per-pass` rows go forward and backward at once and their
   gradients add up to one step; of several numbers the fastest counts and all are in `tried`. The default, 8, is TRL's.
   Without Triton its output layer scores the positions of prompts too (`add_fused_lm_head` in its source).

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any, TypeVar
 
 import torch
@@ -34,7 +34,8 @@ class Lanes:
         return len(self.models)
 
     def run(self, work: Callable[[Any, Item], Result], items: Sequence[Item]) -> list[Result]:
-        """`work(model of the lane, item)` for at most as many items as there are lanes, all at once."""
+        """`work(model of the lane, item)` for at most as many items as there are lanes, all at once. What one raises
+        comes out when all have ended."""
         if self._pool is None or len(items) == 1:
             return [work(self.models[0], item) for item in items]
         others = [self._pool.submit(work, model, item) for model, item in zip(self.models[1:], items[1:], strict=False)]
@@ -43,6 +44,7 @@ class Lanes:
         try:
             first = work(self.models[0], items[0])
         finally:
+            wait(others)
             use_threads(before)
         return [first, *(other.result() for other in others)]
 
