@@ -192,22 +192,25 @@ class LocalTrainer:
         lanes = lanes_of(minibatch, exact=self._exact, recompute=self._config.activation_checkpointing)
         for batch in minibatch:
             tally.count(batch)
-        while busy := [lane for lane in lanes if lane.remaining][: len(self._lanes)]:
-            for outcome in self._round([(lane, lane.remaining.popleft()) for lane in busy], old_logprobs, kind):
+        # Further lanes than there are models wait for the one before them on theirs.
+        numbered = [(number % len(self._lanes), lane) for number, lane in enumerate(lanes)]
+        while busy := {number: lane for number, lane in reversed(numbered) if lane.remaining}:
+            items = {number: (busy[number], busy[number].remaining.popleft()) for number in sorted(busy)}
+            for outcome in self._round(items, old_logprobs, kind):
                 tally.add(*outcome)
 
     def _round(
-        self, items: Sequence[tuple[Lane, Work]], old_logprobs: Mapping[int, Tensor], kind: str
+        self, items: Mapping[int, tuple[Lane, Work]], old_logprobs: Mapping[int, Tensor], kind: str
     ) -> list[tuple[float, Mapping[str, Tensor]]]:
-        """Loss and metrics of one piece of work of each lane."""
-        backward = [number for number, (_, work) in enumerate(items) if work.kind != "forward"]
+        """Loss and metrics of one piece of work for each lane's model, by its number."""
+        backward = [number for number, (_, work) in items.items() if work.kind != "forward"]
         with self._sums.collected(backward) as turns:
 
             def compute(model: Any, number: int) -> tuple[float, Mapping[str, Tensor]]:
                 with turns.taken_by(number):
                     return self._compute(model, *items[number], old_logprobs, kind)
 
-            return self._lanes.run(compute, range(len(items)))
+            return self._lanes.run(compute, list(items))
 
     def _compute(
         self, model: Any, lane: Lane, work: Work, old_logprobs: Mapping[int, Tensor], kind: str
