@@ -40,7 +40,7 @@ class Job:
     rows_per_pass: int = 0
     """Of TRL: how many rows go forward and backward at once."""
     clock: Literal["wall", "cpu"] = "wall"
-    budget_s: float = 240.0
+    budget_s: float = 150.0
     """A process whose steps have taken longer together takes no further one, once one of them counts."""
 
     def now(self) -> float:

@@ -28,7 +28,7 @@ a thread for each core. TRL needs an environment of its own, whose interpreter `
 process's peak holds imports and model. Seconds of phases: `generate`, `credit` (rewards, advantages, packing),
 `forward_backward`, `update` (clipping and AdamW), `publish`. `computed_tokens` went through the model in training, each
 side's padding included. Medians of `--repeats` steps after one that warms up (none for TRL with a row for each call);
-fewer where they take more than four minutes together: `timed_steps` says how many.
+fewer where they take more than two and a half minutes together: `timed_steps` says how many.
 
 On a machine that others use, `taskset -c 0 ... --clock cpu` compares one core's seconds of computing.
 """
