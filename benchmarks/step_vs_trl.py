@@ -45,7 +45,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from result import ROOT, report
+from result import ROOT, commit, report, saved_figures
 from step_job import NEW_TOKENS, PROMPTS, Job, Row
 from upspiral.weights.cpu import num_cores
 from upspiral.weights.models import resolve_model
@@ -143,7 +143,9 @@ def check_environment(python: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trl-python", type=Path, required=True, help="the interpreter of an environment with TRL")
-    parser.add_argument("--save", action="store_true", help="write benchmarks/results/step_vs_trl.json")
+    parser.add_argument(
+        "--save", action="store_true", help="write benchmarks/results/step_vs_trl.json; dtypes not measured now stay"
+    )
     parser.add_argument("--only", nargs="*", default=list(SHAPES), choices=list(SHAPES), help="measure only these")
     parser.add_argument("--dtypes", nargs="*", default=["bfloat16", "float32"], choices=("bfloat16", "float32"))
     parser.add_argument("--repeats", type=int, default=5)
@@ -151,7 +153,8 @@ def main() -> None:
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
     options = parser.parse_args()
     check_environment(options.trl_python)
-    figures = {dtype: measure(dtype, options) for dtype in options.dtypes}
+    measured = {dtype: {**measure(dtype, options), "commit": commit()} for dtype in options.dtypes}
+    figures = {**saved_figures("step_vs_trl"), **measured}
     report(
         "step_vs_trl",
         {**figures, "model": MODEL, "new_tokens": NEW_TOKENS, "threads": num_cores(), "clock": options.clock},
