@@ -141,7 +141,10 @@ def test_a_reward_that_no_token_earned_stops_the_run(tmp_path: Path, model: Path
 
 @pytest.mark.parametrize(
     ("evaluation", "where"),
-    [("tasks = 12", "evaluation after step 0: none of the 12 rollouts"), ("tasks = 0", "step 1: none of the 48 rollouts")],
+    [
+        ("tasks = 12", "evaluation after step 0: none of the 12 rollouts"),
+        ("tasks = 0", "step 1: none of the 48 rollouts"),
+    ],
 )
 def test_what_nobody_could_judge_stops_the_run_and_is_tried_again(
     tmp_path: Path, model: Path, evaluation: str, where: str
