@@ -36,9 +36,6 @@ class ExactForward(DecoderForward):
         if self._dense is None:
             _check_width(self._model)
 
-    def refresh(self) -> None:
-        """Nothing is held beside the trainer's weights."""
-
     def logits(self, batch: Batch) -> Tensor:
         """[S, V], in the dtype of the model, rows in the order of `batch.sampling`."""
         rows = self._rows(batch)
