@@ -70,6 +70,7 @@ class DecoderForward:
             one_head.expand(self._heads // self._kv_heads, -1, -1), one_head, exact=self.exact
         )
         self._projections: list[Projection] = []
+        """What holds something beside the trainer's weights."""
         self._prepare()
 
     def _prepare(self) -> None:
@@ -89,6 +90,11 @@ class DecoderForward:
         """The weights have changed in place, or are new. Before the first batch and before the next one after it."""
         for projection in self._projections:
             projection.refresh()
+
+    def release(self) -> None:
+        """Gives back what is held beside the weights; `refresh` before the next batch."""
+        for projection in self._projections:
+            projection.release()
 
     def logits(self, batch: Batch) -> Tensor:
         """[S, V], in the dtype of the model, rows in the order of `batch.sampling`."""
