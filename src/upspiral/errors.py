@@ -11,7 +11,9 @@
     │   └── SealedRolloutError the rollout has ended; nothing more is recorded (HTTP 409)
     ├── EngineError            inference failed (infrastructure: the rollout is masked)
     ├── SandboxError           a sandbox could not be made or broke (infrastructure)
-    │   └── CapabilityError    the backend cannot do what the spec asks, said at acquire
+    │   ├── CapabilityError    the backend cannot do what the spec asks, said at acquire
+    │   ├── SandboxGoneError   it was stopped: by its owner, at the end of its lifetime, with its lease or its backend
+    │   └── SandboxBusyError   there is no room for another one now; try again after `retry_after_s`
     ├── AgentError             the agent crashed, hung or broke the protocol
     ├── DeadlineError          a wait ran past its deadline; the message names what it waited for
     ├── StoreError             the trajectory store or a checkpoint could not be written or read
@@ -80,6 +82,18 @@ class SandboxError(UpspiralError, RuntimeError):
 
 class CapabilityError(SandboxError):
     """The sandbox backend cannot do what the spec asks."""
+
+
+class SandboxGoneError(SandboxError):
+    """The sandbox was stopped: by its owner, at the end of its lifetime, with its lease or with its backend."""
+
+
+class SandboxBusyError(SandboxError):
+    """There is no room for another sandbox now."""
+
+    def __init__(self, message: str, *, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class AgentError(UpspiralError, RuntimeError):
