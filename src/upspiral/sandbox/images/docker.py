@@ -52,8 +52,11 @@ def import_docker_archive(path: Path, store: ImageStore, hold: Hold, *, tag: str
     what they run. Raises ImageError for an archive that is damaged, unsafe, or for another processor.
     """
     with _opened(path) as archive:
-        described = _describe(archive, path, tag)
-        diff_ids = described.config.get("rootfs", {}).get("diff_ids", [])
+        try:
+            described = _describe(archive, path, tag)
+            diff_ids = described.config["rootfs"]["diff_ids"]
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ImageError(f"{path}: its description is not that of an image ({error!r})") from error
         if len(diff_ids) != len(described.layers):
             raise ImageError(f"{path}: {len(described.layers)} layers, but {len(diff_ids)} in its configuration")
         layers: list[str] = []
@@ -164,8 +167,6 @@ def _opened(path: Path) -> Iterator[_Archive]:
     try:
         with tarfile.open(path) as archive:
             yield _Tar(archive)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ImageError(f"{path}: its description is not that of an image ({error!r})") from error
     except (OSError, tarfile.TarError, EOFError) as error:
         raise ImageError(f"{path} cannot be read as an archive: {error}") from error
 

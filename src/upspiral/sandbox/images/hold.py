@@ -45,7 +45,7 @@ def is_abandoned(lock: Path) -> bool:
     try:
         with open(lock, "rb") as file:
             return _try_lock(file.fileno(), fcntl.LOCK_EX)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):  # what has no lock was made under the store's
         return True
 
 
