@@ -243,6 +243,28 @@ with store.hold() as hold:
     assert exit_code == 0 and stop_at > 8, "every step was tried"
 
 
+def test_a_description_is_never_half_written(store: ImageStore) -> None:
+    """Whoever is killed while it writes one, the old or the new one is there."""
+    program = """
+with store.hold() as hold:
+    image = store.add(ImageContent((put(hold, 'a', 'a'),)), hold)
+    store.set_name(image, 'one', '')
+    print('there', flush=True)
+    while True:
+        store.set_name(image, 'one', 'x' * 3_000_000)
+"""
+    for turn in range(10):
+        process = worker(store, program)
+        assert process.stdout is not None and process.stdout.readline() == "there\n"
+        time.sleep(0.01 + 0.005 * turn)
+        process.kill()
+        process.wait(DEADLINE_S)
+        process.stdout.close()
+        assert len(store.image("one").source) in (0, 3_000_000)
+        store.collect()
+        assert leftovers(store) == []
+
+
 def test_makers_users_and_collectors_at_once(store: ImageStore) -> None:
     """Makers name and unname images, use them and look for their files; collectors collect. Nobody is surprised."""
     maker = """
@@ -261,6 +283,7 @@ for turn in range(25):
     collector = "for _ in range(60):\n store.collect(); store.references(); time.sleep(0.001)"
     processes = [worker(store, maker, str(number)) for number in range(3)]
     processes += [worker(store, collector) for _ in range(2)]
-    assert [process.wait(DEADLINE_S) for process in processes] == [0] * 5
+    processes += [worker(store, "for _ in range(1000):\n assert all(image.layers for image in store.images())")]
+    assert [process.wait(DEADLINE_S) for process in processes] == [0] * 6
     store.collect()
     assert (layers_of(store), leftovers(store), os.listdir(store.folder / "images")) == (set(), [], [])

@@ -197,9 +197,10 @@ class ImageStore:
 
     def remove_name(self, name: str) -> None:
         """The next collection removes what only this name stood for. Raises ImageError when there is no such name."""
-        with self._locked():
-            self.image(name)
-            (self.folder / "names" / f"{name}.json").unlink(missing_ok=True)
+        with self._locked(alone=True):  # nobody who lists the names loses one meanwhile
+            if not self.image(name).name:
+                raise ImageError(f"{name!r} is the digest of an image, not a name")
+            (self.folder / "names" / f"{name}.json").unlink()
 
     def find_step(self, key: str, hold: Hold) -> str | None:
         """The layer that this step made when it was done before, held."""
