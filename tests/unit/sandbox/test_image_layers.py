@@ -22,9 +22,9 @@ from hypothesis import strategies as st
 from tests.fixtures.tar_files import Member, folder, link, make_tar, stream
 from upspiral.errors import ImageError
 from upspiral.sandbox.images.archive import copy_folder, unpack_docker_layer, unpack_tar
-from upspiral.sandbox.images.layer import LayerWriter, is_opaque, keeps_owners, measure, merge
+from upspiral.sandbox.images.layer import LayerWriter, is_opaque, measure, merge
 
-KEEPS = keeps_owners()
+KEEPS = os.geteuid() == 0
 
 
 def write(target: Path, *members: Member, below: Sequence[Path] = (), docker: bool = False) -> LayerWriter:

@@ -24,6 +24,10 @@ _OF_THE_SANDBOX = ("dev", "proc", "sys", "run", "tmp", "etc/resolv.conf", "etc/h
 _KEPT_OUTPUT_BYTES = 256 * 1024
 _SHOWN_OUTPUT_BYTES = 2000
 _ROOT = (0, 0)
+_CERTIFICATES = "/opt/upspiral/certificates.pem"
+_CERTIFICATE_VARIABLES = (
+    "SSL_CERT_FILE", "PIP_CERT", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "GIT_SSL_CAINFO", "NODE_EXTRA_CA_CERTS",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +38,16 @@ class BuildMachine:
     """Ranges that package registries may lie in although they are not public."""
     env: Mapping[str, str] = field(default_factory=dict)
     mounts: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def behind(cls, networks: tuple[str, ...], certificates: Path | None) -> BuildMachine:
+        """One whose way to the registries leads through private networks, or past TLS certificates of its own."""
+        if certificates is None:
+            return cls(networks)
+        if not certificates.is_file():
+            raise ImageError(f"there is no file of certificates {certificates}")
+        mounts = {str(certificates.resolve()): _CERTIFICATES}
+        return cls(networks, dict.fromkeys(_CERTIFICATE_VARIABLES, _CERTIFICATES), mounts)
 
 
 class ImageBuilder:

@@ -23,17 +23,8 @@ from upspiral.errors import ImageError
 OPAQUE = "user.overlay.opaque"
 _HIGHEST_MTIME_S = 1 << 33
 _FOLDER_DEFAULT = (0o755, 0, 0, 0.0)
-_ID_RANGE = 65_536
 
 Kind = Literal["folder", "file", "link", "whiteout"]
-
-
-def keeps_owners() -> bool:
-    """Whether this process can give files to whom an archive says: it is root, and not of a namespace with few ids."""
-    if os.geteuid() != 0:
-        return False
-    ranges = Path("/proc/self/uid_map").read_text().splitlines()
-    return sum(int(line.split()[2]) for line in ranges) >= _ID_RANGE
 
 
 def clean_path(name: str) -> str:
@@ -50,7 +41,7 @@ class LayerWriter:
     Everything above a member is a folder that this writer made itself: a link in an archive is never gone through.
     Devices, FIFOs and sockets are left out and counted. Of permissions, setuid and setgid of programs are dropped
     (nothing in a sandbox gains rights by them, and outside they would be a danger), and the owner can always read.
-    Without the right to give files away everything belongs to this user.
+    Everything belongs to this user, unless owners are kept, which takes root.
     """
 
     def __init__(self, folder: Path, *, below: Sequence[Path] = (), keep_owners: bool = False) -> None:
@@ -270,10 +261,12 @@ def measure(folder: Path, *, keep_owners: bool) -> tuple[str, LayerSize]:
     return digest.hexdigest(), LayerSize(files, content_bytes)
 
 
-def make_fit(folder: Path) -> None:
+def make_fit(folder: Path, *, keep_owners: bool) -> None:
     """Makes a folder that something else has filled what a LayerWriter would have made of it."""
     for path, status in list(_walk(folder)):
         place = folder / path
+        if not keep_owners and (status.st_uid, status.st_gid) != (os.geteuid(), os.getegid()):
+            os.chown(place, os.geteuid(), os.getegid(), follow_symlinks=False)
         if stat.S_ISDIR(status.st_mode):
             place.chmod(status.st_mode & 0o3777 | 0o700)
         elif stat.S_ISREG(status.st_mode):

@@ -62,7 +62,7 @@ class Sources:
             return ImageContent((layer,))
         with self.store.draft() as draft:
             bootstrap(release, draft.files)
-            make_fit(draft.files)
+            make_fit(draft.files, keep_owners=self.store.keep_owners)
             layer = self.store.install(draft, self.hold)
         self.store.remember_step(key, layer)
         return ImageContent((layer.digest,))

@@ -32,7 +32,7 @@ import msgspec
 from upspiral.errors import ImageError
 from upspiral.sandbox.images.hold import Hold, held_digests, is_abandoned, locked, make_lock
 from upspiral.sandbox.images.image import Image, ImageContent, ImageName, Layer
-from upspiral.sandbox.images.layer import LayerSize, LayerWriter, keeps_owners, measure, merge
+from upspiral.sandbox.images.layer import LayerSize, LayerWriter, measure, merge
 
 MAX_LAYERS = 48
 """Deeper stacks are flattened: to look for a missing file asks every layer."""
@@ -93,11 +93,15 @@ class Collected:
 
 
 class ImageStore:
-    """The images in one folder."""
+    """The images in one folder.
 
-    def __init__(self, folder: Path | None = None) -> None:
+    Everything in a layer belongs to root inside, and to this user here: a sandbox has one id. `keep_owners` keeps those
+    of archives, for a backend that gives sandboxes a range of ids; that takes root.
+    """
+
+    def __init__(self, folder: Path | None = None, *, keep_owners: bool = False) -> None:
         self.folder = folder or store_folder()
-        self.keep_owners = keeps_owners()
+        self.keep_owners = keep_owners
         for name in _FOLDERS:
             (self.folder / name).mkdir(parents=True, exist_ok=True)
 
