@@ -51,8 +51,8 @@ def _instruction(code: int, value: int, if_true: int = 0, if_false: int = 0) -> 
 def filter_program(*, pretends_to_give_away: bool = False) -> bytes:
     """The filter for this machine; empty on a machine whose system call numbers are not listed here.
 
-    `pretends_to_give_away`: chown and its kin do nothing and say that they succeeded. Where there is but one user id they
-    could only fail, and with them every package whose files belong to a group of their own.
+    `pretends_to_give_away`: chown and its kin do nothing and say that they succeeded. Where there is but one user id
+    they could only fail, and with them every package whose files belong to a group of their own.
     """
     machine = platform.machine()
     if machine not in _DENIED:
