@@ -684,8 +684,9 @@ def test_a_spec_gets_a_way_out(tmp_path: Path) -> None:
     async def run() -> None:
         log = EgressLog()
         spec = SandboxSpec(
-            network=Allow(("example.org",)), env={"A": "b", "no_proxy": "mine"}, forward_sockets={3128: "/somewhere"}
-        )
+            network=Allow(("example.org",)), env={"A": "b", "no_proxy": "mine"}, labels={"rollout": "7"},
+            forward_sockets={3128: "/somewhere"},
+        )  # fmt: skip
         async with way_out(spec, tmp_path, log) as made:
             assert (made.network, made.forward_sockets[3128], len(made.forward_sockets)) == ("none", "/somewhere", 2)
             assert made.env["https_proxy"] == made.env["HTTP_PROXY"] == "http://127.0.0.1:3129"
@@ -694,7 +695,7 @@ def test_a_spec_gets_a_way_out(tmp_path: Path) -> None:
             writer.write(b"CONNECT evil.net:443 HTTP/1.1\r\n\r\n")
             assert (await reader.read()).startswith(b"HTTP/1.1 403 ")
             writer.close()
-        assert [each.host for each in log.records] == ["evil.net"]
+        assert [(each.host, each.labels) for each in log.records] == [("evil.net", {"rollout": "7"})]
         assert list(tmp_path.iterdir()) == []
         async with way_out(SandboxSpec(), tmp_path, log) as made:
             assert made == SandboxSpec()
@@ -711,6 +712,16 @@ def test_what_a_client_sends_cannot_swell_the_log(world: World) -> None:
         assert len(world.record.reason) <= 300 and world.record.host == ""
 
     play(world, act)
+
+
+def test_one_sandbox_writes_so_many_records(world: World) -> None:
+    async def act() -> None:
+        for number in range(5):
+            assert b"403" in await world.talk(f"CONNECT evil{number}.net:443 HTTP/1.1\r\n\r\n".encode())
+        assert [each.host for each in world.log.records] == ["evil0.net", "evil1.net", "evil2.net"]
+        assert world.log.records[2].reason.endswith("of this sandbox; later connections are not written down")
+
+    play(world, act, limits=EgressLimits(records=3))
 
 
 def test_the_log_is_bounded() -> None:

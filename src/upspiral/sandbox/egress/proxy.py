@@ -14,6 +14,7 @@ import socket
 import time
 from asyncio import StreamReader, StreamWriter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 
@@ -59,13 +60,15 @@ class EgressProxy:
         allow: Allow,
         log: Callable[[EgressRecord], None],
         *,
+        labels: Mapping[str, str] | None = None,
         limits: EgressLimits = _USUAL_LIMITS,
         resolve: Resolve = resolve_name,
         connect: Connect | None = None,
     ) -> None:
-        """Raises ConfigError for an entry of `allow` that is not understood. `resolve` and `connect` are there for
-        networks with ways of their own."""
+        """Raises ConfigError for an entry of `allow` that is not understood. `labels` go into each record. `resolve`
+        and `connect` are there for networks with ways of their own."""
         self.limits = limits
+        self.labels = labels or {}
         self._policy = Policy(allow)
         self._log = log
         self._resolve = resolve
@@ -74,6 +77,7 @@ class EgressProxy:
         self._path: Path | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._total_bytes = 0
+        self._num_records = 0
 
     async def start(self, path: Path) -> None:
         """Listens at a unix socket that only this user may open. Raises SandboxError when it cannot."""
@@ -124,7 +128,12 @@ class EgressProxy:
             raise CutOff(f"all connections together moved more than {self.limits.total_bytes} bytes")
 
     def write_down(self, record: EgressRecord) -> None:
-        self._log(record)
+        """Not for ever: what is inside could fill the host's memory with it."""
+        self._num_records += 1
+        if self._num_records < self.limits.records:
+            self._log(record)
+        elif self._num_records == self.limits.records:
+            self._log(replace(record, reason=f"{record.reason}; later connections are not written down".lstrip("; ")))
 
     async def open(self, request: Request) -> tuple[str, StreamReader, StreamWriter]:
         """A connection to the first permitted address that can be reached, and that address. Raises Refused."""
@@ -199,10 +208,12 @@ class _Connection:
             if self._request or reason:  # a connection that asked for nothing is none
                 host, port = (self._request.host, self._request.port) if self._request else ("", 0)
                 sent, received = self._traffic.sent_bytes, self._traffic.received_bytes
-                duration_s = time.monotonic() - started_s
                 self._proxy.write_down(
-                    EgressRecord(time_s, host, port, self._address, self._allowed, reason, sent, received, duration_s)
-                )
+                    EgressRecord(
+                        time_s, host, port, self._address, self._allowed, reason, sent, received,
+                        time.monotonic() - started_s, self._proxy.labels,
+                    )
+                )  # fmt: skip
 
     async def _serve(self) -> str:
         """Returns what went wrong, or nothing."""

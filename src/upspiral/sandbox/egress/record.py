@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 
@@ -23,6 +24,8 @@ class EgressLimits:
     """Of one connection, both ways together."""
     total_bytes: int = 64 << 30
     """Of all connections of this proxy, both ways together."""
+    records: int = 10_000
+    """So many connections are written down, and that there were more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,13 +47,15 @@ class EgressRecord:
     received_bytes: int
     """From it."""
     duration_s: float
+    labels: Mapping[str, str] = field(default_factory=dict)
+    """Of the sandbox (`SandboxSpec.labels`), such as the rollout's id."""
 
 
 @dataclass(slots=True)
 class EgressLog:
-    """Keeps the first records and counts the rest, so that what is inside cannot fill the host's memory."""
+    """Keeps the first records of all sandboxes and counts the rest."""
 
-    capacity: int = 10_000
+    capacity: int = 100_000
     records: list[EgressRecord] = field(default_factory=list)
     dropped: int = 0
 

@@ -26,7 +26,7 @@ async def way_out(spec: SandboxSpec, folder: Path, log: Callable[[EgressRecord],
     if spec.network == "none":
         yield spec
         return
-    async with EgressProxy(spec.network, log) as proxy:
+    async with EgressProxy(spec.network, log, labels=spec.labels) as proxy:
         path = folder / f"egress-{secrets.token_hex(8)}"
         await proxy.start(path)
         port = next(each for each in range(_FIRST_PORT, 65536) if each not in spec.forward_sockets)

@@ -116,7 +116,7 @@ class ImageBuilder:
             lifetime_s=recipe.timeout_s + 600,
         )  # fmt: skip
         return SandboxSpec(
-            image=image.digest, env=self._machine.env, limits=limits,
+            image=image.digest, env={"HOME": "/root", **self._machine.env}, limits=limits,
             network=Allow((*MIRRORS, *recipe.hosts), self._machine.networks), mounts=self._machine.mounts,
             labels={"image": recipe.name},
         )  # fmt: skip
