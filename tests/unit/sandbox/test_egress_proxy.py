@@ -718,6 +718,7 @@ def test_one_sandbox_writes_so_many_records(world: World) -> None:
     async def act() -> None:
         for number in range(5):
             assert b"403" in await world.talk(f"CONNECT evil{number}.net:443 HTTP/1.1\r\n\r\n".encode())
+            await world.settled(min(number + 1, 3))
         assert [each.host for each in world.log.records] == ["evil0.net", "evil1.net", "evil2.net"]
         assert world.log.records[2].reason.endswith("of this sandbox; later connections are not written down")
 
