@@ -1,0 +1,364 @@
+"""The keeper's one thread: takes requests by a socket, one message each, and answers each when it is done.
+
+A message is a JSON object, in both directions. A request has a `number`, and so has its answer, with a `problem` when
+it failed. Unasked the keeper says only that a sandbox has `ended`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from upspiral.sandbox.namespace.keeper import MAX_MESSAGE_BYTES, aside, launch, syscalls
+from upspiral.sandbox.namespace.keeper.aside import Aside
+from upspiral.sandbox.namespace.keeper.control_groups import Allowance, find_hierarchies
+from upspiral.sandbox.namespace.keeper.identity import Identities
+from upspiral.sandbox.namespace.keeper.live import Live, read_from
+from upspiral.sandbox.namespace.keeper.order import Order
+from upspiral.sandbox.namespace.keeper.pause import paused, runs_nothing_else
+from upspiral.sandbox.namespace.keeper.skeleton import make_dev, make_skeleton
+from upspiral.sandbox.namespace.keeper.stack import Layer, Stack
+from upspiral.sandbox.namespace.keeper.syscalls import MountFlag, Namespace
+from upspiral.sandbox.namespace.seccomp import filter_program
+
+_MAX_LAYERS = 64
+"""Stacks that are deeper are copied into one layer."""
+_EXIT_TIMEOUT_S = 10.0
+_TICK_S = 0.5
+"""How late the end of a lifetime may be."""
+
+Message = dict[str, Any]
+
+
+class Keeper:
+    """Everything that lives, by its name and by the descriptor that tells of it."""
+
+    def __init__(self, control: socket.socket, host: Message):
+        self._control = control
+        self._identities = Identities.of_this_process()
+        self._hierarchies = find_hierarchies(host["label"], host["parent_group"]) if self._is_root else None
+        self._events = select.epoll()
+        self._by_descriptor: dict[int, Callable[[], None]] = {}
+        self._live: dict[str, Live] = {}
+        self._snapshots: dict[str, Stack] = {}
+        self._asides: set[Aside] = set()
+        self._num_layers = 0
+        self._filter = filter_program()
+        self._enter(host["folder"])
+        self._programs = make_skeleton()
+        make_dev()
+        for name in ("t", "layers"):
+            os.mkdir(name, 0o755)
+
+    @property
+    def abilities(self) -> Message:
+        return {"control_groups": self._hierarchies is not None, "root": self._is_root}
+
+    @property
+    def _is_root(self) -> bool:
+        return self._identities.many
+
+    def _enter(self, folder: str) -> None:
+        """Into namespaces of its own, in which it may mount."""
+        if self._is_root:
+            os.setgroups([])
+            syscalls.unshare(Namespace.MOUNT)
+        else:
+            user, group = os.geteuid(), os.getegid()
+            syscalls.unshare(Namespace.USER | Namespace.MOUNT)
+            Path("/proc/self/setgroups").write_text("deny")
+            Path("/proc/self/uid_map").write_text(f"0 {user} 1")
+            Path("/proc/self/gid_map").write_text(f"0 {group} 1")
+        syscalls.make_private("/")
+        syscalls.mount("tmpfs", folder, "tmpfs", MountFlag.NOSUID, "mode=755")
+        os.chdir(folder)
+
+    def serve(self) -> None:
+        """To the end of the control socket (EOFError)."""
+        self._watch(self._control.fileno(), self._on_request)
+        next_tick = 0.0
+        while True:
+            for descriptor, _ in self._events.poll(_TICK_S if self._live or self._asides else None):
+                # An earlier event of this round may have ended what this one is about.
+                if (react := self._by_descriptor.get(descriptor)) is not None:
+                    react()
+            if time.monotonic() >= next_tick:
+                self._end_overdue()
+                next_tick = time.monotonic() + _TICK_S
+
+    def _watch(self, descriptor: int, react: Callable[[], None]) -> None:
+        self._by_descriptor[descriptor] = react
+        self._events.register(descriptor, select.EPOLLIN)
+
+    def _unwatch(self, descriptor: int) -> None:
+        del self._by_descriptor[descriptor]
+        self._events.unregister(descriptor)
+
+    def _end_overdue(self) -> None:
+        now = time.monotonic()
+        for live in self._live.values():
+            if live.ends_at <= now:
+                live.problem = f"it reached the end of its lifetime, {live.order.lifetime_s:g} s"
+                live.kill()
+        for each in self._asides:
+            if each.deadline <= now:
+                each.kill()
+
+    def _on_request(self) -> None:
+        try:
+            content, descriptors, _, _ = socket.recv_fds(self._control, MAX_MESSAGE_BYTES, 4)
+        except ConnectionResetError:
+            raise EOFError from None
+        if not content:
+            raise EOFError
+        request: Message = json.loads(content)
+        try:
+            requests: dict[str, Callable[[Message, list[int]], None]] = {
+                "create": self._create, "stop": self._stop, "snapshot": self._snapshot, "drop": self._drop,
+                "diff": self._diff,
+            }  # fmt: skip
+            requests[request["do"]](request, descriptors)
+        except OSError as error:
+            self._answer(request["number"], problem=str(error))
+        finally:
+            for descriptor in descriptors:
+                os.close(descriptor)
+
+    def _answer(self, number: int, **said: object) -> None:
+        self._send({"number": number, **said})
+
+    def _send(self, message: Message) -> None:
+        try:
+            self._control.send(json.dumps(message).encode())
+        except OSError:
+            raise EOFError from None
+
+    # Creating
+
+    def _create(self, request: Message, descriptors: list[int]) -> None:
+        order = Order(**request["order"])
+        stack = self._stack_for(order)
+        here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        process = syscalls.clone(launch.CLONED)
+        if process == 0:
+            programs = None if stack.image else self._programs
+            ground = launch.Ground([each.folder for each in stack.layers], len(stack.image), programs, self._filter)
+            agent = socket.socket(fileno=os.dup(descriptors[0]))
+            launch.run_sandbox(order, ground, there, agent)
+        there.close()
+        ends_at = time.monotonic() + order.lifetime_s
+        pids = os.open(f"/proc/{process}/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
+        live = Live(order, stack, process, os.pidfd_open(process), here, request["number"], ends_at, pids)
+        stack.hold()
+        self._live[order.name] = live
+        self._watch(live.handle, lambda: self._on_death(live))
+        self._watch(here.fileno(), lambda: self._on_setup(live))
+        try:
+            self._let_go_ahead(live)
+        except OSError as error:
+            live.problem = str(error)
+            live.kill()
+
+    def _stack_for(self, order: Order) -> Stack:
+        if order.snapshot is None:
+            return Stack(self._identities.new(order.user), list(order.layers))
+        if order.snapshot not in self._snapshots:
+            raise FileNotFoundError(f"there is no snapshot {order.snapshot}; it may have been dropped")
+        return self._snapshots[order.snapshot]
+
+    def _let_go_ahead(self, live: Live) -> None:
+        """Gives the child its ids, its control group and what it may not open itself."""
+        identity, order = live.stack.identity, live.order
+        for kind in ("uid_map", "gid_map"):
+            _write(f"/proc/{live.process}/{kind}", f"{identity.inside} {identity.outside} 1")
+        if self._hierarchies is not None:
+            allowance = Allowance(order.memory_bytes, order.processes, order.cpus)
+            live.group = self._hierarchies.make(order.name, allowance)
+            live.group.add(live.process)
+        given: list[int] = []
+        try:
+            self._open_trees(live, given)
+            if live.group is not None:
+                given.append(os.open(live.group.out_of_memory, os.O_RDONLY | os.O_CLOEXEC))
+            assert live.setup is not None
+            socket.send_fds(live.setup, [launch.GO], given)
+        finally:
+            for descriptor in given:
+                os.close(descriptor)
+
+    def _open_trees(self, live: Live, trees: list[int]) -> None:
+        for folder in live.stack.image:
+            trees.append(syscalls.clone_tree(folder))
+            if self._is_root:
+                namespace = os.open(f"/proc/{live.process}/ns/user", os.O_RDONLY | os.O_CLOEXEC)
+                try:
+                    syscalls.map_owners(trees[-1], namespace)
+                finally:
+                    os.close(namespace)
+        for path in live.order.mounts.values():
+            trees.append(syscalls.clone_tree(path))
+            syscalls.protect(trees[-1])
+
+    def _on_setup(self, live: Live) -> None:
+        """The child is ready, or says why it is not, or has died."""
+        assert live.setup is not None
+        message, descriptors, _, _ = socket.recv_fds(live.setup, 4096, 1)
+        self._unwatch(live.setup.fileno())
+        live.setup.close()
+        live.setup = None
+        if message == launch.READY and descriptors:
+            live.disk = descriptors[0]
+            self._answer(live.request)
+        else:
+            live.problem = live.problem or message.decode(errors="replace") or "it died before it was ready"
+
+    # Ending
+
+    def _stop(self, request: Message, descriptors: list[int]) -> None:
+        live = self._live.get(request["name"])
+        if live is None:
+            self._answer(request["number"])
+        else:
+            self._end(live, lambda: self._answer(request["number"]))
+
+    def _end(self, live: Live, then: Callable[[], None]) -> None:
+        live.when_dead.append(then)
+        live.kill()
+
+    def _on_death(self, live: Live) -> None:
+        """Its first process is dead, and so is all that it had started."""
+        os.waitpid(live.process, 0)
+        self._unwatch(live.handle)
+        if live.setup is not None:
+            self._on_setup(live)
+        if live.group is not None:
+            live.group.remove()
+        del self._live[live.order.name]
+        if live.disk < 0:
+            self._answer(live.request, problem=live.problem)
+        elif not live.when_dead:
+            self._send({"ended": live.order.name, "problem": live.problem})
+        for react in live.when_dead:
+            react()
+        live.forget()
+        live.stack.release()
+
+    def end(self) -> None:
+        """Everything that lives, before the keeper itself ends."""
+        deadline = time.monotonic() + _EXIT_TIMEOUT_S
+        for each in self._asides:
+            each.kill()
+        for live in self._live.values():
+            live.kill()
+        for live in self._live.values():
+            select.select([live.handle], [], [], max(0.0, deadline - time.monotonic()))
+        if self._hierarchies is not None:
+            self._hierarchies.remove()
+
+    # Snapshots
+
+    def _snapshot(self, request: Message, descriptors: list[int]) -> None:
+        """`sealed`: the sandbox is dead now, and its disk a layer. `copied`: it runs on."""
+        live, name = self._the(request["name"]), request["snapshot"]
+        if request["may_seal"] and runs_nothing_else(live):
+            self._end(live, lambda: self._seal(live, name, request["number"]))
+            return
+        layer = self._new_layer()
+        disk = live.disk
+
+        def copy() -> Message:
+            with paused(live):
+                return aside.copy_to_layer([read_from(disk)], layer.mounted_at)
+
+        def done(answer: Message) -> None:
+            if "problem" in answer:
+                layer.discard()
+                self._answer(request["number"], **answer)
+            else:
+                self._keep(name, live.stack.topped(layer), request["number"], "copied")
+
+        self._do_aside(copy, done)
+
+    def _seal(self, live: Live, name: str, number: int) -> None:
+        layer = self._new_layer()
+        try:
+            syscalls.attach(live.disk, layer.mounted_at)
+        except OSError as error:
+            layer.discard()
+            self._answer(number, problem=f"the sandbox is lost: {error}")
+        else:
+            self._keep(name, live.stack.topped(layer), number, "sealed")
+
+    def _keep(self, name: str, stack: Stack, number: int, how: str) -> None:
+        """Makes a snapshot of a stack; a deep one is flattened first, which takes as long as copying it."""
+        stack.hold()
+        if len(stack.layers) <= _MAX_LAYERS:
+            self._snapshots[name] = stack
+            self._answer(number, how=how)
+            return
+        flat = self._new_layer()
+
+        def done(answer: Message) -> None:
+            if "problem" in answer:
+                flat.discard()
+                self._snapshots[name] = stack
+            else:
+                self._snapshots[name] = Stack(stack.identity, stack.image, [flat])
+                self._snapshots[name].hold()
+                stack.release()
+            self._answer(number, how=how)
+
+        self._do_aside(lambda: aside.copy_to_layer([each.open() for each in stack.layers], flat.mounted_at), done)
+
+    def _new_layer(self) -> Layer:
+        self._num_layers += 1
+        return Layer.at(f"layers/{self._num_layers}")
+
+    def _drop(self, request: Message, descriptors: list[int]) -> None:
+        if (stack := self._snapshots.pop(request["snapshot"], None)) is not None:
+            stack.release()
+        self._answer(request["number"])
+
+    def _diff(self, request: Message, descriptors: list[int]) -> None:
+        live = self._the(request["name"])
+        stack, disk, output = live.stack, live.disk, os.dup(descriptors[0])
+
+        def compare() -> Message:
+            layers = [read_from(disk), *(each.open() for each in stack.layers)]
+            with paused(live):
+                ignored = live.order.mounts
+                return aside.write_difference(layers, stack.image, output, stack.identity.inside, ignored)
+
+        self._do_aside(compare, lambda answer: self._answer(request["number"], **answer))
+        os.close(output)
+
+    def _the(self, name: str) -> Live:
+        live = self._live.get(name)
+        if live is None or live.disk < 0:
+            raise ProcessLookupError("the sandbox has ended")
+        return live
+
+    def _do_aside(self, work: Callable[[], Message], done: Callable[[Message], None]) -> None:
+        child = Aside.start(work)
+        self._asides.add(child)
+
+        def answered() -> None:
+            self._unwatch(child.reader)
+            self._asides.discard(child)
+            done(child.answer())
+
+        self._watch(child.reader, answered)
+
+
+def _write(path: str, text: str) -> None:
+    descriptor = os.open(path, os.O_WRONLY)
+    try:
+        os.write(descriptor, text.encode())
+    finally:
+        os.close(descriptor)

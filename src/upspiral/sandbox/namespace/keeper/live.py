@@ -1,0 +1,62 @@
+"""A sandbox as the keeper knows it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+from upspiral.sandbox.namespace.keeper.control_groups import Group
+from upspiral.sandbox.namespace.keeper.merged import FOLDER_FLAGS
+from upspiral.sandbox.namespace.keeper.order import Order
+from upspiral.sandbox.namespace.keeper.stack import Stack
+
+
+@dataclass(eq=False, slots=True)
+class Live:
+    """From the fork of its first process until that is dead."""
+
+    order: Order
+    stack: Stack
+    """What it began on; its own disk lies above."""
+    process: int
+    handle: int
+    """Of that process (pidfd)."""
+    setup: socket.socket | None
+    """Until it is ready, or has failed."""
+    request: int
+    """Which asked for it."""
+    ends_at: float
+    pid_namespace: int
+    """Open. It cannot be opened any more once the process has given up its privileges."""
+    group: Group | None = None
+    disk: int = -1
+    """The tree of its own tmpfs, to be read, and to become a layer of others; -1 until it is ready."""
+    problem: str = ""
+    """Why it ended or could not begin."""
+    when_dead: list[Callable[[], None]] = field(default_factory=list)
+
+    def kill(self) -> None:
+        """And with it everything inside; its end is an event of its handle."""
+        self.signal(signal.SIGKILL)
+        if self.group is not None:
+            self.group.thaw()  # what is frozen does not die
+
+    def signal(self, number: int) -> None:
+        """To its first process."""
+        with suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self.handle, number)
+
+    def forget(self) -> None:
+        """Closes what is open. After its end."""
+        for descriptor in (self.handle, self.pid_namespace, self.disk):
+            if descriptor >= 0:
+                os.close(descriptor)
+
+
+def read_from(disk: int) -> int:
+    """Opens what a sandbox has written."""
+    return os.open("u", FOLDER_FLAGS, dir_fd=disk)

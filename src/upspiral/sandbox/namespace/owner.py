@@ -1,0 +1,111 @@
+"""Whose a folder or a control group is: a label in its name, by which a later process can tell that its owner died."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from upspiral.sandbox.namespace.keeper.control_groups import mounted_hierarchies, remove_all
+
+_PREFIX = "upspiral-sandboxes"
+_NUM_PARTS = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """A process, for as long as the machine runs. Two processes are never the same."""
+
+    boot: str
+    pid_namespace: int
+    """Containers may share folders and control groups, but not process ids."""
+    pid: int
+    start_time: int
+
+    @classmethod
+    def this_process(cls) -> Owner:
+        start_time = _start_time(os.getpid())
+        assert start_time is not None, "a process that asks lives"
+        return cls(_boot(), _namespace_of_pids(), os.getpid(), start_time)
+
+    def label(self) -> str:
+        """A new one each time."""
+        return f"{_PREFIX}-{self.boot}-{self.pid_namespace}-{self.pid}-{self.start_time}-{secrets.token_hex(3)}"
+
+    @classmethod
+    def of(cls, name: str) -> Owner | None:
+        """None when the name is no label."""
+        parts = name.removeprefix(f"{_PREFIX}-").split("-")
+        if not name.startswith(f"{_PREFIX}-") or len(parts) != _NUM_PARTS or not all(map(str.isdecimal, parts[1:4])):
+            return None
+        return cls(parts[0], *(int(part) for part in parts[1:4]))
+
+    @property
+    def is_dead(self) -> bool:
+        """Of what cannot be told from here, a process in another pid namespace, False."""
+        if self.boot != _boot():
+            return True
+        return self.pid_namespace == _namespace_of_pids() and _start_time(self.pid) != self.start_time
+
+
+def make_folder(root: Path | None, label: str) -> Path:
+    """A place for a keeper to mount on; it stays empty."""
+    folder = (root or default_root()) / label
+    folder.mkdir(mode=0o700, parents=True)
+    return folder
+
+
+def default_root() -> Path:
+    memory = Path("/dev/shm")
+    return memory if os.access(memory, os.W_OK | os.X_OK) else Path(tempfile.gettempdir())
+
+
+def sweep(root: Path | None) -> list[Path]:
+    """Removes the folders and control groups of owners that have died. Returns what it removed."""
+    removed = []
+    for folder in (root or default_root()).glob(f"{_PREFIX}-*"):
+        if _is_left_over(folder):
+            shutil.rmtree(folder, ignore_errors=True)
+            removed.append(folder)
+    for group in _control_groups():
+        if _is_left_over(group):
+            remove_all(group)
+            removed.append(group)
+    return removed
+
+
+def _is_left_over(path: Path) -> bool:
+    owner = Owner.of(path.name)
+    try:
+        return owner is not None and owner.is_dead and path.stat(follow_symlinks=False).st_uid == os.geteuid()
+    except FileNotFoundError:
+        return False
+
+
+def _control_groups() -> Iterator[Path]:
+    for place in set(mounted_hierarchies().values()):
+        for folder, below, _ in os.walk(place):
+            labelled = [name for name in below if name.startswith(_PREFIX)]
+            yield from (Path(folder, name) for name in labelled)
+            below[:] = [name for name in below if name not in labelled]
+
+
+def _boot() -> str:
+    return Path("/proc/sys/kernel/random/boot_id").read_text()[:8]
+
+
+def _namespace_of_pids() -> int:
+    return os.stat("/proc/self/ns/pid").st_ino
+
+
+def _start_time(pid: int) -> int | None:
+    """Clock ticks from boot to the start of the process (field 22 of /proc/PID/stat); None when there is none."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return int(text.rpartition(")")[2].split()[19])
