@@ -82,7 +82,7 @@ def copy_to_layer(layers: Sequence[int], place: str) -> Message:
 
 
 def write_difference(
-    layers: Sequence[int], image: Sequence[str], output: int, owner: int, ignored: Collection[str]
+    layers: Sequence[int], image: Sequence[str], output: int, owner: int, made: Collection[str]
 ) -> Message:
     """Writes a tar to `output`. Answers with the paths that were removed."""
     from upspiral.sandbox.namespace.keeper.difference import Difference  # costs memory that sandboxes need not have
@@ -91,7 +91,7 @@ def write_difference(
         root = os.open(_view(image), FOLDER_FLAGS)
         opened.callback(os.close, root)
         file = opened.enter_context(os.fdopen(output, "wb", closefd=False))
-        difference = Difference(file, owner, ignored)
+        difference = Difference(file, owner, made)
         difference.compare(layers, root)
     return {"removed": difference.removed}
 

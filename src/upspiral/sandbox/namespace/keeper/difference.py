@@ -18,12 +18,12 @@ _REGULAR = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
 class Difference:
     """Written as it is found. `owner` is the id that everything belongs to inside."""
 
-    def __init__(self, output: BinaryIO, owner: int, ignored: Collection[str]):
+    def __init__(self, output: BinaryIO, owner: int, made: Collection[str]):
         self.removed: list[str] = []
         self._tar = tarfile.TarFile(fileobj=output, mode="w", format=tarfile.PAX_FORMAT)
         self._owner = owner
-        self._ignored = {path for each in ignored for path in (each, *map(str, PurePosixPath(each).parents))}
-        """Places of mounts and the folders above, which were made and not written."""
+        self._made = {path for each in made for path in (each, *map(str, PurePosixPath(each).parents))}
+        """What the sandbox found there, and the folders above."""
         self._first_names: dict[tuple[int, int], str] = {}
 
     def compare(self, uppers: Sequence[int], image: int) -> None:
@@ -37,7 +37,7 @@ class Difference:
         was_folder = before is not None and stat.S_ISDIR(before.st_mode)
         if before is not None and (entry.is_whiteout or was_folder != entry.is_folder):
             self.removed.append(path)
-        made = path in self._ignored
+        made = path in self._made
         if not entry.is_folder:
             if not (entry.is_whiteout or made):
                 self._add(entry, path)

@@ -19,10 +19,10 @@ from upspiral.sandbox.namespace.keeper import MAX_MESSAGE_BYTES, aside, launch, 
 from upspiral.sandbox.namespace.keeper.aside import Aside
 from upspiral.sandbox.namespace.keeper.control_groups import Allowance, find_hierarchies
 from upspiral.sandbox.namespace.keeper.identity import Identities
-from upspiral.sandbox.namespace.keeper.live import Live, read_from
+from upspiral.sandbox.namespace.keeper.live import Live, is_over, read_from
 from upspiral.sandbox.namespace.keeper.order import Order
 from upspiral.sandbox.namespace.keeper.pause import paused, runs_nothing_else
-from upspiral.sandbox.namespace.keeper.skeleton import make_dev, make_skeleton
+from upspiral.sandbox.namespace.keeper.skeleton import MADE, make_dev, make_skeleton
 from upspiral.sandbox.namespace.keeper.stack import Layer, Stack
 from upspiral.sandbox.namespace.keeper.syscalls import MountFlag, Namespace
 from upspiral.sandbox.namespace.seccomp import filter_program
@@ -257,7 +257,7 @@ class Keeper:
         for live in self._live.values():
             live.kill()
         for live in self._live.values():
-            select.select([live.handle], [], [], max(0.0, deadline - time.monotonic()))
+            is_over(live.handle, max(0.0, deadline - time.monotonic()))
         if self._hierarchies is not None:
             self._hierarchies.remove()
 
@@ -332,15 +332,15 @@ class Keeper:
         def compare() -> Message:
             layers = [read_from(disk), *(each.open() for each in stack.layers)]
             with paused(live):
-                ignored = live.order.mounts
-                return aside.write_difference(layers, stack.image, output, stack.identity.inside, ignored)
+                made = [*MADE, *live.order.mounts]
+                return aside.write_difference(layers, stack.image, output, stack.identity.inside, made)
 
         self._do_aside(compare, lambda answer: self._answer(request["number"], **answer))
         os.close(output)
 
     def _the(self, name: str) -> Live:
         live = self._live.get(name)
-        if live is None or live.disk < 0:
+        if live is None or live.disk < 0 or live.is_dead:
             raise ProcessLookupError("the sandbox has ended")
         return live
 

@@ -30,6 +30,8 @@ _DEVICE_LINKS = {
 }
 WRITABLE = {"work": 0o755, "tmp": 0o1777, "var/tmp": 0o1777}
 """Folders in which the user of a sandbox on the machine's own programs may write, and their modes."""
+MADE = ("/dev", "/proc", *(f"/{name}" for name in WRITABLE))
+"""Folders that every sandbox has, whatever its image."""
 
 
 def make_skeleton() -> Sequence[str]:
