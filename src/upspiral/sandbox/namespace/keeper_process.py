@@ -64,8 +64,22 @@ class KeeperProcess:
         except (OSError, SandboxError) as error:
             self.kill()
             raise SandboxError(str(error) or f"no answer within {_START_TIMEOUT_S:.0f} s") from error
-        self._socket.setblocking(False)
         return answer
+
+    def try_out(self, order: Message) -> None:
+        """Makes a sandbox and ends it, before anything else is asked. Raises SandboxError when it cannot be made."""
+        here, there = socket.socketpair()
+        try:
+            with here, there:
+                request = json.dumps({"number": 0, "do": "create", "order": order}).encode()
+                socket.send_fds(self._socket, [request], [there.fileno()])
+                answer = json.loads(self._socket.recv(MAX_MESSAGE_BYTES) or b'{"problem": "it died"}')
+            if "problem" in answer:
+                raise SandboxError(answer["problem"])
+            self._socket.recv(MAX_MESSAGE_BYTES)  # that it has ended
+        except OSError as error:
+            raise SandboxError(f"the keeper made no sandbox within {_START_TIMEOUT_S:.0f} s: {error}") from error
+        self._socket.setblocking(False)
 
     @property
     def is_dead(self) -> bool:
@@ -99,24 +113,23 @@ class KeeperProcess:
             raise SandboxError(answer["problem"])
         return answer
 
-    async def stop(self) -> None:
-        """With all of its sandboxes."""
-        self._detach()
-        self._socket.close()
+    def close(self) -> None:
+        """Ends it and all of its sandboxes; `wait` for that."""
         self._die("the sandbox backend was stopped")
-        await asyncio.to_thread(self._reap)
-
-    def kill(self) -> None:
         self._socket.close()
-        self._process.kill()
-        self._process.wait(_STOP_TIMEOUT_S)
 
-    def _reap(self) -> None:
+    def wait(self) -> None:
         try:
             self._process.wait(_STOP_TIMEOUT_S)
         except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait(_STOP_TIMEOUT_S)
+            self.kill()
+
+    def kill(self) -> None:
+        """Safe to call twice. Its sandboxes die with it, as the kernel does it."""
+        self._die("the keeper of the sandboxes was killed because it did not answer")
+        self._socket.close()
+        self._process.kill()
+        self._process.wait(_STOP_TIMEOUT_S)
 
     def _attach(self) -> None:
         """To the loop that runs now. An earlier one may be closed."""

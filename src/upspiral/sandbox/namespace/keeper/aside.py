@@ -7,9 +7,9 @@ import os
 import signal
 import time
 from collections.abc import Callable, Collection, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 from upspiral.sandbox.namespace.keeper import syscalls
 from upspiral.sandbox.namespace.keeper.copying import copy_layers
@@ -51,7 +51,10 @@ class Aside:
             content = pipe.read()
         os.waitpid(self.process, 0)
         os.close(self.handle)
-        return json.loads(content) if content else {"problem": "it took too long, or was killed"}
+        try:
+            return json.loads(content)
+        except ValueError:
+            return {"problem": "it took too long, or was killed"}
 
 
 def _work(work: Callable[[], Message], writer: int) -> NoReturn:
@@ -82,18 +85,18 @@ def copy_to_layer(layers: Sequence[int], place: str) -> Message:
 
 
 def write_difference(
-    layers: Sequence[int], image: Sequence[str], output: int, owner: int, made: Collection[str]
-) -> Message:
-    """Writes a tar to `output`. Answers with the paths that were removed."""
+    layers: Sequence[int], image: Sequence[str], output: BinaryIO, owner: int, made: Collection[str]
+) -> Sequence[str]:
+    """Writes a tar. Returns the paths that were removed."""
     from upspiral.sandbox.namespace.keeper.difference import Difference  # costs memory that sandboxes need not have
 
-    with ExitStack() as opened:
-        root = os.open(_view(image), FOLDER_FLAGS)
-        opened.callback(os.close, root)
-        file = opened.enter_context(os.fdopen(output, "wb", closefd=False))
-        difference = Difference(file, owner, made)
+    root = os.open(_view(image), FOLDER_FLAGS)
+    try:
+        difference = Difference(output, owner, made)
         difference.compare(layers, root)
-    return {"removed": difference.removed}
+    finally:
+        os.close(root)
+    return difference.removed
 
 
 def _view(image: Sequence[str]) -> str:

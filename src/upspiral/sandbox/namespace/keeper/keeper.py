@@ -12,6 +12,7 @@ import select
 import socket
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,10 @@ from upspiral.sandbox.namespace.keeper import MAX_MESSAGE_BYTES, aside, launch, 
 from upspiral.sandbox.namespace.keeper.aside import Aside
 from upspiral.sandbox.namespace.keeper.control_groups import Allowance, find_hierarchies
 from upspiral.sandbox.namespace.keeper.identity import Identities
-from upspiral.sandbox.namespace.keeper.live import Live, is_over, read_from
+from upspiral.sandbox.namespace.keeper.live import Live, is_over
+from upspiral.sandbox.namespace.keeper.merged import OPAQUE
 from upspiral.sandbox.namespace.keeper.order import Order
-from upspiral.sandbox.namespace.keeper.pause import paused, runs_nothing_else
+from upspiral.sandbox.namespace.keeper.pause import paused, resume, runs_nothing_else
 from upspiral.sandbox.namespace.keeper.skeleton import MADE, make_dev, make_skeleton
 from upspiral.sandbox.namespace.keeper.stack import Layer, Stack
 from upspiral.sandbox.namespace.keeper.syscalls import MountFlag, Namespace
@@ -42,23 +44,28 @@ class Keeper:
     def __init__(self, control: socket.socket, host: Message):
         self._control = control
         self._identities = Identities.of_this_process()
-        self._hierarchies = find_hierarchies(host["label"], host["parent_group"]) if self._is_root else None
+        self._hierarchies = find_hierarchies(host["label"], host["parent_group"])
         self._events = select.epoll()
         self._by_descriptor: dict[int, Callable[[], None]] = {}
         self._live: dict[str, Live] = {}
         self._snapshots: dict[str, Stack] = {}
         self._asides: set[Aside] = set()
         self._num_layers = 0
-        self._filter = filter_program()
+        self._filter, self._filter_for_images = filter_program(), filter_program(pretends_to_give_away=True)
         self._enter(host["folder"])
         self._programs = make_skeleton()
         make_dev()
         for name in ("t", "layers"):
             os.mkdir(name, 0o755)
 
-    @property
     def abilities(self) -> Message:
-        return {"control_groups": self._hierarchies is not None, "root": self._is_root}
+        """`layers`: overlays on tmpfs can say that a folder replaces another one, so that layers can be stacked."""
+        try:
+            os.setxattr("layers", OPAQUE, b"n")
+            layers = True
+        except OSError:  # Linux before 6.6
+            layers = False
+        return {"control_groups": self._hierarchies is not None, "layers": layers}
 
     @property
     def _is_root(self) -> bool:
@@ -79,9 +86,10 @@ class Keeper:
         syscalls.mount("tmpfs", folder, "tmpfs", MountFlag.NOSUID, "mode=755")
         os.chdir(folder)
 
-    def serve(self) -> None:
-        """To the end of the control socket (EOFError)."""
+    def serve(self, end: int) -> None:
+        """To the end of the control socket, or until the descriptor `end` can be read from; then raises EOFError."""
         self._watch(self._control.fileno(), self._on_request)
+        self._watch(end, _end)
         next_tick = 0.0
         while True:
             for descriptor, _ in self._events.poll(_TICK_S if self._live or self._asides else None):
@@ -103,7 +111,7 @@ class Keeper:
     def _end_overdue(self) -> None:
         now = time.monotonic()
         for live in self._live.values():
-            if live.ends_at <= now:
+            if live.order.ends_at <= now:
                 live.problem = f"it reached the end of its lifetime, {live.order.lifetime_s:g} s"
                 live.kill()
         for each in self._asides:
@@ -121,7 +129,7 @@ class Keeper:
         try:
             requests: dict[str, Callable[[Message, list[int]], None]] = {
                 "create": self._create, "stop": self._stop, "snapshot": self._snapshot, "drop": self._drop,
-                "diff": self._diff,
+                "diff": self._diff, "restore": self._restore,
             }  # fmt: skip
             requests[request["do"]](request, descriptors)
         except OSError as error:
@@ -143,33 +151,49 @@ class Keeper:
 
     def _create(self, request: Message, descriptors: list[int]) -> None:
         order = Order(**request["order"])
-        stack = self._stack_for(order)
-        here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        process = syscalls.clone(launch.CLONED)
-        if process == 0:
-            programs = None if stack.image else self._programs
-            ground = launch.Ground([each.folder for each in stack.layers], len(stack.image), programs, self._filter)
-            agent = socket.socket(fileno=os.dup(descriptors[0]))
-            launch.run_sandbox(order, ground, there, agent)
-        there.close()
-        ends_at = time.monotonic() + order.lifetime_s
-        pids = os.open(f"/proc/{process}/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
-        live = Live(order, stack, process, os.pidfd_open(process), here, request["number"], ends_at, pids)
+        order = replace(order, ends_at=time.monotonic() + order.lifetime_s)
+        self._launch(order, self._stack_for(order), os.dup(descriptors[0]), self._answering(request))
+
+    def _answering(self, request: Message, **said: object) -> Callable[[str], None]:
+        """What tells the host how its request went."""
+        number = request["number"]
+        return lambda problem: self._answer(number, problem=problem) if problem else self._answer(number, **said)
+
+    def _launch(self, order: Order, stack: Stack, agent: int, when_ready: Callable[[str], None]) -> None:
+        """`agent`, a socket, is the sandbox's from here on."""
+        try:
+            live = self._fork(order, stack, agent, when_ready)
+        except OSError as error:
+            os.close(agent)
+            when_ready(str(error))
+            return
         stack.hold()
         self._live[order.name] = live
+        assert live.setup is not None
         self._watch(live.handle, lambda: self._on_death(live))
-        self._watch(here.fileno(), lambda: self._on_setup(live))
+        self._watch(live.setup.fileno(), lambda: self._on_setup(live))
         try:
             self._let_go_ahead(live)
         except OSError as error:
             live.problem = str(error)
             live.kill()
 
+    def _fork(self, order: Order, stack: Stack, agent: int, when_ready: Callable[[str], None]) -> Live:
+        has_image = len(stack.image) > 0
+        programs, filtering = (None, self._filter_for_images) if has_image else (self._programs, self._filter)
+        ground = launch.Ground.on(stack, programs, filtering)
+        here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        process = syscalls.clone(launch.CLONED)
+        if process == 0:
+            launch.run_sandbox(order, ground, there, agent)
+        there.close()
+        return Live(order, stack, agent, process, here, when_ready)
+
     def _stack_for(self, order: Order) -> Stack:
         if order.snapshot is None:
             return Stack(self._identities.new(order.user), list(order.layers))
         if order.snapshot not in self._snapshots:
-            raise FileNotFoundError(f"there is no snapshot {order.snapshot}; it may have been dropped")
+            raise FileNotFoundError(_no_snapshot(order.snapshot))
         return self._snapshots[order.snapshot]
 
     def _let_go_ahead(self, live: Live) -> None:
@@ -177,6 +201,7 @@ class Keeper:
         identity, order = live.stack.identity, live.order
         for kind in ("uid_map", "gid_map"):
             _write(f"/proc/{live.process}/{kind}", f"{identity.inside} {identity.outside} 1")
+        live.pid_namespace = os.open(f"/proc/{live.process}/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
         if self._hierarchies is not None:
             allowance = Allowance(order.memory_bytes, order.processes, order.cpus)
             live.group = self._hierarchies.make(order.name, allowance)
@@ -208,13 +233,16 @@ class Keeper:
     def _on_setup(self, live: Live) -> None:
         """The child is ready, or says why it is not, or has died."""
         assert live.setup is not None
-        message, descriptors, _, _ = socket.recv_fds(live.setup, 4096, 1)
+        try:
+            message, descriptors, _, _ = socket.recv_fds(live.setup, 4096, 1)
+        except ConnectionResetError:  # it died before it had read what was sent to it
+            message, descriptors = b"", []
         self._unwatch(live.setup.fileno())
         live.setup.close()
         live.setup = None
         if message == launch.READY and descriptors:
             live.disk = descriptors[0]
-            self._answer(live.request)
+            live.when_ready("")
         else:
             live.problem = live.problem or message.decode(errors="replace") or "it died before it was ready"
 
@@ -241,7 +269,7 @@ class Keeper:
             live.group.remove()
         del self._live[live.order.name]
         if live.disk < 0:
-            self._answer(live.request, problem=live.problem)
+            live.when_ready(live.problem)
         elif not live.when_dead:
             self._send({"ended": live.order.name, "problem": live.problem})
         for react in live.when_dead:
@@ -264,57 +292,76 @@ class Keeper:
     # Snapshots
 
     def _snapshot(self, request: Message, descriptors: list[int]) -> None:
-        """`sealed`: the sandbox is dead now, and its disk a layer. `copied`: it runs on."""
-        live, name = self._the(request["name"]), request["snapshot"]
+        """`sealed`: the sandbox's disk has become a layer, and a new agent above it has taken over its socket.
+        `copied`: nothing has changed for the sandbox."""
+        live = self._the(request["name"])
         if request["may_seal"] and runs_nothing_else(live):
-            self._end(live, lambda: self._seal(live, name, request["number"]))
+            self._end(live, lambda: self._seal(live, request))
             return
         layer = self._new_layer()
-        disk = live.disk
 
         def copy() -> Message:
             with paused(live):
-                return aside.copy_to_layer([read_from(disk)], layer.mounted_at)
+                return aside.copy_to_layer([live.open_disk()], layer.mounted_at)
+
+        def done(answer: Message) -> None:
+            if "problem" in answer:
+                resume(live)
+                layer.discard()
+                self._answer(request["number"], **answer)
+            else:
+                stack = live.stack.topped(layer.measured())
+                self._keep(request["snapshot"], stack, lambda _: self._answer(request["number"], how="copied"))
+
+        self._do_aside(copy, done)
+
+    def _seal(self, live: Live, request: Message) -> None:
+        try:
+            layer = self._new_layer()
+            syscalls.attach(live.disk, layer.mounted_at)
+            stack, agent = live.stack.topped(layer.measured()), os.dup(live.agent)
+        except OSError as error:
+            self._answer(request["number"], problem=f"the sandbox is lost: {error}")
+            return
+
+        def follow(stack: Stack) -> None:
+            self._launch(live.order, stack, agent, self._answering(request, how="sealed"))
+
+        self._keep(request["snapshot"], stack, follow)
+
+    def _keep(self, name: str, stack: Stack, then: Callable[[Stack], None]) -> None:
+        """Makes a snapshot of a stack; a deep one is flattened first, which takes as long as copying it."""
+        self._snapshots[name] = stack
+        stack.hold()
+        if len(stack.layers) <= _MAX_LAYERS:
+            then(stack)
+            return
+        layer = self._new_layer()
 
         def done(answer: Message) -> None:
             if "problem" in answer:
                 layer.discard()
-                self._answer(request["number"], **answer)
             else:
-                self._keep(name, live.stack.topped(layer), request["number"], "copied")
-
-        self._do_aside(copy, done)
-
-    def _seal(self, live: Live, name: str, number: int) -> None:
-        layer = self._new_layer()
-        try:
-            syscalls.attach(live.disk, layer.mounted_at)
-        except OSError as error:
-            layer.discard()
-            self._answer(number, problem=f"the sandbox is lost: {error}")
-        else:
-            self._keep(name, live.stack.topped(layer), number, "sealed")
-
-    def _keep(self, name: str, stack: Stack, number: int, how: str) -> None:
-        """Makes a snapshot of a stack; a deep one is flattened first, which takes as long as copying it."""
-        stack.hold()
-        if len(stack.layers) <= _MAX_LAYERS:
-            self._snapshots[name] = stack
-            self._answer(number, how=how)
-            return
-        flat = self._new_layer()
-
-        def done(answer: Message) -> None:
-            if "problem" in answer:
-                flat.discard()
-                self._snapshots[name] = stack
-            else:
-                self._snapshots[name] = Stack(stack.identity, stack.image, [flat])
+                self._snapshots[name] = Stack(stack.identity, stack.image, [layer.measured()])
                 self._snapshots[name].hold()
                 stack.release()
-            self._answer(number, how=how)
+            then(self._snapshots[name])
 
-        self._do_aside(lambda: aside.copy_to_layer([each.open() for each in stack.layers], flat.mounted_at), done)
+        self._do_aside(lambda: aside.copy_to_layer([each.open() for each in stack.layers], layer.mounted_at), done)
+
+    def _restore(self, request: Message, descriptors: list[int]) -> None:
+        """A new agent on a snapshot's layers, with a new socket, takes the place of the old one."""
+        live = self._the(request["name"])
+        if request["snapshot"] not in self._snapshots:
+            raise FileNotFoundError(_no_snapshot(request["snapshot"]))
+        stack, agent = self._snapshots[request["snapshot"]], os.dup(descriptors[0])
+        stack.hold()
+
+        def follow() -> None:
+            self._launch(live.order, stack, agent, self._answering(request))
+            stack.release()
+
+        self._end(live, follow)
 
     def _new_layer(self) -> Layer:
         self._num_layers += 1
@@ -327,16 +374,23 @@ class Keeper:
 
     def _diff(self, request: Message, descriptors: list[int]) -> None:
         live = self._the(request["name"])
-        stack, disk, output = live.stack, live.disk, os.dup(descriptors[0])
+        stack, made = live.stack, [*MADE, *live.order.mounts]
+        archive, removed = descriptors  # which the child inherits
 
         def compare() -> Message:
-            layers = [read_from(disk), *(each.open() for each in stack.layers)]
-            with paused(live):
-                made = [*MADE, *live.order.mounts]
-                return aside.write_difference(layers, stack.image, output, stack.identity.inside, made)
+            layers = [live.open_disk(), *(each.open() for each in stack.layers)]
+            with paused(live), open(archive, "wb") as output:
+                gone = aside.write_difference(layers, stack.image, output, stack.identity.inside, made)
+            with open(removed, "w") as output:
+                json.dump(gone, output)
+            return {}
 
-        self._do_aside(compare, lambda answer: self._answer(request["number"], **answer))
-        os.close(output)
+        def done(answer: Message) -> None:
+            if "problem" in answer:
+                resume(live)
+            self._answer(request["number"], **answer)
+
+        self._do_aside(compare, done)
 
     def _the(self, name: str) -> Live:
         live = self._live.get(name)
@@ -354,6 +408,14 @@ class Keeper:
             done(child.answer())
 
         self._watch(child.reader, answered)
+
+
+def _end() -> None:
+    raise EOFError
+
+
+def _no_snapshot(name: str) -> str:
+    return f"there is no snapshot {name}; it may have been dropped"
 
 
 def _write(path: str, text: str) -> None:

@@ -18,6 +18,7 @@ from upspiral.sandbox.inside.settings import Settings
 from upspiral.sandbox.namespace.keeper import syscalls
 from upspiral.sandbox.namespace.keeper.order import Order
 from upspiral.sandbox.namespace.keeper.skeleton import WRITABLE
+from upspiral.sandbox.namespace.keeper.stack import Stack
 from upspiral.sandbox.namespace.keeper.syscalls import MountFlag, Namespace
 
 CLONED = Namespace.USER | Namespace.PID
@@ -26,6 +27,7 @@ GO, READY = b"go", b"ready"
 _UNSHARED = Namespace.MOUNT | Namespace.NETWORK | Namespace.IPC | Namespace.UTS | Namespace.CGROUP
 _OWN_INODES = 64
 """Files that a sandbox is made of; its user does not have to pay for them."""
+_MIN_DISK_BYTES = 1 << 20
 _SIOCSIFFLAGS, _IFF_UP_RUNNING = 0x8914, 0x41
 _HARMLESS = MountFlag.NOSUID | MountFlag.NODEV
 
@@ -36,6 +38,9 @@ class Ground:
 
     lower: Sequence[str]
     """Folders of layers that the keeper has mounted, top first, relative to its working directory."""
+    used_bytes: int
+    used_inodes: int
+    """Of the disk, by these layers."""
     image: int
     """How many trees of image layers come below these."""
     programs: Sequence[str] | None
@@ -43,8 +48,22 @@ class Ground:
     filter: bytes
     """Of system calls; empty for none."""
 
+    @classmethod
+    def on(cls, stack: Stack, programs: Sequence[str] | None, filter_program: bytes) -> Ground:
+        used_bytes, used_inodes = (
+            sum(getattr(layer, name) for layer in stack.layers) for name in ("num_bytes", "num_inodes")
+        )
+        return cls(
+            [layer.folder for layer in stack.layers],
+            used_bytes,
+            used_inodes,
+            len(stack.image),
+            programs,
+            filter_program,
+        )
 
-def run_sandbox(order: Order, ground: Ground, setup: socket.socket, agent: socket.socket) -> NoReturn:
+
+def run_sandbox(order: Order, ground: Ground, setup: socket.socket, agent: int) -> NoReturn:
     """Becomes PID 1 of the sandbox, and serves to the end.
 
     The keeper's go-ahead comes by `setup`, once it has mapped the ids, with trees of mounts for the image's layers and
@@ -58,12 +77,12 @@ def run_sandbox(order: Order, ground: Ground, setup: socket.socket, agent: socke
             setup.send(f"{error}".encode()[:4096] or b"unknown")
         os._exit(1)
     try:
-        serve(agent, settings)
+        serve(socket.socket(fileno=agent), settings)
     finally:
         os._exit(0)
 
 
-def _become_sandbox(order: Order, ground: Ground, setup: socket.socket, agent: socket.socket) -> Settings:
+def _become_sandbox(order: Order, ground: Ground, setup: socket.socket, agent: int) -> Settings:
     _forget_the_keeper(setup, agent)
     message, given, _, _ = socket.recv_fds(setup, 64, 253)
     if message != GO:
@@ -86,12 +105,13 @@ def _become_sandbox(order: Order, ground: Ground, setup: socket.socket, agent: s
     return Settings.from_json({**order.agent, "oom_fd": rest[0] if rest else None})
 
 
-def _forget_the_keeper(setup: socket.socket, agent: socket.socket) -> None:
+def _forget_the_keeper(setup: socket.socket, agent: int) -> None:
+    signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     os.dup2(0, 1)
     os.dup2(0, 2)
-    syscalls.close_from(3, {setup.fileno(), agent.fileno()})
+    syscalls.close_from(3, {setup.fileno(), agent})
 
 
 def _make_root(order: Order, ground: Ground, trees: Sequence[int]) -> int:
@@ -99,7 +119,9 @@ def _make_root(order: Order, ground: Ground, trees: Sequence[int]) -> int:
 
     Below t/, a tmpfs: u (upper) and w (work) of the overlay, m (where it is mounted), s (/dev/shm), 0, 1, ... (image).
     """
-    options = f"size={order.disk_bytes},nr_inodes={order.inodes + _OWN_INODES},mode=755"
+    size = max(order.disk_bytes - ground.used_bytes, _MIN_DISK_BYTES)
+    inodes = max(order.inodes - ground.used_inodes, 0) + _OWN_INODES
+    options = f"size={size},nr_inodes={inodes},mode=755"
     syscalls.mount("tmpfs", "t", "tmpfs", _HARMLESS, options)
     disk = syscalls.clone_tree("t")
     for name, mode in (("u", 0o755), ("w", 0o700), ("m", 0o755), ("s", 0o1777)):
@@ -121,7 +143,6 @@ def _make_root(order: Order, ground: Ground, trees: Sequence[int]) -> int:
     dev, shared_memory = syscalls.clone_tree("dev"), syscalls.clone_tree("t/s")
     os.chdir("t/m")
     syscalls.pivot_root()
-    os.umask(0o022)
     # From here on no path can lead out, whatever links the image has. A new /proc can be mounted only while the old
     # one is in sight.
     os.makedirs("/proc", exist_ok=True)
@@ -170,7 +191,9 @@ def _forbid_namespaces_below() -> None:
 
 
 def _drop_privileges(filter_program: bytes) -> None:
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    # Not 0: where cores go to a program of the host, the kernel heeds no limit but this one, which means "none".
+    if resource.getrlimit(resource.RLIMIT_CORE)[1] != 0:
+        resource.setrlimit(resource.RLIMIT_CORE, (1, 1))
     syscalls.forbid_new_privileges()
     syscalls.drop_capabilities()
     syscalls.forbid_inspection()

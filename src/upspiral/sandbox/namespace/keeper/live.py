@@ -23,15 +23,16 @@ class Live:
     order: Order
     stack: Stack
     """What it began on; its own disk lies above."""
+    agent: int
+    """The socket that its agent has, for one that may follow."""
     process: int
-    handle: int
-    """Of that process (pidfd)."""
     setup: socket.socket | None
     """Until it is ready, or has failed."""
-    request: int
-    """Which asked for it."""
-    ends_at: float
-    pid_namespace: int
+    when_ready: Callable[[str], None]
+    """To be called once, with a problem or ""."""
+    handle: int = -1
+    """Of its first process (pidfd)."""
+    pid_namespace: int = -1
     """Open. It cannot be opened any more once the process has given up its privileges."""
     group: Group | None = None
     disk: int = -1
@@ -39,6 +40,14 @@ class Live:
     problem: str = ""
     """Why it ended or could not begin."""
     when_dead: list[Callable[[], None]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        try:
+            self.handle = os.pidfd_open(self.process)
+        except OSError:
+            os.kill(self.process, signal.SIGKILL)
+            os.waitpid(self.process, 0)
+            raise
 
     def kill(self) -> None:
         """And with it everything inside; its end is an event of its handle."""
@@ -56,16 +65,15 @@ class Live:
         """The kernel knows before the keeper has heard of it."""
         return is_over(self.handle, 0.0)
 
+    def open_disk(self) -> int:
+        """What it has written."""
+        return os.open("u", FOLDER_FLAGS, dir_fd=self.disk)
+
     def forget(self) -> None:
         """Closes what is open. After its end."""
-        for descriptor in (self.handle, self.pid_namespace, self.disk):
+        for descriptor in (self.handle, self.pid_namespace, self.disk, self.agent):
             if descriptor >= 0:
                 os.close(descriptor)
-
-
-def read_from(disk: int) -> int:
-    """Opens what a sandbox has written."""
-    return os.open("u", FOLDER_FLAGS, dir_fd=disk)
 
 
 def is_over(handle: int, timeout_s: float) -> bool:

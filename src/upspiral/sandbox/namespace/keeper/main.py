@@ -21,31 +21,40 @@ from upspiral.sandbox.namespace.keeper.keeper import Keeper
 def main(descriptor: int) -> None:
     """`descriptor` is the control socket. Its first message says what the keeper is to be; an answer follows."""
     control = socket.socket(fileno=descriptor)
-    nothing = os.open("/dev/null", os.O_RDWR)
-    os.dup2(nothing, 0)
-    os.close(nothing)
+    _settle()
+    ended = _end_of_duty()
     host: Mapping[str, Any] = json.loads(control.recv(MAX_MESSAGE_BYTES))
-    signal.signal(signal.SIGTERM, _terminate)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal; the host decides
     if host["dies_with_parent"]:
         syscalls.die_with_parent(signal.SIGTERM)
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     try:
         keeper = Keeper(control, dict(host))
     except OSError as error:
         control.send(json.dumps({"problem": str(error)}).encode())
         return
     try:
-        control.send(json.dumps(keeper.abilities).encode())
+        control.send(json.dumps(keeper.abilities()).encode())
         preload()
         gc.collect()
         gc.freeze()
         with suppress(EOFError):
-            keeper.serve()
+            keeper.serve(ended)
     finally:
         keeper.end()
 
 
-def _terminate(*_: object) -> None:
-    raise SystemExit
+def _settle() -> None:
+    os.umask(0o022)
+    nothing = os.open("/dev/null", os.O_RDWR)
+    os.dup2(nothing, 0)
+    os.close(nothing)
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _end_of_duty() -> int:
+    """A descriptor that can be read from after SIGTERM. A handler that raises could break into the clearing up."""
+    reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal; the host decides
+    return reader

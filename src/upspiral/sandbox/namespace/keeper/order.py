@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+AGENT_ID = 1000
+"""Commands on the machine's own programs run as this user, whose name is "agent"."""
+
 
 @dataclass(frozen=True, slots=True)
 class Order:
@@ -28,3 +31,5 @@ class Order:
     lifetime_s: float
     agent: Mapping[str, object]
     """For `inside.Settings`."""
+    ends_at: float = 0.0
+    """By the keeper's monotonic clock, which does not begin anew with a new agent."""

@@ -29,11 +29,16 @@ def paused(live: Live) -> Iterator[None]:
             signal_all(live, signal.SIGSTOP)
         yield
     finally:
-        if live.group is not None:
-            live.group.thaw()
-        else:
-            signal_all(live, signal.SIGCONT)
-            live.signal(signal.SIGCONT)
+        resume(live)
+
+
+def resume(live: Live) -> None:
+    """Safe to call when nothing was stopped, and when nothing lives."""
+    if live.group is not None:
+        live.group.thaw()
+    else:
+        signal_all(live, signal.SIGCONT)
+        live.signal(signal.SIGCONT)
 
 
 def runs_nothing_else(live: Live) -> bool:

@@ -13,10 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from upspiral.sandbox.namespace.keeper import syscalls
+from upspiral.sandbox.namespace.keeper.order import AGENT_ID
 from upspiral.sandbox.namespace.keeper.syscalls import MountFlag
 
-AGENT_ID = 1000
-"""Commands on the machine's own programs run as this user, whose name is "agent"."""
 _SYSTEM_FOLDERS = ("usr", "bin", "sbin", "lib", "lib32", "lib64", "libx32")
 _ETC_FILES = ("ld.so.cache", "ld.so.conf", "localtime", "mime.types", "magic", "protocols", "services")
 _ETC_FOLDERS = ("alternatives", "ld.so.conf.d")

@@ -17,6 +17,8 @@ class Layer:
     """What one sandbox had written when it was sealed or copied: a tmpfs in the keeper's sight, never written again."""
 
     mounted_at: str
+    num_bytes: int = 0
+    num_inodes: int = 0
     standing: int = 0
     """Sandboxes and snapshots that stand on it."""
 
@@ -29,6 +31,13 @@ class Layer:
         """Where one is to be mounted."""
         os.mkdir(place, 0o755)
         return cls(place)
+
+    def measured(self) -> Layer:
+        """Once it is mounted and filled."""
+        space = os.statvfs(self.mounted_at)
+        self.num_bytes = (space.f_blocks - space.f_bfree) * space.f_frsize
+        self.num_inodes = space.f_files - space.f_ffree
+        return self
 
     def open(self) -> int:
         return os.open(self.folder, FOLDER_FLAGS)

@@ -12,6 +12,7 @@ import struct
 from enum import IntFlag
 
 _libc = ctypes.PyDLL(None, use_errno=True)
+_libc.prctl.argtypes = [ctypes.c_int, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong]
 _ARCHITECTURE = {"x86_64": 0, "aarch64": 1}.get(platform.machine(), 0)
 _CLONE, _PIVOT_ROOT, _CAPSET = ((56, 220)[_ARCHITECTURE], (155, 41)[_ARCHITECTURE], (126, 91)[_ARCHITECTURE])
 _OPEN_TREE, _MOVE_MOUNT, _CLOSE_RANGE, _MOUNT_SETATTR = 428, 429, 436, 442
@@ -159,8 +160,8 @@ def close_from(first: int, kept: set[int]) -> None:
     _check(_libc.syscall(_CLOSE_RANGE, first, ctypes.c_uint(-1), 0), "close_range")
 
 
-def _control(option: int, *arguments: int) -> int:
-    return _libc.prctl(option, *(ctypes.c_ulong(each) for each in (*arguments, 0, 0, 0, 0)[:4]))
+def _control(option: int, first: int = 0, second: int = 0) -> int:
+    return _libc.prctl(option, first, second, 0, 0)
 
 
 def die_with_parent(signal: int) -> None:
@@ -171,10 +172,6 @@ def die_with_parent(signal: int) -> None:
 def forbid_inspection() -> None:
     """No process of the same user can look into this one's memory, files or environment."""
     _check(_control(_PR_SET_DUMPABLE, 0), "PR_SET_DUMPABLE")
-
-
-def allow_inspection() -> None:
-    _check(_control(_PR_SET_DUMPABLE, 1), "PR_SET_DUMPABLE")
 
 
 def forbid_new_privileges() -> None:
@@ -198,5 +195,4 @@ class _Program(ctypes.Structure):
 def filter_system_calls(program: bytes) -> None:
     """Installs a seccomp filter (`namespace/seccomp.py`); it holds for everything that descends from here."""
     described = _Program(len(program) // 8, program)
-    result = _libc.prctl(_PR_SET_SECCOMP, ctypes.c_ulong(_SECCOMP_MODE_FILTER), ctypes.byref(described), None, None)
-    _check(result, "PR_SET_SECCOMP")
+    _check(_control(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, ctypes.addressof(described)), "PR_SET_SECCOMP")

@@ -5,15 +5,15 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
+import subprocess
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from upspiral.sandbox.namespace.keeper.control_groups import mounted_hierarchies, remove_all
-
-_PREFIX = "upspiral-sandboxes"
+PREFIX = "upspiral-sandboxes"
 _NUM_PARTS = 5
+_MIN_FREE_BYTES = 1 << 30
+_REMOVE_TIMEOUT_S = 60
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,13 +34,13 @@ class Owner:
 
     def label(self) -> str:
         """A new one each time."""
-        return f"{_PREFIX}-{self.boot}-{self.pid_namespace}-{self.pid}-{self.start_time}-{secrets.token_hex(3)}"
+        return f"{PREFIX}-{self.boot}-{self.pid_namespace}-{self.pid}-{self.start_time}-{secrets.token_hex(3)}"
 
     @classmethod
     def of(cls, name: str) -> Owner | None:
         """None when the name is no label."""
-        parts = name.removeprefix(f"{_PREFIX}-").split("-")
-        if not name.startswith(f"{_PREFIX}-") or len(parts) != _NUM_PARTS or not all(map(str.isdecimal, parts[1:4])):
+        parts = name.removeprefix(f"{PREFIX}-").split("-")
+        if not name.startswith(f"{PREFIX}-") or len(parts) != _NUM_PARTS or not all(map(str.isdecimal, parts[1:4])):
             return None
         return cls(parts[0], *(int(part) for part in parts[1:4]))
 
@@ -53,7 +53,7 @@ class Owner:
 
 
 def make_folder(root: Path | None, label: str) -> Path:
-    """A place for a keeper to mount on; it stays empty."""
+    """Below `root`; without: in memory, where making and removing many small files takes the least time."""
     folder = (root or default_root()) / label
     folder.mkdir(mode=0o700, parents=True)
     return folder
@@ -61,24 +61,21 @@ def make_folder(root: Path | None, label: str) -> Path:
 
 def default_root() -> Path:
     memory = Path("/dev/shm")
-    return memory if os.access(memory, os.W_OK | os.X_OK) else Path(tempfile.gettempdir())
+    if os.access(memory, os.W_OK | os.X_OK) and shutil.disk_usage(memory).free > _MIN_FREE_BYTES:
+        return memory
+    return Path(tempfile.gettempdir())
 
 
-def sweep(root: Path | None) -> list[Path]:
-    """Removes the folders and control groups of owners that have died. Returns what it removed."""
-    removed = []
-    for folder in (root or default_root()).glob(f"{_PREFIX}-*"):
-        if _is_left_over(folder):
-            shutil.rmtree(folder, ignore_errors=True)
-            removed.append(folder)
-    for group in _control_groups():
-        if _is_left_over(group):
-            remove_all(group)
-            removed.append(group)
-    return removed
+def sweep_folders(root: Path | None) -> list[Path]:
+    """Removes what owners of the same user have left below `root` that have died. Returns what it removed."""
+    left_over = [folder for folder in (root or default_root()).glob(f"{PREFIX}-*") if is_left_over(folder)]
+    for folder in left_over:
+        remove_tree(folder)
+    return left_over
 
 
-def _is_left_over(path: Path) -> bool:
+def is_left_over(path: Path) -> bool:
+    """By its name and user."""
     owner = Owner.of(path.name)
     try:
         return owner is not None and owner.is_dead and path.stat(follow_symlinks=False).st_uid == os.geteuid()
@@ -86,12 +83,15 @@ def _is_left_over(path: Path) -> bool:
         return False
 
 
-def _control_groups() -> Iterator[Path]:
-    for place in set(mounted_hierarchies().values()):
-        for folder, below, _ in os.walk(place):
-            labelled = [name for name in below if name.startswith(_PREFIX)]
-            yield from (Path(folder, name) for name in labelled)
-            below[:] = [name for name in below if name not in labelled]
+def remove_tree(path: Path) -> None:
+    """Removes a folder, however deep it is and whatever modes were set inside. Best effort: a sweep comes later."""
+    try:
+        shutil.rmtree(path)
+    except FileNotFoundError:
+        pass
+    except (OSError, RecursionError):
+        for command in (["chmod", "-R", "u+rwX", "--"], ["rm", "-rf", "--"]):
+            subprocess.run([*command, path], capture_output=True, check=False, timeout=_REMOVE_TIMEOUT_S)
 
 
 def _boot() -> str:

@@ -1,0 +1,33 @@
+"""What keepers leave on the machine when they are killed together with their owner: a folder and control groups."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from upspiral.sandbox.namespace.keeper.control_groups import mounted_hierarchies, remove_all
+from upspiral.sandbox.owner import PREFIX, is_left_over, sweep_folders
+
+
+def sweep(root: Path | None) -> list[Path]:
+    """Removes what owners of the same user have left that have died. Returns what it removed."""
+    groups = [group for group in _labelled_groups() if is_left_over(group)]
+    for group in groups:
+        remove_all(str(group))
+    return [*sweep_folders(root), *groups]
+
+
+def remove_groups(label: str) -> None:
+    """Those of a keeper that is dead, whose owner lives."""
+    for group in _labelled_groups():
+        if group.name == label:
+            remove_all(str(group))
+
+
+def _labelled_groups() -> Iterator[Path]:
+    for place in set(mounted_hierarchies().values()):
+        for folder, below, _ in os.walk(place):
+            labelled = [name for name in below if name.startswith(PREFIX)]
+            yield from [Path(folder, name) for name in labelled]
+            below[:] = [name for name in below if name not in labelled]
