@@ -51,7 +51,8 @@ class KeeperProcess:
             there.close()
         # A keeper ends with the thread that started it, and only the main one is sure to last as long as the process.
         lasting = threading.current_thread() is threading.main_thread()
-        host = {"label": label, "folder": str(folder), "parent_group": parent_group, "dies_with_parent": lasting}
+        place = str(folder.absolute())
+        host = {"label": label, "folder": place, "parent_group": parent_group, "dies_with_parent": lasting}
         self.abilities = self._introduce(host)
 
     def _introduce(self, host: Message) -> Message:

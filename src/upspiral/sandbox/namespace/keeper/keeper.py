@@ -31,6 +31,7 @@ from upspiral.sandbox.namespace.seccomp import filter_program
 
 _MAX_LAYERS = 64
 """Stacks that are deeper are copied into one layer."""
+_SETUP_TIMEOUT_S = 30.0
 _EXIT_TIMEOUT_S = 10.0
 _TICK_S = 0.5
 """How late the end of a lifetime may be."""
@@ -111,7 +112,10 @@ class Keeper:
     def _end_overdue(self) -> None:
         now = time.monotonic()
         for live in self._live.values():
-            if live.order.ends_at <= now:
+            if live.setup is not None and live.begun_at + _SETUP_TIMEOUT_S <= now:
+                live.problem = f"it was not ready within {_SETUP_TIMEOUT_S:g} s"
+                live.kill()
+            elif live.order.ends_at <= now:
                 live.problem = f"it reached the end of its lifetime, {live.order.lifetime_s:g} s"
                 live.kill()
         for each in self._asides:

@@ -94,8 +94,9 @@ def _become_sandbox(order: Order, ground: Ground, setup: socket.socket, agent: i
     syscalls.unshare(_UNSHARED)
     disk = _make_root(order, ground, trees)
     _raise_loopback()
+    _set("net/ipv4/ip_unprivileged_port_start", 0)
+    _set("user/max_user_namespaces", 0)  # below this one
     syscalls.set_hostname("sandbox")
-    _forbid_namespaces_below()
     _drop_privileges(ground.filter)
     socket.send_fds(setup, [READY], [disk])
     os.close(disk)
@@ -185,9 +186,10 @@ def _raise_loopback() -> None:
         fcntl.ioctl(any_socket, _SIOCSIFFLAGS, struct.pack("16sh14x", b"lo", _IFF_UP_RUNNING))
 
 
-def _forbid_namespaces_below() -> None:
-    with open("/proc/sys/user/max_user_namespaces", "w") as file:
-        file.write("0")
+def _set(name: str, value: int) -> None:
+    """A setting of the kernel's for the namespaces of this process."""
+    with open(f"/proc/sys/{name}", "w") as file:
+        file.write(str(value))
 
 
 def _drop_privileges(filter_program: bytes) -> None:

@@ -6,6 +6,7 @@ import os
 import select
 import signal
 import socket
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -30,6 +31,7 @@ class Live:
     """Until it is ready, or has failed."""
     when_ready: Callable[[str], None]
     """To be called once, with a problem or ""."""
+    begun_at: float = field(default_factory=time.monotonic)
     handle: int = -1
     """Of its first process (pidfd)."""
     pid_namespace: int = -1
