@@ -72,7 +72,9 @@ def control_groups_of(owner: int) -> list[Path]:
     """Those that carry the label of a process."""
     found = []
     for folder, below, _ in os.walk("/sys/fs/cgroup"):
-        found += [Path(folder, name) for name in below if name.startswith("upspiral-sandboxes-") and f"-{owner}-" in name]
+        found += [
+            Path(folder, name) for name in below if name.startswith("upspiral-sandboxes-") and f"-{owner}-" in name
+        ]
     return found
 
 

@@ -121,7 +121,8 @@ def test_no_privilege(root: Path) -> None:
     done = run_one(
         "grep -E 'Cap(Inh|Prm|Eff|Amb)|NoNewPrivs|Seccomp:' /proc/self/status; "
         "for try in 'unshare -U true' 'mount -t tmpfs x /tmp' 'mknod n c 1 3' 'dmesg' 'chroot / true' 'su -c true' "
-        "'kill -9 1' 'chown 0:0 .'; do $try </dev/null >/dev/null 2>&1 && echo allowed $try; done; kill -9 -1",
+        "'chown 0:0 .'; do $try </dev/null >/dev/null 2>&1 && echo allowed $try; done; "
+        "kill -9 1; kill -TERM 1; kill -9 -1",
         root,
     )
     values = dict(line.split(b":\t") for line in done.stdout.splitlines() if b":\t" in line)
@@ -160,7 +161,7 @@ def test_a_full_disk_is_not_a_lack_of_memory(root: Path) -> None:
 
 def test_many_files(root: Path) -> None:
     done = run_one("touch {1..600}; ls | wc -l", root, SandboxSpec(limits=Limits(inodes=500)))
-    assert b"No space left" in done.stderr and 400 <= int(done.stdout) <= 500
+    assert b"No space left" in done.stderr and 500 <= int(done.stdout) <= 532
 
 
 def test_cores(root: Path) -> None:
@@ -232,7 +233,9 @@ def test_links_lead_to_the_sandbox_s_own_files(root: Path) -> None:
     async def check(sandbox: NamespaceSandbox) -> None:
         secret = root.parent / "secret.txt"
         secret.write_text("secret")
-        await output_of(sandbox, f"ln -s {secret} file; ln -s {root.parent} folder; mkfifo pipe; ln -s /etc/passwd names")
+        await output_of(
+            sandbox, f"ln -s {secret} file; ln -s {root.parent} folder; mkfifo pipe; ln -s /etc/passwd names"
+        )
         for path in ("file", "folder/secret.txt", "pipe", str(secret), "../../../../etc/shadow"):
             with pytest.raises(OSError):
                 await sandbox.read(path)
@@ -453,8 +456,8 @@ except SandboxError as error:
 
 def test_missing_namespaces_are_said_at_construction(root: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", NO_NAMESPACES, str(root)], capture_output=True, text=True, timeout=TIMEOUT_S, check=False,
-        env={**os.environ, "PYTHONPATH": ":".join(sys.path)},
+        [sys.executable, "-c", NO_NAMESPACES, str(root)], capture_output=True, text=True, timeout=TIMEOUT_S,
+        env={**os.environ, "PYTHONPATH": ":".join(sys.path)}, check=False,
     )  # fmt: skip
     assert "sysctl user.max_user_namespaces" in done.stdout, done
     assert list(root.iterdir()) == []

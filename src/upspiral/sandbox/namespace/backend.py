@@ -207,9 +207,9 @@ class NamespaceBackend:
             used = self._used_images[image] = self._images.use(image)
         return Origin([str(folder) for folder in used.lowers], used.env)
 
-    def _on_ended(self, name: str, problem: str) -> None:
+    def _on_ended(self, name: str, problem: str, is_over: bool) -> None:
         if (sandbox := self._live.get(name)) is not None:
-            sandbox.lose(problem)
+            sandbox.lose(problem, is_over=is_over)
 
     def _revive(self) -> None:
         if self._stopped:

@@ -32,9 +32,10 @@ Message = Mapping[str, Any]
 
 class KeeperProcess:
     """Starts in the constructor, which raises SandboxError with the cause. `on_ended` hears of sandboxes that ended
-    unasked: their name and why. Requests belong to the event loop that runs when they are made."""
+    unasked: their name, why, and whether their time was over. Requests belong to the event loop that runs when they
+    are made."""
 
-    def __init__(self, label: str, folder: Path, parent_group: str | None, on_ended: Callable[[str, str], None]):
+    def __init__(self, label: str, folder: Path, parent_group: str | None, on_ended: Callable[[str, str, bool], None]):
         self._on_ended = on_ended
         self._numbers = itertools.count(1)
         self._waiting: dict[int, asyncio.Future[Message]] = {}
@@ -176,7 +177,7 @@ class KeeperProcess:
                 return
             message: Message = json.loads(content)
             if "ended" in message:
-                self._on_ended(message["ended"], message["problem"])
+                self._on_ended(message["ended"], message["problem"], message["is_over"])
             elif (answered := self._waiting.get(message["number"])) is not None and not answered.done():
                 answered.set_result(message)
 

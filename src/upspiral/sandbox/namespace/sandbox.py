@@ -121,10 +121,10 @@ class NamespaceSandbox(ConnectedSandbox):
     async def _connect(self, connected: socket.socket) -> Connection:
         return await Connection.over(connected, forward=self.spec.forward_sockets)
 
-    def lose(self, problem: str) -> None:
-        """It has ended without being asked to."""
-        ended = f"the sandbox has ended: {problem}" if problem else "the sandbox's agent has ended"
-        self._connection.lose(SandboxGoneError(ended) if problem else SandboxError(ended))
+    def lose(self, problem: str, *, is_over: bool) -> None:
+        """It has ended without being asked to; `is_over`: because its time was."""
+        error = SandboxGoneError if is_over else SandboxError
+        self._connection.lose(error(f"the sandbox has ended: {problem or 'its agent is gone'}"))
 
     def _check_live(self) -> None:
         if self._connection.error:

@@ -112,7 +112,7 @@ class Keeper:
     def _end_overdue(self) -> None:
         now = time.monotonic()
         for live in self._live.values():
-            if live.setup is not None and live.begun_at + _SETUP_TIMEOUT_S <= now:
+            if not live.is_ready and live.begun_at + _SETUP_TIMEOUT_S <= now:
                 live.problem = f"it was not ready within {_SETUP_TIMEOUT_S:g} s"
                 live.kill()
             elif live.order.ends_at <= now:
@@ -173,9 +173,8 @@ class Keeper:
             return
         stack.hold()
         self._live[order.name] = live
-        assert live.setup is not None
         self._watch(live.handle, lambda: self._on_death(live))
-        self._watch(live.setup.fileno(), lambda: self._on_setup(live))
+        self._watch(live.line.fileno(), lambda: self._on_line(live))
         try:
             self._let_go_ahead(live)
         except OSError as error:
@@ -215,8 +214,7 @@ class Keeper:
             self._open_trees(live, given)
             if live.group is not None:
                 given.append(os.open(live.group.out_of_memory, os.O_RDONLY | os.O_CLOEXEC))
-            assert live.setup is not None
-            socket.send_fds(live.setup, [launch.GO], given)
+            socket.send_fds(live.line, [launch.GO], given)
         finally:
             for descriptor in given:
                 os.close(descriptor)
@@ -234,21 +232,22 @@ class Keeper:
             trees.append(syscalls.clone_tree(path))
             syscalls.protect(trees[-1])
 
-    def _on_setup(self, live: Live) -> None:
+    def _on_line(self, live: Live) -> None:
         """The child is ready, or says why it is not, or has died."""
-        assert live.setup is not None
-        try:
-            message, descriptors, _, _ = socket.recv_fds(live.setup, 4096, 1)
-        except ConnectionResetError:  # it died before it had read what was sent to it
-            message, descriptors = b"", []
-        self._unwatch(live.setup.fileno())
-        live.setup.close()
-        live.setup = None
+        self._unwatch(live.line.fileno())
+        message, descriptors = self._read_line(live)
         if message == launch.READY and descriptors:
             live.disk = descriptors[0]
             live.when_ready("")
         else:
             live.problem = live.problem or message.decode(errors="replace") or "it died before it was ready"
+
+    def _read_line(self, live: Live) -> tuple[bytes, list[int]]:
+        try:
+            message, descriptors, _, _ = socket.recv_fds(live.line, launch.LAST_WORDS_BYTES, 1, socket.MSG_DONTWAIT)
+        except (BlockingIOError, ConnectionResetError):  # reset: it died before it had read what was sent to it
+            return b"", []
+        return message, descriptors
 
     # Ending
 
@@ -267,19 +266,22 @@ class Keeper:
         """Its first process is dead, and so is all that it had started."""
         os.waitpid(live.process, 0)
         self._unwatch(live.handle)
-        if live.setup is not None:
-            self._on_setup(live)
+        if not live.is_ready and live.line.fileno() in self._by_descriptor:
+            self._on_line(live)
+        if live.is_ready and not live.problem:
+            live.problem = self._read_line(live)[0].decode(errors="replace")
         if live.group is not None:
             live.group.remove()
         del self._live[live.order.name]
-        if live.disk < 0:
+        if not live.is_ready:
             live.when_ready(live.problem)
         elif not live.when_dead:
-            self._send({"ended": live.order.name, "problem": live.problem})
-        for react in live.when_dead:
-            react()
+            is_over = live.order.ends_at <= time.monotonic()
+            self._send({"ended": live.order.name, "problem": live.problem, "is_over": is_over})
         live.forget()
         live.stack.release()
+        for react in live.when_dead:
+            react()
 
     def end(self) -> None:
         """Everything that lives, before the keeper itself ends."""
@@ -300,7 +302,9 @@ class Keeper:
         `copied`: nothing has changed for the sandbox."""
         live = self._the(request["name"])
         if request["may_seal"] and runs_nothing_else(live):
-            self._end(live, lambda: self._seal(live, request))
+            live.stack.hold()
+            disk, agent = os.dup(live.disk), os.dup(live.agent)
+            self._end(live, lambda: self._seal(live, disk, agent, request))
             return
         layer = self._new_layer()
 
@@ -319,19 +323,22 @@ class Keeper:
 
         self._do_aside(copy, done)
 
-    def _seal(self, live: Live, request: Message) -> None:
-        try:
-            layer = self._new_layer()
-            syscalls.attach(live.disk, layer.mounted_at)
-            stack, agent = live.stack.topped(layer.measured()), os.dup(live.agent)
-        except OSError as error:
-            self._answer(request["number"], problem=f"the sandbox is lost: {error}")
-            return
+    def _seal(self, live: Live, disk: int, agent: int, request: Message) -> None:
+        """After its death. `disk` and `agent` are this function's, and it was held what the sandbox stood on."""
 
         def follow(stack: Stack) -> None:
             self._launch(live.order, stack, agent, self._answering(request, how="sealed"))
 
-        self._keep(request["snapshot"], stack, follow)
+        try:
+            layer = self._new_layer()
+            syscalls.attach(disk, layer.mounted_at)
+            self._keep(request["snapshot"], live.stack.topped(layer.measured()), follow)
+        except OSError as error:
+            os.close(agent)
+            self._answer(request["number"], problem=f"the sandbox is lost: {error}")
+        finally:
+            os.close(disk)
+            live.stack.release()
 
     def _keep(self, name: str, stack: Stack, then: Callable[[Stack], None]) -> None:
         """Makes a snapshot of a stack; a deep one is flattened first, which takes as long as copying it."""
@@ -398,7 +405,7 @@ class Keeper:
 
     def _the(self, name: str) -> Live:
         live = self._live.get(name)
-        if live is None or live.disk < 0 or live.is_dead:
+        if live is None or not live.is_ready or live.is_dead:
             raise ProcessLookupError("the sandbox has ended")
         return live
 

@@ -24,8 +24,9 @@ from upspiral.sandbox.namespace.keeper.syscalls import MountFlag, Namespace
 CLONED = Namespace.USER | Namespace.PID
 """The keeper's child begins in these; it makes the others, which take longer, while the keeper goes on."""
 GO, READY = b"go", b"ready"
+LAST_WORDS_BYTES = 4096
 _UNSHARED = Namespace.MOUNT | Namespace.NETWORK | Namespace.IPC | Namespace.UTS | Namespace.CGROUP
-_OWN_INODES = 64
+_OWN_INODES = 32
 """Files that a sandbox is made of; its user does not have to pay for them."""
 _MIN_DISK_BYTES = 1 << 20
 _SIOCSIFFLAGS, _IFF_UP_RUNNING = 0x8914, 0x41
@@ -63,28 +64,35 @@ class Ground:
         )
 
 
-def run_sandbox(order: Order, ground: Ground, setup: socket.socket, agent: int) -> NoReturn:
+def run_sandbox(order: Order, ground: Ground, line: socket.socket, agent: int) -> NoReturn:
     """Becomes PID 1 of the sandbox, and serves to the end.
 
-    The keeper's go-ahead comes by `setup`, once it has mapped the ids, with trees of mounts for the image's layers and
+    The keeper's go-ahead comes by `line`, once it has mapped the ids, with trees of mounts for the image's layers and
     for `order.mounts`, and a file that counts out-of-memory kills if there is a control group. Back goes a tree of the
-    sandbox's own disk, or what failed.
+    sandbox's own disk, and what fails, then or later.
     """
     try:
-        settings = _become_sandbox(order, ground, setup, agent)
+        settings = _become_sandbox(order, ground, line, agent)
+        serve(socket.socket(fileno=agent), settings)
+        os._exit(0)
     except BaseException as error:
         with suppress(OSError):
-            setup.send(f"{error}".encode()[:4096] or b"unknown")
-        os._exit(1)
-    try:
-        serve(socket.socket(fileno=agent), settings)
+            line.send(_described(error).encode(errors="replace")[:LAST_WORDS_BYTES])
     finally:
-        os._exit(0)
+        os._exit(1)
 
 
-def _become_sandbox(order: Order, ground: Ground, setup: socket.socket, agent: int) -> Settings:
-    _forget_the_keeper(setup, agent)
-    message, given, _, _ = socket.recv_fds(setup, 64, 253)
+def _described(error: BaseException) -> str:
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    where = f"{os.path.basename(trace.tb_frame.f_code.co_filename)}:{trace.tb_lineno}" if trace is not None else ""
+    return f"{error} ({type(error).__name__} in {where})"
+
+
+def _become_sandbox(order: Order, ground: Ground, line: socket.socket, agent: int) -> Settings:
+    _forget_the_keeper(line, agent)
+    message, given, _, _ = socket.recv_fds(line, 64, 253)
     if message != GO:
         raise EOFError("the keeper has gone")
     trees, rest = given[: ground.image + len(order.mounts)], given[ground.image + len(order.mounts) :]
@@ -98,21 +106,20 @@ def _become_sandbox(order: Order, ground: Ground, setup: socket.socket, agent: i
     _set("user/max_user_namespaces", 0)  # below this one
     syscalls.set_hostname("sandbox")
     _drop_privileges(ground.filter)
-    socket.send_fds(setup, [READY], [disk])
+    socket.send_fds(line, [READY], [disk])
     os.close(disk)
-    setup.close()
     for descriptor in rest:
         os.set_inheritable(descriptor, False)
     return Settings.from_json({**order.agent, "oom_fd": rest[0] if rest else None})
 
 
-def _forget_the_keeper(setup: socket.socket, agent: int) -> None:
+def _forget_the_keeper(line: socket.socket, agent: int) -> None:
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     os.dup2(0, 1)
     os.dup2(0, 2)
-    syscalls.close_from(3, {setup.fileno(), agent})
+    syscalls.close_from(3, {line.fileno(), agent})
 
 
 def _make_root(order: Order, ground: Ground, trees: Sequence[int]) -> int:

@@ -27,8 +27,8 @@ class Live:
     agent: int
     """The socket that its agent has, for one that may follow."""
     process: int
-    setup: socket.socket | None
-    """Until it is ready, or has failed."""
+    line: socket.socket
+    """To its first process: for what it needs, for when it is ready, and for its last words."""
     when_ready: Callable[[str], None]
     """To be called once, with a problem or ""."""
     begun_at: float = field(default_factory=time.monotonic)
@@ -63,6 +63,11 @@ class Live:
             signal.pidfd_send_signal(self.handle, number)
 
     @property
+    def is_ready(self) -> bool:
+        """Or was."""
+        return self.disk >= 0
+
+    @property
     def is_dead(self) -> bool:
         """The kernel knows before the keeper has heard of it."""
         return is_over(self.handle, 0.0)
@@ -73,6 +78,7 @@ class Live:
 
     def forget(self) -> None:
         """Closes what is open. After its end."""
+        self.line.close()
         for descriptor in (self.handle, self.pid_namespace, self.disk, self.agent):
             if descriptor >= 0:
                 os.close(descriptor)
