@@ -50,10 +50,12 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Allow:
-    """Egress to some hosts, by a proxy that logs every connection (`sandbox/egress.py`)."""
+    """Egress to some hosts, by a proxy that logs every connection (`sandbox/egress/`)."""
 
     hosts: tuple[str, ...]
     """Names, or ".example.org" for a domain and all below it; "pypi.org:443" for one port. Without: 80 and 443."""
+    networks: tuple[str, ...] = ()
+    """Ranges such as "10.0.0.0/8" that these names may lead to although their addresses are not public."""
 
 
 @dataclass(frozen=True, slots=True)
