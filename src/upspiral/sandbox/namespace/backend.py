@@ -8,21 +8,22 @@ import itertools
 import os
 import secrets
 import socket
-from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Protocol
 
 from upspiral.errors import CapabilityError, SandboxError, SandboxGoneError
-from upspiral.sandbox.base import HOST_IMAGE, Capabilities, SandboxSpec, Snapshot
+from upspiral.sandbox.base import HOST_IMAGE, WORKSPACE, Capabilities, SandboxSpec, Snapshot
 from upspiral.sandbox.connected import settings_for
 from upspiral.sandbox.connection import Connection
+from upspiral.sandbox.egress import EgressLog, EgressRecord, way_out
+from upspiral.sandbox.images import ImageStore, UsedImage
 from upspiral.sandbox.namespace.host import check_host, explain
 from upspiral.sandbox.namespace.keeper.order import AGENT_ID, Order
 from upspiral.sandbox.namespace.keeper_process import KeeperProcess, Message
 from upspiral.sandbox.namespace.leftovers import remove_groups, sweep
-from upspiral.sandbox.namespace.sandbox import NamespaceSandbox
-from upspiral.sandbox.owner import Owner, make_folder
+from upspiral.sandbox.namespace.sandbox import Making, NamespaceSandbox, Origin
+from upspiral.sandbox.owner import Owner, make_folder, remove_tree
 
 _CREATE_TIMEOUT_S = 60.0
 _STOP_TIMEOUT_S = 30.0
@@ -35,47 +36,28 @@ _OWN_PROCESSES = 2
 """Of the agent's, which count to the same limit."""
 
 
-class UsedImage(Protocol):
-    """Layers of an image that are there until it is released."""
-
-    @property
-    def lowers(self) -> Sequence[Path]:
-        """Folders, top first."""
-        ...
-
-    @property
-    def env(self) -> Mapping[str, str]: ...
-
-    def release(self) -> None: ...
-
-
-class Images(Protocol):
-    """Where images are found by name or digest."""
-
-    def use(self, name: str) -> UsedImage: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Origin:
-    """What a sandbox or a snapshot was made of in the first place."""
-
-    layers: Sequence[str] = ()
-    env: Mapping[str, str] = field(default_factory=dict)
-
-
 class NamespaceBackend:
-    """Satisfies SandboxBackend. Makes one folder, which stays empty, below `root` (default: in memory, /dev/shm), and
-    control groups below `control_group` (default: the one that this process is in) if it is root.
+    """Satisfies SandboxBackend. Makes one folder below `root` (default: in memory, /dev/shm), and control groups below
+    `control_group` (default: the one that this process is in) where it may. `images` is by default this user's store,
+    and `egress_log` hears of connections that sandboxes make.
 
     Raises SandboxError when namespaces are not to be had, with the cause and what to do. Its keeper is started anew
     should it die, without the snapshots that it held.
     """
 
-    def __init__(self, root: Path | None = None, *, control_group: str | None = None, images: Images | None = None):
+    def __init__(
+        self,
+        root: Path | None = None,
+        *,
+        control_group: str | None = None,
+        images: ImageStore | None = None,
+        egress_log: Callable[[EgressRecord], None] | None = None,
+    ):
         check_host()
         self._root = root
         self._control_group = control_group
         self._images = images
+        self._egress_log = egress_log or EgressLog()
         self._names = itertools.count(1)
         self._live: dict[str, NamespaceSandbox] = {}
         self._origins: dict[str, Origin] = {}
@@ -108,7 +90,8 @@ class NamespaceBackend:
             untrusted=True,
             network_none=True,
             forward_sockets=True,
-            images=layered and self._images is not None,
+            egress=True,
+            images=layered,
             mounts=True,
             memory_limit="sandbox" if grouped else "process",
             disk_quota=True,
@@ -156,22 +139,24 @@ class NamespaceBackend:
             raise
 
     async def _start(self, spec: SandboxSpec) -> NamespaceSandbox:
-        async with self._starting:
+        async with self._starting, contextlib.AsyncExitStack() as exits:
             self._revive()
-            origin = self._origin_of(spec.image)
+            origin = await self._origin_of(spec.image)
+            furnished = await exits.enter_async_context(way_out(spec, self._folder, self._egress_log))
             name = f"sandbox-{next(self._names)}-{secrets.token_hex(4)}"
+            order = _order(name, furnished, origin, grouped=self.capabilities.memory_limit == "sandbox")
             here, there = socket.socketpair()
             try:
                 with there:
-                    order = _order(name, spec, origin, grouped=self.capabilities.memory_limit == "sandbox")
                     await self.ask(
                         "create", timeout_s=_CREATE_TIMEOUT_S, descriptors=[there.fileno()], order=asdict(order)
                     )
-                connection = await Connection.over(here, forward=spec.forward_sockets)
+                connection = await Connection.over(here, forward=furnished.forward_sockets)
             except BaseException:
                 here.close()  # which ends the sandbox, should it have come to life all the same
                 raise
-            sandbox = self._live[name] = NamespaceSandbox(self, name, spec, origin, connection)
+            sandbox = NamespaceSandbox(self, name, Making(spec, furnished, origin, exits.pop_all()), connection)
+            self._live[name] = sandbox
             return sandbox
 
     async def ask(self, do: str, *, timeout_s: float, descriptors: Sequence[int] = (), **said: object) -> Message:
@@ -196,16 +181,21 @@ class NamespaceBackend:
             raise SandboxError(f"there is no {snapshot.id} here; it was dropped, or belongs to another backend")
         return origin
 
-    def _origin_of(self, image: str | Snapshot) -> Origin:
+    async def _origin_of(self, image: str | Snapshot) -> Origin:
         if isinstance(image, Snapshot):
             return self.origin_of(image)
         if image == HOST_IMAGE:
             return Origin()
-        assert self._images is not None, "the capabilities were checked"
-        used = self._used_images.get(image)
-        if used is None:
-            used = self._used_images[image] = self._images.use(image)
-        return Origin([str(folder) for folder in used.lowers], used.env)
+        used = await asyncio.to_thread(self._use_image, image)
+        return Origin([str(folder) for folder in used.lowers], used.env, used.workdir)
+
+    def _use_image(self, name: str) -> UsedImage:
+        """What a name means may change; what was used is there until this backend stops."""
+        self._images = self._images or ImageStore()
+        digest = self._images.image(name).digest
+        if digest not in self._used_images:
+            self._used_images[digest] = self._images.use(digest)
+        return self._used_images[digest]
 
     def _on_ended(self, name: str, problem: str, is_over: bool) -> None:
         if (sandbox := self._live.get(name)) is not None:
@@ -222,11 +212,11 @@ class NamespaceBackend:
     def _bury(self) -> None:
         self._keeper.kill()
         remove_groups(self._folder.name)
-        self._folder.rmdir()
+        remove_tree(self._folder)
 
 
 def _order(name: str, spec: SandboxSpec, origin: Origin, *, grouped: bool) -> Order:
-    limits, settings = spec.limits, settings_for(spec)
+    limits, settings = spec.limits, settings_for(spec, origin.workdir)
     elsewhere = {"CORE", "AS", "DATA"} if grouped else {"CORE"}
     rlimits = {kind: value for kind, value in settings.rlimits.items() if kind not in elsewhere}
     rlimits["NPROC"] = limits.processes + _OWN_PROCESSES
