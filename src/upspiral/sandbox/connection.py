@@ -302,6 +302,10 @@ class Connection(asyncio.Protocol):
         for content in held:
             self.write(content)
 
+    async def ping(self, *, timeout_s: float) -> None:
+        """Returns when the agent answers. When it does not within that time, the connection is broken."""
+        await self.call({"do": "ping"}).result(silence_s=timeout_s)
+
     def write(self, content: bytes) -> None:
         if self._held is not None:
             self._held.append(content)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-PREFIX = "upspiral-sandboxes"
-_NUM_PARTS = 5
+_PREFIX = "upspiral"
 _MIN_FREE_BYTES = 1 << 30
 _REMOVE_TIMEOUT_S = 60
 
@@ -32,17 +33,16 @@ class Owner:
         assert start_time is not None, "a process that asks lives"
         return cls(_boot(), _namespace_of_pids(), os.getpid(), start_time)
 
-    def label(self) -> str:
-        """A new one each time."""
-        return f"{PREFIX}-{self.boot}-{self.pid_namespace}-{self.pid}-{self.start_time}-{secrets.token_hex(3)}"
+    def label(self, kind: str) -> str:
+        """A new one each time. `kind`: of backend, so that each sweeps as its own have to be swept."""
+        parts = (kind, self.boot, self.pid_namespace, self.pid, self.start_time, secrets.token_hex(3))
+        return "-".join((_PREFIX, *map(str, parts)))
 
     @classmethod
-    def of(cls, name: str) -> Owner | None:
-        """None when the name is no label."""
-        parts = name.removeprefix(f"{PREFIX}-").split("-")
-        if not name.startswith(f"{PREFIX}-") or len(parts) != _NUM_PARTS or not all(map(str.isdecimal, parts[1:4])):
-            return None
-        return cls(parts[0], *(int(part) for part in parts[1:4]))
+    def of(cls, name: str, kind: str) -> Owner | None:
+        """None when the name is no label of that kind."""
+        label = re.fullmatch(rf"{_PREFIX}-{kind}-([0-9a-f]+)-(\d+)-(\d+)-(\d+)-[0-9a-f]+", name)
+        return cls(label[1], int(label[2]), int(label[3]), int(label[4])) if label else None
 
     @property
     def is_dead(self) -> bool:
@@ -66,17 +66,15 @@ def default_root() -> Path:
     return Path(tempfile.gettempdir())
 
 
-def sweep_folders(root: Path | None) -> list[Path]:
-    """Removes what owners of the same user have left below `root` that have died. Returns what it removed."""
-    left_over = [folder for folder in (root or default_root()).glob(f"{PREFIX}-*") if is_left_over(folder)]
-    for folder in left_over:
-        remove_tree(folder)
-    return left_over
+def left_over_folders(root: Path | None, kind: str) -> Sequence[Path]:
+    """Of owners of the same user that have died."""
+    folder = root or default_root()
+    return [each for each in folder.iterdir() if is_left_over(each, kind)] if folder.is_dir() else []
 
 
-def is_left_over(path: Path) -> bool:
+def is_left_over(path: Path, kind: str) -> bool:
     """By its name and user."""
-    owner = Owner.of(path.name)
+    owner = Owner.of(path.name, kind)
     try:
         return owner is not None and owner.is_dead and path.stat(follow_symlinks=False).st_uid == os.geteuid()
     except FileNotFoundError:

@@ -73,7 +73,7 @@ def control_groups_of(owner: int) -> list[Path]:
     found = []
     for folder, below, _ in os.walk("/sys/fs/cgroup"):
         found += [
-            Path(folder, name) for name in below if name.startswith("upspiral-sandboxes-") and f"-{owner}-" in name
+            Path(folder, name) for name in below if name.startswith("upspiral-namespace-") and f"-{owner}-" in name
         ]
     return found
 

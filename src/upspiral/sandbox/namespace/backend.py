@@ -21,7 +21,7 @@ from upspiral.sandbox.images import ImageStore, UsedImage
 from upspiral.sandbox.namespace.host import check_host, explain
 from upspiral.sandbox.namespace.keeper.order import AGENT_ID, Order
 from upspiral.sandbox.namespace.keeper_process import KeeperProcess, Message
-from upspiral.sandbox.namespace.leftovers import remove_groups, sweep
+from upspiral.sandbox.namespace.leftovers import KIND, remove_groups, sweep
 from upspiral.sandbox.namespace.sandbox import Making, NamespaceSandbox, Origin
 from upspiral.sandbox.owner import Owner, make_folder, remove_tree
 
@@ -68,7 +68,7 @@ class NamespaceBackend:
 
     def _start_keeper(self) -> KeeperProcess:
         sweep(self._root)
-        label = Owner.this_process().label()
+        label = Owner.this_process().label(KIND)
         self._folder = make_folder(self._root, label)
         try:
             keeper = KeeperProcess(label, self._folder, self._control_group, self._on_ended)

@@ -7,15 +7,21 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from upspiral.sandbox.namespace.keeper.control_groups import mounted_hierarchies, remove_all
-from upspiral.sandbox.owner import PREFIX, is_left_over, sweep_folders
+from upspiral.sandbox.owner import is_left_over, left_over_folders, remove_tree
+
+KIND = "namespace"
+"""In the labels of these."""
 
 
 def sweep(root: Path | None) -> list[Path]:
     """Removes what owners of the same user have left that have died. Returns what it removed."""
-    groups = [group for group in _labelled_groups() if is_left_over(group)]
+    groups = [group for group in _labelled_groups() if is_left_over(group, KIND)]
     for group in groups:
         remove_all(str(group))
-    return [*sweep_folders(root), *groups]
+    folders = left_over_folders(root, KIND)
+    for folder in folders:
+        remove_tree(folder)
+    return [*folders, *groups]
 
 
 def remove_groups(label: str) -> None:
@@ -28,6 +34,6 @@ def remove_groups(label: str) -> None:
 def _labelled_groups() -> Iterator[Path]:
     for place in set(mounted_hierarchies().values()):
         for folder, below, _ in os.walk(place):
-            labelled = [name for name in below if name.startswith(PREFIX)]
+            labelled = [name for name in below if name.startswith(f"upspiral-{KIND}-")]
             yield from [Path(folder, name) for name in labelled]
             below[:] = [name for name in below if name not in labelled]
