@@ -120,7 +120,7 @@ class Process(Protocol):
     """A program that runs inside while its owner does other things."""
 
     def output(self) -> AsyncIterator[tuple[Literal["stdout", "stderr"], bytes]]:
-        """What it writes, as it comes, to the end. What nobody reads stops the program after a while, as a pipe does."""
+        """What it writes, as it comes, to the end. What nobody reads stops the program in time, as a pipe does."""
         ...
 
     async def write(self, content: bytes) -> None:
@@ -198,7 +198,7 @@ class Capabilities:
             'network = "none"': spec.network != "none" or self.network_none,
             "an egress allow-list": spec.network == "none" or self.egress,
             "forward_sockets": not spec.forward_sockets or self.forward_sockets,
-            f"image {spec.image!r}": spec.image == HOST_IMAGE or self.images,
+            f"image {spec.image!r}": self.images or spec.image == HOST_IMAGE or isinstance(spec.image, Snapshot),
             "a snapshot as image": not isinstance(spec.image, Snapshot) or self.snapshot,
             "mounts": not spec.mounts or self.mounts,
             "limits.cpus": spec.limits.cpus is None or self.cpu_limit,
