@@ -94,7 +94,7 @@ def collect() -> None:
 
 
 async def _build(store: ImageStore, recipe: Recipe, folder: Path, machine: BuildMachine, fresh: bool) -> Image:
-    backend = NamespaceBackend()
+    backend = NamespaceBackend(images=store)
     try:
         builder = ImageBuilder(store, backend, machine=machine, cached=not fresh, progress=_say)
         return await builder.build(recipe, folder)
