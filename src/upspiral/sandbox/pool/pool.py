@@ -63,7 +63,7 @@ class Pool:
         self._bucket = TokenBucket(limits.starts_per_s, limits.start_burst)
         self._breaker = Breaker(limits.breaker_failures, limits.breaker_rest_s)
         self._served = Rate(_SERVED_MEMORY_S)
-        self._starts: set[asyncio.Task[None]] = set()
+        self._starts: set[asyncio.Task[Kept]] = set()
         self._stops: set[asyncio.Task[None]] = set()
         self._given: set[Kept] = set()
         """Sandboxes in their owners' hands."""
@@ -259,35 +259,30 @@ class Pool:
             shelf.starting += 1
         else:
             self._books.in_use[request.owner] += 1
-        self._run(self._start(shelf, request), self._starts)
-
-    async def _start(self, shelf: Shelf, request: Request | None) -> None:
         began = asyncio.get_running_loop().time()
-        kept, failure = None, None
-        try:
-            kept = await self._make(shelf, request)
-        except Exception as error:
+        start = asyncio.get_running_loop().create_task(self._make(shelf, request))
+        self._starts.add(start)
+        # Called also for a task that is cancelled before it has taken a step.
+        start.add_done_callback(lambda start: self._start_ended(start, shelf, request, began))
+
+    def _start_ended(self, start: asyncio.Task[Kept], shelf: Shelf, request: Request | None, began: float) -> None:
+        now = asyncio.get_running_loop().time()
+        self._starts.discard(start)
+        failure = SandboxError(f"the pool {self._closed}") if start.cancelled() else start.exception()
+        self._books.start_ends(made=failure is None)
+        if request is None:
+            shelf.starting -= 1
+        else:
+            self._books.returned(request.owner)
+        if failure is None:
+            self._breaker.succeeded()
+            shelf.created(now - began)
+            self.metrics.create_s.observe(now - began)
+            self._place(start.result(), shelf, request, now)
+        else:
             # Whatever it was, whoever waits for this sandbox is told.
-            failure = error
-        finally:
-            now = asyncio.get_running_loop().time()
-            self._books.start_ends(made=kept is not None)
-            if request is None:
-                shelf.starting -= 1
-            else:
-                self._books.returned(request.owner)
-            if kept is not None:
-                self._breaker.succeeded()
-                shelf.created(now - began)
-                self.metrics.create_s.observe(now - began)
-                self._place(kept, shelf, request, now)
-            elif failure is not None:
-                self._start_failed(failure, shelf, request, now)
-            else:
-                self._breaker.abandoned()
-                if request is not None and not request.answer.done():
-                    request.answer.set_exception(self._busy("closed", f"the pool {self._closed}"))
-            self._freed()
+            self._start_failed(failure, shelf, request, now)
+        self._freed()
 
     async def _make(self, shelf: Shelf, request: Request | None) -> Kept:
         labels = {**(request.spec.labels if request else {}), ATTEMPT_LABEL: secrets.token_hex(8)}
@@ -312,12 +307,12 @@ class Pool:
         else:
             self._discard(kept)
 
-    def _start_failed(self, error: Exception, shelf: Shelf, request: Request | None, now: float) -> None:
+    def _start_failed(self, error: BaseException, shelf: Shelf, request: Request | None, now: float) -> None:
         rest_s = self._rest_s(error, request, now)
         if request is None:
             shelf.not_before = now + (self.limits.breaker_rest_s if rest_s is None else rest_s)
         elif not request.answer.done():
-            if rest_s is None or self._closed:
+            if rest_s is None:
                 request.answer.set_exception(error)
             else:
                 request.not_before = now + rest_s
@@ -325,8 +320,10 @@ class Pool:
         if self._breaker.is_open(now):
             self._refuse_all(lambda: self._broken(now))
 
-    def _rest_s(self, error: Exception, request: Request | None, now: float) -> float | None:
+    def _rest_s(self, error: BaseException, request: Request | None, now: float) -> float | None:
         """After how long the start is tried again; None: not."""
+        if self._closed:
+            return None
         if isinstance(error, SandboxBusyError):
             self._breaker.abandoned()
             return error.retry_after_s
