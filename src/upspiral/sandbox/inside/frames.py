@@ -21,7 +21,10 @@ knew is dropped in silence.
 
 from __future__ import annotations
 
+import json
+import socket
 import struct
+from typing import Any
 
 SETTINGS, OPEN, STARTED, DATA, ERRORS, END, ACK, CONTROL, RESULT = range(1, 10)
 
@@ -41,6 +44,24 @@ class FrameError(Exception):
 
 def frame(kind: int, operation: int, body: bytes = b"") -> bytes:
     return HEADER.pack(len(body), operation, kind) + body
+
+
+def first_settings(connection: socket.socket) -> dict[str, Any]:
+    """Reads the frame that a new agent gets first of all, and nothing behind it. Raises FrameError for another one."""
+    length, _, kind = HEADER.unpack(_exactly(connection, HEADER.size))
+    if kind != SETTINGS or length > MAX_BODY_BYTES:
+        raise FrameError(f"the first frame must be of kind {SETTINGS}, and one of kind {kind} came")
+    return json.loads(_exactly(connection, length))
+
+
+def _exactly(connection: socket.socket, size: int) -> bytes:
+    received = b""
+    while len(received) < size:
+        chunk = connection.recv(size - len(received))
+        if not chunk:
+            raise FrameError("the connection ended before the settings came")
+        received += chunk
+    return received
 
 
 class Decoder:

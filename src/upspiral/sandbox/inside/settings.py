@@ -34,6 +34,7 @@ class Settings:
     """Whom commands and files belong to; None: whoever the agent is. Changing it takes CAP_SETUID and CAP_SETGID, which
     the agent then keeps and commands lose. An agent that has changed it has lost its parent-death signal."""
     gid: int | None = None
+    """None: the same number as uid."""
     groups: tuple[int, ...] = ()
     """Supplementary groups; not touched where uid is None."""
     rlimits: dict[str, int] = field(default_factory=dict)
@@ -64,8 +65,12 @@ class Settings:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Settings:
         """Raises TypeError for a key that there is not."""
-        listed = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+        listed = _with_tuples(values)
         if confinement := listed.pop("confinement", None):
-            given = {name: tuple(value) if isinstance(value, list) else value for name, value in confinement.items()}
-            listed["confinement"] = Confinement(**given)
+            listed["confinement"] = Confinement(**_with_tuples(confinement))
         return cls(**listed)
+
+
+def _with_tuples(values: dict[str, Any]) -> dict[str, Any]:
+    """JSON has lists only."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
