@@ -27,7 +27,7 @@ class PooledSandbox:
     def __init__(
         self, inner: Sandbox, owner: str, books: Books, metrics: PoolMetrics, *, is_fork: bool = False
     ) -> None:
-        self._inner = inner
+        self.inner = inner
         self._owner = owner
         self._books = books
         self._metrics = metrics
@@ -37,12 +37,12 @@ class PooledSandbox:
 
     @property
     def id(self) -> str:
-        return self._inner.id
+        return self.inner.id
 
     async def exec(self, command: str | Command, *, timeout_s: float) -> ExecResult:
         began = time.perf_counter()
         try:
-            done = await self._inner.exec(command, timeout_s=timeout_s)
+            done = await self.inner.exec(command, timeout_s=timeout_s)
         except SandboxError:
             self._metrics.failed("exec")
             raise
@@ -50,31 +50,31 @@ class PooledSandbox:
         return done
 
     async def spawn(self, command: str | Command) -> Process:
-        return await self._inner.spawn(command)
+        return await self.inner.spawn(command)
 
     async def shell(self) -> Shell:
-        return await self._inner.shell()
+        return await self.inner.shell()
 
     async def read(self, path: str, *, max_bytes: int = 1 << 20) -> bytes:
-        return await self._inner.read(path, max_bytes=max_bytes)
+        return await self.inner.read(path, max_bytes=max_bytes)
 
     async def write(self, path: str, content: bytes, *, mode: int = 0o644) -> None:
-        await self._inner.write(path, content, mode=mode)
+        await self.inner.write(path, content, mode=mode)
 
     async def list_files(self, path: str = WORKSPACE) -> Sequence[str]:
-        return await self._inner.list_files(path)
+        return await self.inner.list_files(path)
 
     async def upload(self, archive: bytes, path: str = WORKSPACE) -> None:
-        await self._inner.upload(archive, path)
+        await self.inner.upload(archive, path)
 
     async def download(self, path: str = WORKSPACE, *, max_bytes: int = 1 << 28) -> bytes:
-        return await self._inner.download(path, max_bytes=max_bytes)
+        return await self.inner.download(path, max_bytes=max_bytes)
 
     async def diff(self) -> Diff:
-        return await self._inner.diff()
+        return await self.inner.diff()
 
     async def snapshot(self) -> Snapshot:
-        return await self._inner.snapshot()
+        return await self.inner.snapshot()
 
     async def fork(self, count: int = 1) -> Sequence[PooledSandbox]:
         """Raises SandboxBusyError at once when the pool has no room for so many: whoever forks holds a sandbox, and two
@@ -82,20 +82,20 @@ class PooledSandbox:
         self._books.reserve(count)
         children: Sequence[Sandbox] = ()
         try:
-            children = await self._inner.fork(count)
+            children = await self.inner.fork(count)
         finally:
             self._books.forked(len(children), count, self._owner)
         return [PooledSandbox(each, self._owner, self._books, self._metrics, is_fork=True) for each in children]
 
     async def restore(self, snapshot: Snapshot) -> None:
-        await self._inner.restore(snapshot)
+        await self.inner.restore(snapshot)
 
     async def connect(self, port: int) -> ByteStream:
-        return await self._inner.connect(port)
+        return await self.inner.connect(port)
 
     async def stop(self) -> None:
         try:
-            await self._inner.stop()
+            await self.inner.stop()
         finally:
             if self in self._books.forks:
                 self._books.forks.remove(self)

@@ -1,0 +1,111 @@
+"""A client's line into one sandbox: a resumable stream of frames, over one WebSocket after the other."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any
+
+from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
+
+from upspiral.sandbox.inside.frames import Decoder, FrameError
+from upspiral.sandbox.server.relay import AgentLink, Relay
+from upspiral.sandbox.server.resumable import Resumable, ResumeError
+
+GONE, BROKEN, REPLACED, MISBEHAVED = 4410, 4502, 4409, 4400
+"""Why the server closes a WebSocket: the sandbox is gone; it broke; the client has opened another; the client broke the
+rules. After anything else the client may come back."""
+_SLOWEST_SEND_S = 60.0
+
+
+class Session:
+    """Lives from its client's first WebSocket to the end of the lease, or until the client or the sandbox breaks the
+    rules. `seen` is called at every sign of the client."""
+
+    def __init__(self, link: AgentLink, seen: Callable[[], None]) -> None:
+        self._link = link
+        self._seen = seen
+        self._stream = Resumable()
+        self._decoder = Decoder()
+        self._relay = Relay(link, self._deliver, lambda why: self.close(BROKEN, why))
+        self._news = asyncio.Event()
+        self._carrying = asyncio.Lock()
+        self._over = asyncio.Event()
+        self._why_over = (0, "")
+        self._carrier: asyncio.Event | None = None
+        """Set when another WebSocket takes over from the one that carries now."""
+
+    @property
+    def is_over(self) -> bool:
+        return self._over.is_set()
+
+    @property
+    def is_carried(self) -> bool:
+        return self._carrier is not None
+
+    def close(self, code: int, why: str) -> None:
+        if not self.is_over:
+            self._why_over = (code, why)
+            self._over.set()
+            self._relay.close()
+
+    async def carry(self, websocket: WebSocket, received: int) -> None:
+        """Serves an accepted WebSocket whose client has received so many bytes, to its end. An older one is closed:
+        whoever opens another knows better than this end whether that is dead."""
+        if self._carrier is not None:
+            self._carrier.set()
+        replaced = self._carrier = asyncio.Event()
+        async with self._carrying:
+            # Only now: the older one takes nothing more from the stream.
+            try:
+                self._stream.resume(received)
+                await websocket.send_bytes(self._stream.next_message())
+                await self._until_any_ends([self._receive(websocket), self._send(websocket), replaced.wait()])
+                code, why = self._why_over if self.is_over else (REPLACED, "another connection took over")
+            except ResumeError as error:
+                code, why = MISBEHAVED, str(error)
+            finally:
+                if self._carrier is replaced:
+                    self._carrier = None
+        if websocket.client_state is WebSocketState.CONNECTED:
+            await websocket.close(code, why)
+
+    async def _until_any_ends(self, work: Sequence[Coroutine[Any, Any, Any]]) -> None:
+        tasks = [asyncio.ensure_future(each) for each in (*work, self._over.wait())]
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _receive(self, websocket: WebSocket) -> None:
+        while True:
+            try:
+                message = await websocket.receive_bytes()
+            except (WebSocketDisconnect, KeyError):
+                # KeyError: a message of text.
+                return
+            self._seen()
+            try:
+                # Without a pause up to here: what was counted as received is on its way.
+                for kind, number, body in self._decoder.feed(self._stream.take(message)):
+                    self._relay.from_client(kind, number, body)
+            except (FrameError, ResumeError) as error:
+                self.close(MISBEHAVED, str(error)[:100])
+                return
+            if self._stream.has_news:
+                self._news.set()
+            await self._link.drain()
+
+    async def _send(self, websocket: WebSocket) -> None:
+        while True:
+            while self._stream.has_news:
+                async with asyncio.timeout(_SLOWEST_SEND_S):
+                    await websocket.send_bytes(self._stream.next_message())
+            self._news.clear()
+            await self._news.wait()
+
+    def _deliver(self, frame: bytes) -> None:
+        self._stream.write(frame)
+        self._news.set()
