@@ -118,7 +118,7 @@ class Process(Protocol):
     """A program that runs inside while its owner does other things."""
 
     def output(self) -> AsyncIterator[tuple[Literal["stdout", "stderr"], bytes]]:
-        """What it writes, as it comes, to the end. What nobody reads stops the program after a while, as a pipe does."""
+        """What it writes, as it comes, to the end. What nobody reads stops the program in time, as a pipe does."""
         ...
 
     async def write(self, content: bytes) -> None:

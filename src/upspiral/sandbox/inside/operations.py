@@ -136,7 +136,7 @@ class Agent:
             operation.credit(frames.COUNT.unpack(body)[0])
         elif kind == frames.RESULT:
             self.operations.pop(number)
-            operation.give_up()
+            operation.let_go()
         elif not operation.finished:
             self._input(operation, kind, body)
 
@@ -150,7 +150,7 @@ class Agent:
             elif kind == frames.CONTROL:
                 message = json.loads(body)
                 if message.get("cancel"):
-                    operation.give_up()
+                    operation.let_go()
                     self.close(operation, {"error": "cancelled"})
                 else:
                     operation.control(message)
@@ -286,6 +286,10 @@ class Operation:
         if not self.finished:
             self.finished = True
             self.release()
+
+    def let_go(self) -> None:
+        """The host is done with it."""
+        self.give_up()
 
     def lose(self) -> None:
         """The connection is gone, and another one may come."""

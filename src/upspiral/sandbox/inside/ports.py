@@ -46,8 +46,13 @@ class Stream(Operation):
             self._socket.close()
             self._socket = None
 
+    def let_go(self) -> None:
+        """What the host has sent before still gets there."""
+        self._input_ended = self._output_ended = True
+        self._send()
+
     def broken(self) -> None:
-        """The socket failed."""
+        """The socket failed, or both ways are closed."""
         self.finish()
 
     def _ready(self, events: int) -> None:

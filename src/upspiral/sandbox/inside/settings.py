@@ -51,8 +51,6 @@ class Settings:
     oom_fd: int | None = None
     """A descriptor of the control group's memory.events (v2) or memory.oom_control (v1), open for reading: by its count
     of kills a command is told to have died for want of memory. None: not known."""
-    upper_fd: int | None = None
-    """A descriptor of the folder that holds what was written inside (the upper layer of an overlay), for `diff`."""
     oom_score_adj: int = 500
     """Of commands, so that the kernel prefers them to the agent."""
     orphan_s: float = 0.0
