@@ -21,7 +21,6 @@ from upspiral.sandbox.pool import Pool
 from upspiral.sandbox.server.lease import DELETED, Lease
 from upspiral.sandbox.server.leases import Leases
 from upspiral.sandbox.server.metrics import ServerMetrics
-from upspiral.sandbox.server.relay import link_of
 from upspiral.sandbox.server.tenants import Tenant, Tenants
 from upspiral.sandbox.server.wire import (
     KEY_HEADER,
@@ -79,6 +78,7 @@ class SandboxServer:
             self._route("/heartbeat", self._heartbeat, "POST"),
             self._route("/sandboxes/{id}", self._look, "GET"),
             self._route("/sandboxes/{id}", self._delete, "DELETE"),
+            self._route("/sandboxes/{id}/diff", self._diff, "POST"),
             self._route("/sandboxes/{id}/snapshot", self._snapshot, "POST"),
             self._route("/sandboxes/{id}/fork", self._fork, "POST"),
             self._route("/sandboxes/{id}/restore", self._restore, "POST"),
@@ -151,6 +151,9 @@ class SandboxServer:
             self._lease(tenant, request).end(DELETED)
         return Response(status_code=204)
 
+    async def _diff(self, tenant: Tenant, request: Request) -> Response:
+        return _json(await self._lease(tenant, request).sandbox.diff())
+
     async def _snapshot(self, tenant: Tenant, request: Request) -> Response:
         lease = self._lease(tenant, request)
         key = _idempotency_key(request)
@@ -180,7 +183,7 @@ class SandboxServer:
         try:
             tenant = self._tenant(websocket)
             lease = self._leases.find(tenant, websocket.path_params["id"])
-            session = lease.session(_session_id(websocket), link_of(lease.sandbox))
+            session = lease.session(_session_id(websocket))
             received = _received(websocket)
         except Exception as error:
             refused = _failed(error)

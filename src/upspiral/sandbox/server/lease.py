@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from upspiral.errors import SandboxBusyError, SandboxGoneError
 from upspiral.sandbox.base import Sandbox, SandboxSpec
 from upspiral.sandbox.server.once import Once
-from upspiral.sandbox.server.relay import AgentLink
+from upspiral.sandbox.server.relay import connection_of
 from upspiral.sandbox.server.session import GONE, Session
 from upspiral.sandbox.server.tenants import Tenant
 
@@ -59,12 +59,14 @@ class Lease:
             for session in self._sessions.values():
                 session.close(GONE, why)
 
-    def session(self, session_id: str, link: AgentLink) -> Session:
-        """The line of this id, a new one for a new id. Raises SandboxBusyError when there are too many."""
+    def session(self, session_id: str) -> Session:
+        """The line of this id, a new one for a new id. Raises SandboxBusyError when there are too many,
+        CapabilityError when the sandbox has no agent."""
+        connection_of(self.sandbox)
         session = self._sessions.get(session_id)
         if session is None:
             self._forget_idle_sessions()
-            session = self._sessions[session_id] = Session(link, self.seen)
+            session = self._sessions[session_id] = Session(lambda: connection_of(self.sandbox), self.seen)
         elif session.is_over:
             raise SandboxGoneError("this line was ended; open another one")
         return session

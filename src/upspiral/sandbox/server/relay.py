@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Callable
-from typing import Any, Protocol
 
-from upspiral.errors import CapabilityError
+from upspiral.errors import CapabilityError, SandboxError
 from upspiral.sandbox.base import Sandbox
+from upspiral.sandbox.connected import ConnectedSandbox
+from upspiral.sandbox.connection import BrokenRuleError, Connection
 from upspiral.sandbox.inside import frames
 from upspiral.sandbox.inside.frames import FrameError
 from upspiral.sandbox.pool.pooled import PooledSandbox
@@ -21,32 +23,38 @@ _TOO_MANY = json.dumps(
 ).encode()
 
 
-class AgentLink(Protocol):
-    """What the connection to a sandbox's agent offers to whoever brings frames of his own."""
-
-    def begin(self, take: Callable[[int, bytes], None]) -> int:
-        """A number for an operation; `take` gets the kind and body of each frame that the agent sends for it."""
-        ...
-
-    def send(self, kind: int, number: int, body: bytes) -> None: ...
-
-    def forget(self, number: int) -> None:
-        """Frames of this operation are dropped from now on."""
-        ...
-
-    async def drain(self) -> None:
-        """Returns when the agent has taken most of what was sent."""
-        ...
-
-
-def link_of(sandbox: Sandbox) -> AgentLink:
-    """Raises CapabilityError for a sandbox without an agent."""
+def connection_of(sandbox: Sandbox) -> Connection:
+    """To the sandbox's agent. Raises CapabilityError for a sandbox without one."""
     if isinstance(sandbox, PooledSandbox):
         sandbox = sandbox.inner
-    link = getattr(sandbox, "link", None)
-    if link is None:
+    if not isinstance(sandbox, ConnectedSandbox):
         raise CapabilityError("this backend's sandboxes have no agent, so a server can do nothing in them")
-    return link
+    return sandbox.connection
+
+
+class RelayedCall:
+    """One operation of the client, as the connection to the agent sees it."""
+
+    def __init__(self, number: int, relay: Relay) -> None:
+        self.number = 0
+        """The connection's own, once it has been entered there."""
+        self.of_client = number
+        self.window = frames.WINDOW_BYTES
+        """What the agent may still send."""
+        self._relay = relay
+
+    def take(self, kind: int, body: bytes) -> None:
+        if kind in (frames.DATA, frames.ERRORS):
+            self.window -= len(body)
+            if self.window < 0:
+                raise BrokenRuleError("more output than the window allows")
+        self._relay.from_agent(self, kind, body)
+
+    def fail(self, error: SandboxError) -> None:
+        self._relay.lost(error)
+
+    def wake(self) -> None:
+        self._relay.woken.set()
 
 
 class Relay:
@@ -56,15 +64,20 @@ class Relay:
     client speaks only as a host does, in numbers of a host's; the agent sends no more than the client's window allows.
     """
 
-    def __init__(self, link: AgentLink, deliver: Callable[[bytes], None], broken: Callable[[str], None]) -> None:
-        self._link = link
+    def __init__(
+        self,
+        connection: Callable[[], Connection],
+        deliver: Callable[[bytes], None],
+        lost: Callable[[SandboxError], None],
+    ) -> None:
+        """`connection` gives the one that stands now: a sandbox that was sealed goes on with another agent."""
+        self._connection = connection
         self._deliver = deliver
-        self._broken = broken
-        """The agent broke the rules."""
-        self._numbers: dict[int, int] = {}
-        """The agent's, by the client's."""
-        self._windows: dict[int, int] = {}
-        """What the agent may still send, by the client's numbers."""
+        self.lost = lost
+        """Called when the agent is lost."""
+        self.woken = asyncio.Event()
+        self._calls: dict[int, tuple[RelayedCall, Connection]] = {}
+        """By the client's numbers."""
 
     def from_client(self, kind: int, number: int, body: bytes) -> None:
         """Raises FrameError when the client breaks the rules."""
@@ -74,54 +87,65 @@ class Relay:
             raise FrameError(f"operation {number} would be the agent's")
         if kind == frames.OPEN:
             self._open(number, body)
-        elif number in self._numbers:
+        elif number in self._calls:
+            call, connection = self._calls[number]
             if kind == frames.ACK:
-                self._widen(number, body)
-            self._link.send(kind, self._numbers[number], body)
+                _widen(call, body)
+            connection.write(frames.frame(kind, call.number, body))
+
+    def from_agent(self, call: RelayedCall, kind: int, body: bytes) -> None:
+        if kind == frames.RESULT:
+            _, connection = self._calls.pop(call.of_client)
+            connection.forget(call)
+        self._deliver(frames.frame(kind, call.of_client, body))
+
+    async def drain(self) -> None:
+        """Returns when the agent has taken most of what was sent."""
+        connection = self._connection()
+        while connection.is_full and not connection.error and self._calls:
+            self.woken.clear()
+            await self.woken.wait()
 
     def close(self) -> None:
-        """Gives up everything that is under way. A command with an op_id that another client waits for goes on."""
-        for number in self._numbers.values():
-            self._link.send(frames.CONTROL, number, _CANCEL)
-            self._link.forget(number)
-        self._numbers.clear()
-        self._windows.clear()
+        """Gives up everything that is under way."""
+        for call, connection in self._calls.values():
+            connection.forget(call)
+            connection.write(frames.frame(frames.CONTROL, call.number, _CANCEL))
+        self._calls.clear()
 
     def _open(self, number: int, body: bytes) -> None:
-        if number in self._numbers:
+        if number in self._calls:
             raise FrameError(f"operation {number} is under way already")
-        if len(self._numbers) >= MOST_OPERATIONS:
+        if len(self._calls) >= MOST_OPERATIONS:
             self._deliver(frames.frame(frames.RESULT, number, _TOO_MANY))
             return
-        self._check_opening(body)
-        self._numbers[number] = self._link.begin(lambda kind, content: self._from_agent(number, kind, content))
-        self._windows[number] = frames.WINDOW_BYTES
-        self._link.send(frames.OPEN, self._numbers[number], body)
+        connection = self._connection()
+        if connection.error:
+            self.lost(connection.error)
+            return
+        opening = self._translated(body)
+        call = RelayedCall(number, self)
+        self._calls[number] = call, connection
+        connection.enter(call)
+        connection.write(frames.frame(frames.OPEN, call.number, opening))
 
-    def _check_opening(self, body: bytes) -> None:
+    def _translated(self, body: bytes) -> bytes:
+        """What opens an operation; the shell that it is to run in has a number, too."""
         try:
-            opening: Any = json.loads(body)
+            opening = json.loads(body)
         except (ValueError, RecursionError) as error:
             raise FrameError(f"what opens an operation is JSON: {error}") from error
-        if not isinstance(opening, dict) or not isinstance(opening.get("do"), str):
-            raise FrameError('what opens an operation is an object with "do"')
+        if not isinstance(opening, dict):
+            raise FrameError("what opens an operation is an object of JSON")
+        if "shell" not in opening:
+            return body
+        shell = self._calls.get(opening["shell"]) if isinstance(opening["shell"], int) else None
+        return json.dumps({**opening, "shell": shell[0].number if shell else 0}).encode()
 
-    def _widen(self, number: int, body: bytes) -> None:
-        if len(body) != frames.COUNT.size:
-            raise FrameError("an ACK has four bytes")
-        self._windows[number] += frames.COUNT.unpack(body)[0]
-        if self._windows[number] > frames.WINDOW_BYTES:
-            raise FrameError("more was acknowledged than was sent")
 
-    def _from_agent(self, number: int, kind: int, body: bytes) -> None:
-        if number not in self._numbers:
-            return
-        if kind in (frames.DATA, frames.ERRORS):
-            self._windows[number] -= len(body)
-            if self._windows[number] < 0:
-                self._broken("its agent sends more than it was allowed to")
-                return
-        elif kind == frames.RESULT:
-            self._link.forget(self._numbers.pop(number))
-            del self._windows[number]
-        self._deliver(frames.frame(kind, number, body))
+def _widen(call: RelayedCall, body: bytes) -> None:
+    if len(body) != frames.COUNT.size:
+        raise FrameError("an ACK has four bytes")
+    call.window += frames.COUNT.unpack(body)[0]
+    if call.window > frames.WINDOW_BYTES:
+        raise FrameError("more was acknowledged than was sent")

@@ -8,13 +8,16 @@ from typing import Any
 
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
+from upspiral.sandbox.connection import Connection
 from upspiral.sandbox.inside.frames import Decoder, FrameError
-from upspiral.sandbox.server.relay import AgentLink, Relay
+from upspiral.sandbox.server.relay import Relay
 from upspiral.sandbox.server.resumable import Resumable, ResumeError
 
 GONE, BROKEN, REPLACED, MISBEHAVED = 4410, 4502, 4409, 4400
 """Why the server closes a WebSocket: the sandbox is gone; it broke; the client has opened another; the client broke the
 rules. After anything else the client may come back."""
+_LONGEST_REASON = 120
+"""Bytes; a WebSocket closes with no longer one."""
 _SLOWEST_SEND_S = 60.0
 
 
@@ -22,12 +25,11 @@ class Session:
     """Lives from its client's first WebSocket to the end of the lease, or until the client or the sandbox breaks the
     rules. `seen` is called at every sign of the client."""
 
-    def __init__(self, link: AgentLink, seen: Callable[[], None]) -> None:
-        self._link = link
+    def __init__(self, connection: Callable[[], Connection], seen: Callable[[], None]) -> None:
         self._seen = seen
         self._stream = Resumable()
         self._decoder = Decoder()
-        self._relay = Relay(link, self._deliver, lambda why: self.close(BROKEN, why))
+        self._relay = Relay(connection, self._deliver, lambda error: self.close(BROKEN, str(error)))
         self._news = asyncio.Event()
         self._carrying = asyncio.Lock()
         self._over = asyncio.Event()
@@ -68,7 +70,7 @@ class Session:
                 if self._carrier is replaced:
                     self._carrier = None
         if websocket.client_state is WebSocketState.CONNECTED:
-            await websocket.close(code, why)
+            await websocket.close(code, why.encode()[:_LONGEST_REASON].decode(errors="ignore"))
 
     async def _until_any_ends(self, work: Sequence[Coroutine[Any, Any, Any]]) -> None:
         tasks = [asyncio.ensure_future(each) for each in (*work, self._over.wait())]
@@ -96,7 +98,7 @@ class Session:
                 return
             if self._stream.has_news:
                 self._news.set()
-            await self._link.drain()
+            await self._relay.drain()
 
     async def _send(self, websocket: WebSocket) -> None:
         while True:
