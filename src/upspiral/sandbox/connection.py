@@ -304,15 +304,15 @@ class Connection(asyncio.Protocol):
             self._keep_task(self._send_all(call, content))
         return call
 
+    def write(self, content: bytes) -> None:
+        if self._transport and not self.error:
+            self._transport.write(content)
+
     def enter(self, call: Party) -> None:
         """Gives an operation a number; from now on it gets the agent's frames."""
         self._numbers = self._numbers % (frames.INSIDE - 1) + 1
         call.number = self._numbers
         self._calls[call.number] = call
-
-    def write(self, content: bytes) -> None:
-        if self._transport and not self.error:
-            self._transport.write(content)
 
     def forget(self, call: Party) -> None:
         self._calls.pop(call.number, None)

@@ -58,8 +58,8 @@ class Api:
         """Under a key that the caller knows, so that it can cancel what it does not wait for."""
         return msgspec.json.decode(await self._ask("POST", "/sandboxes", body, CREATE_S, key), type=answer)
 
-    async def delete(self, path: str) -> None:
-        await self._ask("DELETE", path, None, ANSWER_S)
+    async def delete(self, path: str, *, timeout_s: float = ANSWER_S) -> None:
+        await self._ask("DELETE", path, None, timeout_s)
 
     async def close(self) -> None:
         if self._session is not None:

@@ -22,6 +22,10 @@ from upspiral.sandbox.server.wire import (
     Listing,
 )
 
+PATIENCE_S = 30.0
+DEFAULT_LIMITS = Limits()
+_FAREWELL_S = 5.0
+"""For telling the server that something is not wanted any more; it finds out by itself, if later."""
 _BEATS = 4
 """Heartbeats in the time after which the server would give its sandboxes up."""
 _LOG = logging.getLogger(__name__)
@@ -36,7 +40,9 @@ class RemoteBackend:
     Capabilities are the server's, and known once `connect` or the first `acquire` has asked for them.
     """
 
-    def __init__(self, url: str, token: str) -> None:
+    def __init__(self, url: str, token: str, *, patience_s: float = PATIENCE_S) -> None:
+        self.patience_s = patience_s
+        """How long a lost connection to a sandbox is tried to be taken up again before the sandbox counts as broken."""
         self._api = Api(url, token)
         self._capabilities: Capabilities | None = None
         self._live: dict[str, RemoteSandbox] = {}
@@ -69,6 +75,11 @@ class RemoteBackend:
     async def drop(self, snapshot: Snapshot) -> None:
         await self._api.delete(f"/snapshots/{snapshot.id}")
         self._snapshots.discard(snapshot.id)
+
+    async def attach(self, sandbox_id: str, limits: Limits = DEFAULT_LIMITS) -> RemoteSandbox:
+        """A sandbox that the tenant has already, perhaps from a process that died. A command that had an op_id, asked
+        for again, is not run again. Raises SandboxGoneError when there is none of this id any more."""
+        return self.adopt(await self._api.get(f"/sandboxes/{sandbox_id}", LeaseAnswer), limits)
 
     async def list_sandboxes(self) -> Sequence[ListedSandbox]:
         """All that the tenant has on the server, those of other processes among them."""
@@ -113,7 +124,7 @@ class RemoteBackend:
 
     async def _farewell(self, path: str) -> None:
         try:
-            await self._api.delete(path)
+            await self._api.delete(path, timeout_s=_FAREWELL_S)
         except SandboxError as error:
             _LOG.warning("%s", error)
 

@@ -15,8 +15,6 @@ from upspiral.sandbox.server.resumable import MOST_MESSAGE_BYTES, Resumable, Res
 from upspiral.sandbox.server.session import BROKEN, GONE, MISBEHAVED
 from upspiral.sandbox.server.wire import LeaseAnswer
 
-PATIENCE_S = 30.0
-"""How long a line is tried to be taken up again before it is given up."""
 _CONNECT_S = 10.0
 _PING_S = 20.0
 _CLOSING = cast(Any, aiohttp.ClientWSTimeout)(ws_close=1.0)
@@ -29,13 +27,14 @@ class Line(asyncio.Transport):
     """Brings a protocol's bytes to a sandbox's agent, and the agent's to the protocol.
 
     Lost connections are taken up again where they ended; the protocol does not notice. It ends, with a SandboxError,
-    when the sandbox is gone, or when no connection could be made for `PATIENCE_S`.
+    when the sandbox is gone, or when no connection could be made for `patience_s`.
     """
 
-    def __init__(self, api: Api, sandbox_id: str, protocol: asyncio.Protocol) -> None:
+    def __init__(self, api: Api, sandbox_id: str, protocol: asyncio.Protocol, *, patience_s: float) -> None:
         super().__init__()
         self._api = api
         self._sandbox_id = sandbox_id
+        self._patience_s = patience_s
         self._session = secrets.token_hex(12)
         """Whoever knows it, and the token, can take the line over."""
         self._protocol = protocol
@@ -72,19 +71,19 @@ class Line(asyncio.Transport):
     async def _carry(self) -> SandboxError:
         """Returns why it ended."""
         loop = asyncio.get_running_loop()
-        given_up_at, pause_s = loop.time() + PATIENCE_S, _FIRST_PAUSE_S
+        given_up_at, pause_s = loop.time() + self._patience_s, _FIRST_PAUSE_S
         while True:
             why: object = "the connection was closed"
             try:
                 await self._carry_once()
-                given_up_at, pause_s = loop.time() + PATIENCE_S, _FIRST_PAUSE_S
+                given_up_at, pause_s = loop.time() + self._patience_s, _FIRST_PAUSE_S
             except SandboxError as error:
                 return error
             except _LOST as error:
                 why = error
             if loop.time() >= given_up_at:
                 where = f"{self._api.url} and sandbox {self._sandbox_id}"
-                return SandboxError(f"no connection to {where} for {PATIENCE_S:g} s: {why!r}")
+                return SandboxError(f"no connection to {where} for {self._patience_s:g} s: {why!r}")
             await asyncio.sleep(pause_s * random.uniform(0.5, 1.0))
             pause_s = min(_LONGEST_PAUSE_S, pause_s * 2)
 

@@ -17,6 +17,9 @@ from upspiral.sandbox.server.wire import ForkRequest, LeaseAnswer, LeasesAnswer,
 class Holder(Protocol):
     """What keeps sandboxes and snapshots alive by heartbeats."""
 
+    @property
+    def patience_s(self) -> float: ...
+
     def adopt(self, lease: LeaseAnswer, limits: Limits) -> RemoteSandbox: ...
 
     def adopt_snapshot(self, snapshot: Snapshot) -> None: ...
@@ -29,7 +32,7 @@ class RemoteSandbox(ConnectedSandbox):
 
     def __init__(self, api: Api, holder: Holder, lease: LeaseAnswer, limits: Limits) -> None:
         connection = Connection()
-        Line(api, lease.id, connection)
+        Line(api, lease.id, connection, patience_s=holder.patience_s)
         super().__init__(lease.id, connection, limits)
         self._api = api
         self._holder = holder

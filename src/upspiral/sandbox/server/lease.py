@@ -14,7 +14,7 @@ from upspiral.sandbox.server.relay import connection_of
 from upspiral.sandbox.server.session import GONE, Session
 from upspiral.sandbox.server.tenants import Tenant
 
-_MOST_SESSIONS = 8
+_MOST_SESSIONS = 4
 EXPIRED = "its lifetime ended"
 DELETED = "it was stopped by its owner"
 

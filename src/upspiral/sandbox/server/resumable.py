@@ -60,6 +60,11 @@ class Resumable:
     def write(self, content: bytes) -> None:
         self._kept += content
 
+    def forget(self) -> None:
+        """The stream is over; what is kept will never be sent."""
+        self._kept.clear()
+        self._kept_from = self._sent
+
     def resume(self, other_received: int) -> None:
         """Another connection stands, and the other end has so much. Raises ResumeError when that cannot be."""
         self._confirm(other_received, self._ever_sent)

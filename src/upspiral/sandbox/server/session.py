@@ -18,6 +18,8 @@ GONE, BROKEN, REPLACED, MISBEHAVED = 4410, 4502, 4409, 4400
 rules. After anything else the client may come back."""
 _LONGEST_REASON = 120
 """Bytes; a WebSocket closes with no longer one."""
+_RETURN_S = 120.0
+"""How long a line without a connection is kept, and with it what its client has not received."""
 _SLOWEST_SEND_S = 60.0
 
 
@@ -36,6 +38,7 @@ class Session:
         self._why_over = (0, "")
         self._carrier: asyncio.Event | None = None
         """Set when another WebSocket takes over from the one that carries now."""
+        self._return_timer: asyncio.TimerHandle | None = None
 
     @property
     def is_over(self) -> bool:
@@ -50,12 +53,15 @@ class Session:
             self._why_over = (code, why)
             self._over.set()
             self._relay.close()
+            self._stream.forget()
 
     async def carry(self, websocket: WebSocket, received: int) -> None:
         """Serves an accepted WebSocket whose client has received so many bytes, to its end. An older one is closed:
         whoever opens another knows better than this end whether that is dead."""
         if self._carrier is not None:
             self._carrier.set()
+        if self._return_timer is not None:
+            self._return_timer.cancel()
         replaced = self._carrier = asyncio.Event()
         async with self._carrying:
             # Only now: the older one takes nothing more from the stream.
@@ -69,8 +75,13 @@ class Session:
             finally:
                 if self._carrier is replaced:
                     self._carrier = None
+                    self._return_timer = asyncio.get_running_loop().call_later(_RETURN_S, self._abandon)
         if websocket.client_state is WebSocketState.CONNECTED:
             await websocket.close(code, why.encode()[:_LONGEST_REASON].decode(errors="ignore"))
+
+    def _abandon(self) -> None:
+        if not self.is_carried:
+            self.close(GONE, f"its client did not come back within {_RETURN_S:g} s")
 
     async def _until_any_ends(self, work: Sequence[Coroutine[Any, Any, Any]]) -> None:
         tasks = [asyncio.ensure_future(each) for each in (*work, self._over.wait())]
