@@ -304,6 +304,10 @@ class Connection(asyncio.Protocol):
             self._keep_task(self._send_all(call, content))
         return call
 
+    async def ping(self, *, timeout_s: float) -> None:
+        """Returns when the agent answers. When it does not within that time, the connection is broken."""
+        await self.call({"do": "ping"}).result(silence_s=timeout_s)
+
     def write(self, content: bytes) -> None:
         if self._transport and not self.error:
             self._transport.write(content)

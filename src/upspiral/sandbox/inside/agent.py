@@ -8,7 +8,7 @@ import socket
 
 from .command import Execution, Program
 from .files import Reading, Writing
-from .operations import Agent
+from .operations import Agent, Ping
 from .ports import Listener, Outward
 from .processes import end_descendants
 from .settings import Settings
@@ -17,7 +17,7 @@ from .work import Listing, Packing, Unpacking
 
 OPERATIONS = {
     "exec": Execution, "spawn": Program, "shell": Shell, "run": ShellRun, "read": Reading, "write": Writing,
-    "list": Listing, "pack": Packing, "unpack": Unpacking, "connect": Outward,
+    "list": Listing, "pack": Packing, "unpack": Unpacking, "connect": Outward, "ping": Ping,
 }  # fmt: skip
 """By the name under which the host asks for them."""
 

@@ -8,7 +8,7 @@ import struct
 
 from .settings import Confinement
 
-_PR_SET_CHILD_SUBREAPER, _PR_SET_NO_NEW_PRIVS, _PR_SET_DUMPABLE = 36, 38, 4
+_PR_SET_CHILD_SUBREAPER, _PR_SET_NO_NEW_PRIVS = 36, 38
 _CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446
 _VERSION = 1
 _PATH_BENEATH = 1
@@ -34,21 +34,12 @@ def adopt_orphans() -> None:
     _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
-def hide() -> None:
-    """Nobody of the same user may look into this process; programs that it starts are as they would be."""
-    _libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
-
-
 def confine(confinement: Confinement) -> None:
     """Of this process and all that it starts. Raises OSError when the kernel has Landlock and refuses."""
+    _checked(_libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
     abi = landlock_abi()
     if abi and confinement.readable + confinement.writable:
         _restrict_files(confinement, abi)
-    if confinement.uid is not None:
-        gid = confinement.gid if confinement.gid is not None else confinement.uid
-        os.setgroups([])
-        os.setresgid(gid, gid, gid)
-        os.setresuid(confinement.uid, confinement.uid, confinement.uid)
 
 
 def _restrict_files(confinement: Confinement, abi: int) -> None:
@@ -61,7 +52,6 @@ def _restrict_files(confinement: Confinement, abi: int) -> None:
             _allow(ruleset, path, _READ)
         for path in confinement.writable:
             _allow(ruleset, path, everything)
-        _checked(_libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
         _checked(_libc.syscall(_RESTRICT_SELF, ruleset, 0))
     finally:
         os.close(ruleset)

@@ -52,10 +52,8 @@ class Launcher:
 
     def shell(self, request: Mapping[str, Any], stdio: tuple[int, int, int]) -> int:
         """Starts a bash that reads its stdin as a person would type; it inherits what is inheritable."""
-        script = (
-            f"{self._prelude}{self._enter(request)}; exec {_quoted(self._bash)} --norc --noprofile --noediting +H -i"
-        )
-        return self.start({**request, "env": {**request["env"], "PS1": "", "PS2": ""}}, ["-c", script], stdio)
+        shell = f"PS1= PS2= HISTFILE= exec {_quoted(self._bash)} --norc --noprofile --noediting +H -i"
+        return self.start(request, ["-c", f"{self._prelude}{self._enter(request)}; {shell}"], stdio)
 
     def start(self, request: Mapping[str, Any], arguments: list[str], stdio: tuple[int, int, int]) -> int:
         if not self._bash:

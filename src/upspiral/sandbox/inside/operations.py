@@ -180,7 +180,7 @@ class Agent:
             if self.has_room and self._starving:
                 starving, self._starving = self._starving, {}
                 for operation in starving.values():
-                    operation.flush()
+                    operation.resume()
         self._await_socket(READABLE)
 
     def _await_socket(self, events: int) -> None:
@@ -240,7 +240,7 @@ class Operation:
         """Any message but the one that cancels."""
 
     def produce(self) -> None:
-        """There is room for output again."""
+        """There is room for output; `put` as much as there is, while `has_room`."""
 
     def release(self) -> None:
         """Ends whatever runs for it and closes what is open. Called once, at the end or when it is given up."""
@@ -252,8 +252,11 @@ class Operation:
 
     @property
     def has_room(self) -> bool:
-        """More output may be produced."""
-        return not self._waiting and self._credit > 0 and self.agent.has_room
+        """More output may be produced. When not, `produce` is called once it may."""
+        if not self.agent.has_room:
+            self.agent.starve(self)
+            return False
+        return not self._waiting and self._credit > 0
 
     def used(self, count: int) -> None:
         """Input is out of the way, so as much more may come."""
@@ -266,7 +269,7 @@ class Operation:
         """Sends output as the window allows."""
         if content:
             self._waiting.append((kind, memoryview(content)))
-            self.flush()
+            self._flush()
 
     def finish(self, **result: Any) -> None:
         """The result goes out behind the output; nothing happens afterwards."""
@@ -274,7 +277,7 @@ class Operation:
             self.finished = True
             self._result = result
             self.release()
-            self.flush()
+            self._flush()
 
     def fail(self, error: str, message: str = "") -> None:
         """`error` is the name of a Python exception that the host raises, or a sentence of this package's."""
@@ -297,9 +300,15 @@ class Operation:
 
     def credit(self, count: int) -> None:
         self._credit += count
-        self.flush()
+        self.resume()
 
-    def flush(self) -> None:
+    def resume(self) -> None:
+        """Something that output may have waited for has come."""
+        self._flush()
+        if not self.finished and self.has_room:
+            self.produce()
+
+    def _flush(self) -> None:
         while self._waiting and self._credit > 0 and self.agent.has_room:
             kind, content = self._waiting.popleft()
             size = min(len(content), self._credit, frames.CHUNK_BYTES)
@@ -309,11 +318,15 @@ class Operation:
                 self._waiting.appendleft((kind, content[size:]))
         if not self.agent.has_room:
             self.agent.starve(self)
-        elif not self._waiting:
-            if self._result is not None:
-                self.agent.close(self, self._result)
-            elif not self.finished:
-                self.produce()
+        elif self._result is not None and not self._waiting:
+            self.agent.close(self, self._result)
+
+
+class Ping(Operation):
+    """`ping`: the agent is there."""
+
+    def begin(self) -> None:
+        self.finish()
 
 
 Make = Callable[[Agent, int, "dict[str, Any]"], Operation]

@@ -8,12 +8,11 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Confinement:
-    """What the agent gives up for good, itself and all that it will start, where nothing else confines it."""
+    """What the agent gives up for good, itself and all that it will start, where nothing else confines it: new
+    privileges, and files by Landlock where the kernel has it."""
 
-    uid: int | None = None
-    gid: int | None = None
     readable: tuple[str, ...] = ()
-    """Paths below which may be read and executed, by Landlock where the kernel has it; none: no Landlock."""
+    """Paths below which may be read and executed. None of these and none below: Landlock is not used."""
     writable: tuple[str, ...] = ()
     """Paths below which everything is allowed."""
 

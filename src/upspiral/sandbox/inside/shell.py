@@ -33,9 +33,11 @@ class Bash:
         self._loop = shell.agent.loop
         self._pid = 0
         self._outlets = [
-            Outlet(self._loop, lambda content, kind=kind: shell.take(kind, content), lambda: 1 << 20, lambda: None)
+            Outlet(self._loop, lambda content, kind=kind: self._take(kind, content), lambda: 1 << 20, lambda: None)
             for kind in (frames.DATA, frames.ERRORS)
         ]
+        self._is_ready = False
+        self._first: bytes | None = None
         self._script = os.memfd_create("script", 0)
         commands, self._commands = os.pipe2(os.O_CLOEXEC)
         self._status, self._status_writer = os.pipe2(os.O_CLOEXEC)
@@ -55,9 +57,13 @@ class Bash:
             outlet.begin()
         self._loop.child(self._pid, lambda code, _usage: shell.ended(self, code))
         self._loop.watch(self._status, READABLE, self._told)
+        self._ask_status()
 
     def evaluate(self, script: bytes) -> None:
         """Nothing else is being evaluated."""
+        if not self._is_ready:
+            self._first = script
+            return
         self.pull()
         os.ftruncate(self._script, 0)
         os.lseek(self._script, 0, os.SEEK_SET)
@@ -66,7 +72,8 @@ class Bash:
             view = view[os.write(self._script, view) :]
         os.lseek(self._script, 0, os.SEEK_SET)
         line = f'{{ read -rd "" -u {self._script} || :; }} 2>/dev/null; eval "$REPLY" </dev/null {self._hidden()}\n'
-        os.write(self._commands, f"{line}{{ echo $? >&{self._status_writer}; }} 2>/dev/null\n".encode())
+        os.write(self._commands, line.encode())
+        self._ask_status()
 
     def pull(self) -> None:
         for outlet in self._outlets:
@@ -109,8 +116,21 @@ class Bash:
             return
         if not lines:
             return self._loop.forget(self._status)
-        if lines[-1].isdigit():
+        if not self._is_ready:
+            self.pull()
+            self._is_ready = True
+            if self._first is not None:
+                self.evaluate(self._first)
+        elif lines[-1].isdigit():
             self._shell.done(int(lines[-1]))
+
+    def _ask_status(self) -> None:
+        os.write(self._commands, f"{{ echo $? >&{self._status_writer}; }} 2>/dev/null\n".encode())
+
+    def _take(self, kind: int, content: memoryview) -> None:
+        """What bash says before it is ready is that it has no terminal."""
+        if self._is_ready:
+            self._shell.take(kind, content)
 
 
 class Shell(Operation):
