@@ -9,16 +9,17 @@ from typing import Any, cast
 
 import aiohttp
 
-from upspiral.errors import SandboxError, SandboxGoneError
+from upspiral.errors import CapabilityError, SandboxError, SandboxGoneError
 from upspiral.sandbox.remote.api import Api
 from upspiral.sandbox.server.resumable import MOST_MESSAGE_BYTES, Resumable, ResumeError
-from upspiral.sandbox.server.session import BROKEN, GONE, MISBEHAVED
+from upspiral.sandbox.server.session import GONE, MISBEHAVED
 from upspiral.sandbox.server.wire import LeaseAnswer
 
 _CONNECT_S = 10.0
 _PING_S = 20.0
 _CLOSING = cast(Any, aiohttp.ClientWSTimeout)(ws_close=1.0)
 _OPTIONS: dict[str, Any] = {"heartbeat": _PING_S, "compress": 0, "timeout": _CLOSING}
+_NO_AGENT, _LINE_OVER = 422, 410
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.02, 2.0
 _LOST = (aiohttp.ClientError, ResumeError, TimeoutError, OSError)
 
@@ -41,6 +42,8 @@ class Line(asyncio.Transport):
         self._stream = Resumable()
         self._news = asyncio.Event()
         self._is_paused = False
+        self._stood_at = 0.0
+        """When a connection stood last."""
         self._carrying = asyncio.create_task(self._carry())
         self._carrying.add_done_callback(self._carried)
         protocol.connection_made(self)
@@ -71,17 +74,19 @@ class Line(asyncio.Transport):
     async def _carry(self) -> SandboxError:
         """Returns why it ended."""
         loop = asyncio.get_running_loop()
-        given_up_at, pause_s = loop.time() + self._patience_s, _FIRST_PAUSE_S
+        self._stood_at, pause_s = loop.time(), _FIRST_PAUSE_S
         while True:
             why: object = "the connection was closed"
+            before = self._stood_at
             try:
                 await self._carry_once()
-                given_up_at, pause_s = loop.time() + self._patience_s, _FIRST_PAUSE_S
             except SandboxError as error:
                 return error
             except _LOST as error:
                 why = error
-            if loop.time() >= given_up_at:
+            if self._stood_at > before:
+                pause_s = _FIRST_PAUSE_S
+            if loop.time() >= self._stood_at + self._patience_s:
                 where = f"{self._api.url} and sandbox {self._sandbox_id}"
                 return SandboxError(f"no connection to {where} for {self._patience_s:g} s: {why!r}")
             await asyncio.sleep(pause_s * random.uniform(0.5, 1.0))
@@ -98,6 +103,7 @@ class Line(asyncio.Transport):
             try:
                 await self._receive(websocket)
             finally:
+                self._stood_at = asyncio.get_running_loop().time()
                 sending.cancel()
                 await asyncio.gather(sending, return_exceptions=True)
 
@@ -114,20 +120,25 @@ class Line(asyncio.Transport):
                     compress=0,
                     timeout=_CLOSING,
                 )
-        except aiohttp.WSServerHandshakeError:
-            # Why is told to requests only. Raises it, if it is something that lasts.
+        except aiohttp.WSServerHandshakeError as error:
+            # Why is told to requests only. This raises it, if it is about the sandbox.
             await self._api.get(f"/sandboxes/{self._sandbox_id}", LeaseAnswer)
+            if error.status == _NO_AGENT:
+                raise CapabilityError("this server's sandboxes have no agent that anything could be asked of") from None
+            if error.status == _LINE_OVER:
+                raise SandboxError(f"the server has given the line to sandbox {self._sandbox_id} up") from None
             raise
 
     async def _receive(self, websocket: aiohttp.ClientWebSocketResponse) -> None:
-        async for message in websocket:
-            if message.type is not aiohttp.WSMsgType.BINARY:
-                raise SandboxError(f"the server at {self._api.url} sent {message.type.name}, not frames")
+        while (message := await websocket.receive()).type is aiohttp.WSMsgType.BINARY:
             self._take(message.data)
-        if websocket.close_code == GONE:
-            raise SandboxGoneError(f"sandbox {self._sandbox_id} is gone")
-        if websocket.close_code in (BROKEN, MISBEHAVED):
-            raise SandboxError(f"the server ended the line to sandbox {self._sandbox_id} ({websocket.close_code})")
+        if message.type is aiohttp.WSMsgType.CLOSE and message.data == GONE:
+            raise SandboxGoneError(f"sandbox {self._sandbox_id} is gone: {message.extra}")
+        if message.type is aiohttp.WSMsgType.CLOSE and message.data == MISBEHAVED:
+            raise SandboxError(f"the server ended the line to sandbox {self._sandbox_id}: {message.extra}")
+        if message.type is aiohttp.WSMsgType.TEXT:
+            raise SandboxError(f"the server at {self._api.url} sent text, not frames")
+        # Anything else is a lost connection.
 
     def _take(self, message: bytes) -> None:
         content = self._stream.take(message)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -28,6 +29,8 @@ class Lease:
     sandbox: Sandbox
     heartbeat_s: float
     """After so long without a sign of its client it ends."""
+    observe_exec: Callable[[float], None]
+    """Called with the seconds that each command took."""
     id: str = field(default_factory=lambda: f"sb-{secrets.token_hex(12)}")
     made_at: float = field(init=False)
     seen_at: float = field(init=False)
@@ -66,7 +69,9 @@ class Lease:
         session = self._sessions.get(session_id)
         if session is None:
             self._forget_idle_sessions()
-            session = self._sessions[session_id] = Session(lambda: connection_of(self.sandbox), self.seen)
+            session = self._sessions[session_id] = Session(
+                lambda: connection_of(self.sandbox), seen=self.seen, observe_exec=self.observe_exec
+            )
         elif session.is_over:
             raise SandboxGoneError("this line was ended; open another one")
         return session

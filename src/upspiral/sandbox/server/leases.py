@@ -132,7 +132,7 @@ class Leases:
         finally:
             for _ in range(count - len(children)):
                 self._usage.give_back(lease.tenant, memory_mb)
-        leases = [Lease(lease.tenant, lease.spec, child, self.heartbeat_s) for child in children]
+        leases = [self._lease(lease.tenant, lease.spec, child) for child in children]
         for each in leases:
             self._run(self._hold_fork(each))
         return leases
@@ -166,7 +166,7 @@ class Leases:
             self._usage.take(tenant, memory_mb)
             try:
                 async with self._pool.acquire(replace(spec, labels=labels)) as sandbox:
-                    lease = Lease(tenant, spec, sandbox, self.heartbeat_s)
+                    lease = self._lease(tenant, spec, sandbox)
                     async with self._listed(lease):
                         if not creation.lease.done():
                             creation.lease.set_result(lease)
@@ -189,6 +189,9 @@ class Leases:
                 await lease.sandbox.stop()
             finally:
                 self._usage.give_back(lease.tenant, lease.spec.limits.memory_mb)
+
+    def _lease(self, tenant: Tenant, spec: SandboxSpec, sandbox: Sandbox) -> Lease:
+        return Lease(tenant, spec, sandbox, self.heartbeat_s, self._pool.metrics.exec_s.observe)
 
     @asynccontextmanager
     async def _listed(self, lease: Lease) -> AsyncIterator[None]:

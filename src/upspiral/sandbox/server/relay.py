@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable
+from typing import Any
 
 from upspiral.errors import CapabilityError, SandboxError
 from upspiral.sandbox.base import Sandbox
@@ -18,9 +19,7 @@ MOST_OPERATIONS = 64
 """Of one client in one sandbox at a time."""
 _FROM_CLIENT = (frames.OPEN, frames.DATA, frames.END, frames.ACK, frames.CONTROL)
 _CANCEL = json.dumps({"cancel": True}).encode()
-_TOO_MANY = json.dumps(
-    {"error": "SandboxError", "message": f"{MOST_OPERATIONS} operations are under way; wait for one to end"}
-).encode()
+_LONGEST_WHY = 500
 
 
 def connection_of(sandbox: Sandbox) -> Connection:
@@ -35,12 +34,14 @@ def connection_of(sandbox: Sandbox) -> Connection:
 class RelayedCall:
     """One operation of the client, as the connection to the agent sees it."""
 
-    def __init__(self, number: int, relay: Relay) -> None:
+    def __init__(self, number: int, relay: Relay, *, is_exec: bool) -> None:
         self.number = 0
         """The connection's own, once it has been entered there."""
         self.of_client = number
         self.window = frames.WINDOW_BYTES
         """What the agent may still send."""
+        self.began = asyncio.get_running_loop().time()
+        self.is_exec = is_exec
         self._relay = relay
 
     def take(self, kind: int, body: bytes) -> None:
@@ -51,7 +52,7 @@ class RelayedCall:
         self._relay.from_agent(self, kind, body)
 
     def fail(self, error: SandboxError) -> None:
-        self._relay.lost(error)
+        self._relay.call_lost(self, error)
 
     def wake(self) -> None:
         self._relay.woken.set()
@@ -68,13 +69,12 @@ class Relay:
         self,
         connection: Callable[[], Connection],
         deliver: Callable[[bytes], None],
-        lost: Callable[[SandboxError], None],
+        observe_exec: Callable[[float], None],
     ) -> None:
-        """`connection` gives the one that stands now: a sandbox that was sealed goes on with another agent."""
+        """`connection` gives the one that stands now: a sandbox that was restored has another agent."""
         self._connection = connection
         self._deliver = deliver
-        self.lost = lost
-        """Called when the agent is lost."""
+        self._observe_exec = observe_exec
         self.woken = asyncio.Event()
         self._calls: dict[int, tuple[RelayedCall, Connection]] = {}
         """By the client's numbers."""
@@ -97,7 +97,16 @@ class Relay:
         if kind == frames.RESULT:
             _, connection = self._calls.pop(call.of_client)
             connection.forget(call)
+            self.woken.set()
+            if call.is_exec:
+                self._observe_exec(asyncio.get_running_loop().time() - call.began)
         self._deliver(frames.frame(kind, call.of_client, body))
+
+    def call_lost(self, call: RelayedCall, error: SandboxError) -> None:
+        """Its agent is gone. What the client asks next may find another one."""
+        if self._calls.pop(call.of_client, None) is not None:
+            self.woken.set()
+            self._refuse(call.of_client, str(error))
 
     async def drain(self) -> None:
         """Returns when the agent has taken most of what was sent."""
@@ -116,31 +125,37 @@ class Relay:
     def _open(self, number: int, body: bytes) -> None:
         if number in self._calls:
             raise FrameError(f"operation {number} is under way already")
-        if len(self._calls) >= MOST_OPERATIONS:
-            self._deliver(frames.frame(frames.RESULT, number, _TOO_MANY))
-            return
+        opening = _opening(body)
         connection = self._connection()
+        if len(self._calls) >= MOST_OPERATIONS:
+            return self._refuse(number, f"{MOST_OPERATIONS} operations are under way; wait for one to end")
         if connection.error:
-            self.lost(connection.error)
-            return
-        opening = self._translated(body)
-        call = RelayedCall(number, self)
+            return self._refuse(number, str(connection.error))
+        call = RelayedCall(number, self, is_exec=opening.get("do") == "exec")
         self._calls[number] = call, connection
         connection.enter(call)
-        connection.write(frames.frame(frames.OPEN, call.number, opening))
+        connection.write(frames.frame(frames.OPEN, call.number, self._translated(opening, body)))
 
-    def _translated(self, body: bytes) -> bytes:
-        """What opens an operation; the shell that it is to run in has a number, too."""
-        try:
-            opening = json.loads(body)
-        except (ValueError, RecursionError) as error:
-            raise FrameError(f"what opens an operation is JSON: {error}") from error
-        if not isinstance(opening, dict):
-            raise FrameError("what opens an operation is an object of JSON")
+    def _refuse(self, number: int, why: str) -> None:
+        result = json.dumps({"error": "SandboxError", "message": why[:_LONGEST_WHY]})
+        self._deliver(frames.frame(frames.RESULT, number, result.encode()))
+
+    def _translated(self, opening: dict[str, Any], body: bytes) -> bytes:
+        """The shell that a command is to run in has a number, too."""
         if "shell" not in opening:
             return body
         shell = self._calls.get(opening["shell"]) if isinstance(opening["shell"], int) else None
         return json.dumps({**opening, "shell": shell[0].number if shell else 0}).encode()
+
+
+def _opening(body: bytes) -> dict[str, Any]:
+    try:
+        opening = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise FrameError(f"what opens an operation is JSON: {error}") from error
+    if not isinstance(opening, dict):
+        raise FrameError("what opens an operation is an object of JSON")
+    return opening
 
 
 def _widen(call: RelayedCall, body: bytes) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine, Sequence
+from contextlib import suppress
 from typing import Any
 
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
@@ -13,9 +14,9 @@ from upspiral.sandbox.inside.frames import Decoder, FrameError
 from upspiral.sandbox.server.relay import Relay
 from upspiral.sandbox.server.resumable import Resumable, ResumeError
 
-GONE, BROKEN, REPLACED, MISBEHAVED = 4410, 4502, 4409, 4400
-"""Why the server closes a WebSocket: the sandbox is gone; it broke; the client has opened another; the client broke the
-rules. After anything else the client may come back."""
+GONE, REPLACED, MISBEHAVED = 4410, 4409, 4400
+"""Why the server closes a WebSocket: the sandbox is gone; the client has opened another; the client broke the rules.
+After anything else it may come back."""
 _LONGEST_REASON = 120
 """Bytes; a WebSocket closes with no longer one."""
 _RETURN_S = 120.0
@@ -24,14 +25,21 @@ _SLOWEST_SEND_S = 60.0
 
 
 class Session:
-    """Lives from its client's first WebSocket to the end of the lease, or until the client or the sandbox breaks the
-    rules. `seen` is called at every sign of the client."""
+    """Lives from its client's first WebSocket to the end of the lease, or until the client breaks the rules or does
+    not come back. `seen` is called at every sign of the client, `observe_exec` with the seconds that a command took."""
 
-    def __init__(self, connection: Callable[[], Connection], seen: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        connection: Callable[[], Connection],
+        *,
+        seen: Callable[[], None],
+        observe_exec: Callable[[float], None],
+    ) -> None:
+        """`connection` gives the one to the sandbox's agent that stands now."""
         self._seen = seen
         self._stream = Resumable()
         self._decoder = Decoder()
-        self._relay = Relay(connection, self._deliver, lambda error: self.close(BROKEN, str(error)))
+        self._relay = Relay(connection, self._deliver, observe_exec)
         self._news = asyncio.Event()
         self._carrying = asyncio.Lock()
         self._over = asyncio.Event()
@@ -63,21 +71,30 @@ class Session:
         if self._return_timer is not None:
             self._return_timer.cancel()
         replaced = self._carrier = asyncio.Event()
-        async with self._carrying:
-            # Only now: the older one takes nothing more from the stream.
-            try:
-                self._stream.resume(received)
-                await websocket.send_bytes(self._stream.next_message())
-                await self._until_any_ends([self._receive(websocket), self._send(websocket), replaced.wait()])
-                code, why = self._why_over if self.is_over else (REPLACED, "another connection took over")
-            except ResumeError as error:
-                code, why = MISBEHAVED, str(error)
-            finally:
-                if self._carrier is replaced:
-                    self._carrier = None
-                    self._return_timer = asyncio.get_running_loop().call_later(_RETURN_S, self._abandon)
-        if websocket.client_state is WebSocketState.CONNECTED:
-            await websocket.close(code, why.encode()[:_LONGEST_REASON].decode(errors="ignore"))
+        try:
+            async with self._carrying:
+                # Only now: the older one takes nothing more from the stream.
+                code, why = await self._carry_until(replaced, websocket, received)
+        finally:
+            if self._carrier is replaced:
+                self._carrier = None
+                self._return_timer = asyncio.get_running_loop().call_later(_RETURN_S, self._abandon)
+        with suppress(WebSocketDisconnect, RuntimeError):
+            # It may be gone, whatever its state says.
+            if websocket.client_state is WebSocketState.CONNECTED:
+                await websocket.close(code, why.encode()[:_LONGEST_REASON].decode(errors="ignore"))
+
+    async def _carry_until(self, replaced: asyncio.Event, websocket: WebSocket, received: int) -> tuple[int, str]:
+        """Returns with what the WebSocket is to be closed."""
+        try:
+            self._stream.resume(received)
+            await websocket.send_bytes(self._stream.next_message())
+        except ResumeError as error:
+            return MISBEHAVED, str(error)
+        except (WebSocketDisconnect, RuntimeError):
+            return REPLACED, ""
+        await self._until_any_ends([self._receive(websocket), self._send(websocket), replaced.wait()])
+        return self._why_over if self.is_over else (REPLACED, "another connection took over")
 
     def _abandon(self) -> None:
         if not self.is_carried:
@@ -94,15 +111,16 @@ class Session:
 
     async def _receive(self, websocket: WebSocket) -> None:
         while True:
-            try:
-                message = await websocket.receive_bytes()
-            except (WebSocketDisconnect, KeyError):
-                # KeyError: a message of text.
+            message = await websocket.receive()
+            if message["type"] != "websocket.receive":
                 return
             self._seen()
             try:
+                content = message.get("bytes")
+                if content is None:
+                    raise FrameError("frames are bytes, not text")
                 # Without a pause up to here: what was counted as received is on its way.
-                for kind, number, body in self._decoder.feed(self._stream.take(message)):
+                for kind, number, body in self._decoder.feed(self._stream.take(content)):
                     self._relay.from_client(kind, number, body)
             except (FrameError, ResumeError) as error:
                 self.close(MISBEHAVED, str(error)[:100])
