@@ -13,6 +13,7 @@
     ├── SandboxError           a sandbox could not be made or broke (infrastructure)
     │   ├── CapabilityError    the backend cannot do what the spec asks, said at acquire
     │   ├── SandboxGoneError   it was stopped: by its owner, at the end of its lifetime, with its lease or its backend
+    │   ├── ImageError         an image is not there, or its source, recipe or a step of it cannot be used
     │   └── SandboxBusyError   there is no room for another one now; try again after `retry_after_s`
     ├── AgentError             the agent crashed, hung or broke the protocol
     ├── DeadlineError          a wait ran past its deadline; the message names what it waited for
@@ -86,6 +87,10 @@ class CapabilityError(SandboxError):
 
 class SandboxGoneError(SandboxError):
     """The sandbox was stopped: by its owner, at the end of its lifetime, with its lease or with its backend."""
+
+
+class ImageError(SandboxError):
+    """An image is not there, or its source, recipe or a step of it cannot be used."""
 
 
 class SandboxBusyError(SandboxError):

@@ -50,10 +50,12 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Allow:
-    """Egress to some hosts, by a proxy that logs every connection (`sandbox/egress.py`)."""
+    """Egress to some hosts, by a proxy that logs every connection (`sandbox/egress/`)."""
 
     hosts: tuple[str, ...]
     """Names, or ".example.org" for a domain and all below it; "pypi.org:443" for one port. Without: 80 and 443."""
+    networks: tuple[str, ...] = ()
+    """Ranges such as "10.0.0.0/8" that these names may lead to although their addresses are not public."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,7 +198,7 @@ class Capabilities:
             'network = "none"': spec.network != "none" or self.network_none,
             "an egress allow-list": spec.network == "none" or self.egress,
             "forward_sockets": not spec.forward_sockets or self.forward_sockets,
-            f"image {spec.image!r}": spec.image == HOST_IMAGE or self.images,
+            f"image {spec.image!r}": spec.image == HOST_IMAGE or isinstance(spec.image, Snapshot) or self.images,
             "a snapshot as image": not isinstance(spec.image, Snapshot) or self.snapshot,
             "mounts": not spec.mounts or self.mounts,
             "limits.cpus": spec.limits.cpus is None or self.cpu_limit,

@@ -29,6 +29,10 @@ _DENIED_EVERYWHERE = {
     "io_uring_setup": 425, "io_uring_enter": 426, "io_uring_register": 427, "open_tree": 428, "move_mount": 429,
     "fsopen": 430, "fsconfig": 431, "fsmount": 432, "fspick": 433, "pidfd_getfd": 438, "mount_setattr": 442,
 }  # fmt: skip
+_GIVING_AWAY = {
+    "x86_64": {"chown": 92, "fchown": 93, "lchown": 94, "fchownat": 260},
+    "aarch64": {"fchownat": 54, "fchown": 55},
+}
 _AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 _CLONE = {"x86_64": 56, "aarch64": 220}
 _CLONE3 = 435
@@ -44,8 +48,12 @@ def _instruction(code: int, value: int, if_true: int = 0, if_false: int = 0) -> 
     return struct.pack("=HBBI", code, if_true, if_false, value)
 
 
-def filter_program() -> bytes:
-    """The filter for this machine; empty on a machine whose system call numbers are not listed here."""
+def filter_program(*, pretends_to_give_away: bool = False) -> bytes:
+    """The filter for this machine; empty on a machine whose system call numbers are not listed here.
+
+    `pretends_to_give_away`: chown and its kin do nothing and say that they succeeded. Where there is but one user id
+    they could only fail, and with them every package whose files belong to a group of their own.
+    """
     machine = platform.machine()
     if machine not in _DENIED:
         return b""
@@ -61,6 +69,9 @@ def filter_program() -> bytes:
     ]
     for number in sorted({*_DENIED[machine].values(), *_DENIED_EVERYWHERE.values()}):
         program += _return_if(_EQUAL, number, refuse)
+    if pretends_to_give_away:
+        for number in _GIVING_AWAY[machine].values():
+            program += _return_if(_EQUAL, number, _ERRNO)
     program += [
         _instruction(_EQUAL, _CLONE[machine], if_false=3),
         _instruction(_LOAD, _FIRST_ARGUMENT_OFFSET),
