@@ -1,13 +1,19 @@
-"""A server of sandboxes on a real port, in this process."""
+"""A server of sandboxes on a real port, in this process or in one of its own."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+import json
+import os
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import aiohttp
 
+from upspiral.cli.sandbox import TOKEN_VARIABLE
 from upspiral.gateway.http import serve_app
 from upspiral.sandbox.base import SandboxBackend
 from upspiral.sandbox.pool import Pool, PoolLimits
@@ -27,6 +33,21 @@ class LiveServer:
 
     def client(self, token: str = ALICE) -> aiohttp.ClientSession:
         return aiohttp.ClientSession(self.url, headers={"authorization": f"Bearer {token}"})
+
+
+@contextmanager
+def server_process(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """`upspiral sandbox serve` as a process, with Alice as its tenant, and its URL."""
+    command = [sys.executable, "-m", "upspiral", "sandbox", "serve", "--port", "0", *arguments]
+    variables = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3] / "src"), TOKEN_VARIABLE: ALICE}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=variables, text=True) as process:
+        try:
+            assert process.stdout is not None
+            told = json.loads(process.stdout.readline())
+            assert told["token"] is None, "whoever chose the token knows it"
+            yield process, told["url"]
+        finally:
+            process.kill()
 
 
 @asynccontextmanager

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import signal
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -21,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.unit.sandbox.cut_line import cut_line
-from tests.unit.sandbox.live_server import ALICE, BOB, LiveServer, live_server
+from tests.unit.sandbox.live_server import ALICE, BOB, LiveServer, live_server, server_process
 from upspiral.errors import CapabilityError, ConfigError, SandboxBusyError, SandboxError, SandboxGoneError
 from upspiral.sandbox.base import Command, SandboxSpec
 from upspiral.sandbox.fake import FakeBackend
@@ -385,63 +383,57 @@ def test_any_bytes_leave_the_server_standing(noise: list[bytes]) -> None:
         run(check, root)
 
 
-def test_nothing_is_left_when_the_server_is_killed(root: Path) -> None:
-    server = subprocess.Popen(
-        [sys.executable, "-m", "upspiral", "sandbox", "serve", "--backend", "process", "--port", "0"],
-        stdout=subprocess.PIPE,
-        env={**os.environ, "UPSPIRAL_SANDBOX_TOKEN": ALICE},
-    )
-    assert server.stdout is not None
-    try:
-        url = json.loads(server.stdout.readline())["url"]
-        pids: list[int] = []
+def test_nothing_is_left_when_the_server_is_killed() -> None:
+    async def check(server: subprocess.Popen[str], url: str) -> None:
+        backend = RemoteBackend(url, ALICE, patience_s=1.0)
+        async with backend.acquire(SPEC) as one, backend.acquire(SPEC) as two:
+            pids: list[int] = []
+            for sandbox in (one, two):
+                done = await sandbox.exec("sleep 1000 & setsid sleep 1000 & echo $! $PPID", timeout_s=TIMEOUT_S)
+                pids.extend(map(int, done.stdout.split()))
+            assert len(pids) == 4 and all(map(_lives, pids))
+            server.kill()
+            await until(lambda: not any(map(_lives, pids)), "everything in the sandboxes to die")
+            with pytest.raises(SandboxError):
+                await one.exec("true", timeout_s=TIMEOUT_S)
+        await backend.stop()
 
-        async def play() -> None:
-            backend = RemoteBackend(url, ALICE, patience_s=1.0)
-            async with backend.acquire(SPEC) as one, backend.acquire(SPEC) as two:
-                for sandbox in (one, two):
-                    command = "sleep 1000 & echo $! $PPID"
-                    pids.extend(map(int, (await sandbox.exec(command, timeout_s=TIMEOUT_S)).stdout.split()))
-                assert len(pids) == 4 and all(map(_lives, pids))
-                server.send_signal(signal.SIGKILL)
-                await until(lambda: not any(map(_lives, pids)), "everything in the sandboxes to die")
-                with pytest.raises(SandboxError):
-                    await one.exec("true", timeout_s=TIMEOUT_S)
-            await backend.stop()
-
-        asyncio.run(asyncio.wait_for(play(), 2 * TIMEOUT_S))
-    finally:
-        server.kill()
-        server.wait()
+    with server_process("--backend", "process") as (server, url):
+        asyncio.run(asyncio.wait_for(check(server, url), 2 * TIMEOUT_S))
 
 
-def test_a_server_that_is_told_to_stop_waits_for_those_who_use_it(root: Path) -> None:
-    server = subprocess.Popen(
-        [sys.executable, "-m", "upspiral", "sandbox", "serve", "--backend", "process", "--port", "0"],
-        stdout=subprocess.PIPE,
-        env={**os.environ, "UPSPIRAL_SANDBOX_TOKEN": ALICE},
-    )
-    assert server.stdout is not None
-    try:
-        told = json.loads(server.stdout.readline())
-        assert told["token"] is None
+def test_a_server_that_is_told_to_stop_waits_for_those_who_use_it() -> None:
+    async def check(server: subprocess.Popen[str], url: str) -> None:
+        async with remote(url) as backend:
+            async with backend.acquire(SPEC) as sandbox:
+                server.send_signal(signal.SIGTERM)
+                await asyncio.sleep(0.5)
+                assert (await sandbox.exec("echo still", timeout_s=TIMEOUT_S)).stdout == b"still\n"
+                with pytest.raises(SandboxBusyError, match="drained"):
+                    await backend.acquire(SPEC).__aenter__()
+                assert server.poll() is None
+            await until(lambda: server.poll() is not None, "the server to end")
+            assert server.returncode == 0
 
-        async def play() -> None:
-            async with remote(told["url"]) as backend:
-                async with backend.acquire(SPEC) as sandbox:
-                    server.send_signal(signal.SIGTERM)
-                    await asyncio.sleep(0.5)
-                    assert (await sandbox.exec("echo still", timeout_s=TIMEOUT_S)).stdout == b"still\n"
-                    with pytest.raises(SandboxBusyError, match="drained"):
-                        await backend.acquire(SPEC).__aenter__()
-                    assert server.poll() is None
-                await until(lambda: server.poll() is not None, "the server to end")
-                assert server.returncode == 0
+    with server_process("--backend", "process") as (server, url):
+        asyncio.run(asyncio.wait_for(check(server, url), 2 * TIMEOUT_S))
 
-        asyncio.run(asyncio.wait_for(play(), 2 * TIMEOUT_S))
-    finally:
-        server.kill()
-        server.wait()
+
+def test_a_second_signal_ends_what_is_in_use() -> None:
+    async def check(server: subprocess.Popen[str], url: str) -> None:
+        backend = RemoteBackend(url, ALICE, patience_s=1.0)
+        async with backend.acquire(SPEC) as sandbox:
+            for _ in range(2):
+                server.send_signal(signal.SIGTERM)
+                await asyncio.sleep(0.5)
+            await until(lambda: server.poll() is not None, "the server to end")
+            assert server.returncode == 0
+            with pytest.raises(SandboxError):
+                await sandbox.exec("true", timeout_s=TIMEOUT_S)
+        await backend.stop()
+
+    with server_process("--backend", "process") as (server, url):
+        asyncio.run(asyncio.wait_for(check(server, url), 2 * TIMEOUT_S))
 
 
 def _lives(pid: int) -> bool:

@@ -299,6 +299,41 @@ def test_forks_are_leases_of_their_own() -> None:
     serve(check, backend)
 
 
+def test_snapshots_are_of_their_tenant_and_dropped_without_heartbeats() -> None:
+    backend = FakeBackend()
+
+    async def check(live: LiveServer, alice: Client, bob: Client) -> None:
+        _, lease = await create(alice, spec={"files": {"a": "eA=="}})
+        _, others = await create(bob, "b")
+        _, snapshot = await ask(alice, "POST", f"/sandboxes/{lease['id']}/snapshot", key="s")
+        _, again = await ask(alice, "POST", f"/sandboxes/{lease['id']}/snapshot", key="s")
+        assert snapshot == again and snapshot["how"] == "copied"
+        status, answer = await ask(alice, "POST", f"/sandboxes/{lease['id']}/snapshot", key="t")
+        assert (status, answer["code"]) == (429, "busy") and "1 of 1 snapshots" in answer["message"]
+        await backend.sandboxes[0].write("a", b"later")
+        status, _ = await ask(alice, "POST", f"/sandboxes/{lease['id']}/restore", {"snapshot": snapshot["id"]}, key="r")
+        assert status == 204 and await backend.sandboxes[0].read("a") == b"x"
+        status, made = await create(alice, "from", {"image": snapshot})
+        assert status == 201 and await backend.sandboxes[-1].read("a") == b"x"
+        # Bob may know the id and has no use for it.
+        status, answer = await ask(bob, "POST", f"/sandboxes/{others['id']}/restore", {"snapshot": snapshot["id"]})
+        assert (status, answer["code"]) == (410, "gone")
+        assert (await create(bob, "from", {"image": snapshot}))[0] == 410
+        assert (await ask(bob, "DELETE", f"/snapshots/{snapshot['id']}"))[0] == 204
+        kept = {"sandboxes": [lease["id"]], "snapshots": [snapshot["id"]]}
+        for _ in range(12):
+            await asyncio.sleep(0.1)
+            await ask(alice, "POST", "/heartbeat", kept)
+            await ask(bob, "POST", "/heartbeat", kept)
+        assert (await create(alice, "from 2", {"image": snapshot}))[0] == 201
+        for _ in range(12):
+            await asyncio.sleep(0.1)
+            await ask(bob, "POST", "/heartbeat", kept)
+        status, answer = await create(alice, "from 3", {"image": snapshot})
+        assert status == 410 and "may have been dropped" in answer["message"]
+
+    serve(check, backend, heartbeat_s=0.5, quota=Quota(snapshots=1))
+
 def test_a_server_that_is_drained_gives_nothing_out_and_waits() -> None:
     async def check(live: LiveServer, alice: Client, bob: Client) -> None:
         _, lease = await create(alice)

@@ -10,7 +10,7 @@ from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import HTTPConnection, Request
+from starlette.requests import ClientDisconnect, HTTPConnection, Request
 from starlette.responses import Response
 from starlette.routing import Route, WebSocketRoute
 from starlette.websockets import WebSocket
@@ -42,6 +42,8 @@ from upspiral.sandbox.server.wire import (
 )
 
 HEARTBEAT_S = 60.0
+_CLIENT_LEFT = 499
+"""Nobody reads it."""
 _LOG = logging.getLogger(__name__)
 Endpoint = Callable[[Tenant, Request], Awaitable[Response]]
 
@@ -74,7 +76,7 @@ class SandboxServer:
             self._route("/capabilities", self._capabilities, "GET"),
             self._route("/sandboxes", self._list, "GET"),
             self._route("/sandboxes", self._create, "POST"),
-            self._route("/creations/{key}", self._cancel_creation, "DELETE"),
+            self._route("/creations/{key:path}", self._cancel_creation, "DELETE"),
             self._route("/heartbeat", self._heartbeat, "POST"),
             self._route("/sandboxes/{id}", self._look, "GET"),
             self._route("/sandboxes/{id}", self._delete, "DELETE"),
@@ -91,6 +93,8 @@ class SandboxServer:
         async def answer(request: Request) -> Response:
             try:
                 answered = await endpoint(self._tenant(request), request)
+            except ClientDisconnect:
+                return Response(status_code=_CLIENT_LEFT)
             except Exception as error:
                 answered = _failed(error)
             self._metrics.answered(answered.status_code)

@@ -12,7 +12,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 from upspiral.sandbox.connection import Connection
 from upspiral.sandbox.inside.frames import Decoder, FrameError
 from upspiral.sandbox.server.relay import Relay
-from upspiral.sandbox.server.resumable import Resumable, ResumeError
+from upspiral.sandbox.server.resumable import MOST_MESSAGE_BYTES, Resumable, ResumeError
 
 GONE, REPLACED, MISBEHAVED = 4410, 4409, 4400
 """Why the server closes a WebSocket: the sandbox is gone; the client has opened another; the client broke the rules.
@@ -117,8 +117,8 @@ class Session:
             self._seen()
             try:
                 content = message.get("bytes")
-                if content is None:
-                    raise FrameError("frames are bytes, not text")
+                if content is None or len(content) > MOST_MESSAGE_BYTES:
+                    raise FrameError(f"a message has at most {MOST_MESSAGE_BYTES} bytes, and no text")
                 # Without a pause up to here: what was counted as received is on its way.
                 for kind, number, body in self._decoder.feed(self._stream.take(content)):
                     self._relay.from_client(kind, number, body)
