@@ -344,7 +344,7 @@ def test_hostile_frames_end_their_line_and_nothing_else(root: Path) -> None:
             for each in (sandbox, neighbour):
                 assert (await each.exec("echo alive", timeout_s=TIMEOUT_S)).stdout == b"alive\n"
             # What the agent cannot bear breaks this sandbox, and no other one.
-            bad = header() + opening(body=b'{"do": "exec"}')
+            bad = header() + opening(body=b'{"do": "exec"}') + frames.frame(frames.END, 1)
             with pytest.raises(TimeoutError):
                 await asyncio.wait_for(knock(live, sandbox.id, [bad], "session-bad"), 1)
             with pytest.raises(SandboxError):

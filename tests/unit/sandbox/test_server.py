@@ -313,7 +313,7 @@ def test_snapshots_are_of_their_tenant_and_dropped_without_heartbeats() -> None:
         await backend.sandboxes[0].write("a", b"later")
         status, _ = await ask(alice, "POST", f"/sandboxes/{lease['id']}/restore", {"snapshot": snapshot["id"]}, key="r")
         assert status == 204 and await backend.sandboxes[0].read("a") == b"x"
-        status, made = await create(alice, "from", {"image": snapshot})
+        status, _ = await create(alice, "from", {"image": snapshot})
         assert status == 201 and await backend.sandboxes[-1].read("a") == b"x"
         # Bob may know the id and has no use for it.
         status, answer = await ask(bob, "POST", f"/sandboxes/{others['id']}/restore", {"snapshot": snapshot["id"]})
@@ -333,6 +333,7 @@ def test_snapshots_are_of_their_tenant_and_dropped_without_heartbeats() -> None:
         assert status == 410 and "may have been dropped" in answer["message"]
 
     serve(check, backend, heartbeat_s=0.5, quota=Quota(snapshots=1))
+
 
 def test_a_server_that_is_drained_gives_nothing_out_and_waits() -> None:
     async def check(live: LiveServer, alice: Client, bob: Client) -> None:
