@@ -198,7 +198,7 @@ class Capabilities:
             'network = "none"': spec.network != "none" or self.network_none,
             "an egress allow-list": spec.network == "none" or self.egress,
             "forward_sockets": not spec.forward_sockets or self.forward_sockets,
-            f"image {spec.image!r}": spec.image == HOST_IMAGE or isinstance(spec.image, Snapshot) or self.images,
+            f"image {spec.image!r}": self.images or spec.image == HOST_IMAGE or isinstance(spec.image, Snapshot),
             "a snapshot as image": not isinstance(spec.image, Snapshot) or self.snapshot,
             "mounts": not spec.mounts or self.mounts,
             "limits.cpus": spec.limits.cpus is None or self.cpu_limit,

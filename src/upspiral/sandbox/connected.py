@@ -240,6 +240,10 @@ class ConnectedShell:
             call = self._connection.call(request, script, self._limits)
             return _result(await call.result(silence_s=timeout_s + GRACE_S), call)
 
+    @property
+    def is_open(self) -> bool:
+        return not self._call.ended.done()
+
     async def close(self) -> None:
         await self._call.cancel()
 

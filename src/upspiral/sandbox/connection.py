@@ -262,6 +262,7 @@ class Connection(asyncio.Protocol):
         self._calls: dict[int, Party] = {}
         self._numbers = 0
         self._callers: set[asyncio.Task[None]] = set()
+        self._held: list[bytes] | None = None
 
     @classmethod
     async def over(
@@ -304,12 +305,29 @@ class Connection(asyncio.Protocol):
             self._keep_task(self._send_all(call, content))
         return call
 
+    @property
+    def is_idle(self) -> bool:
+        """No operation is under way, from either side, and nothing is on its way to the agent."""
+        return not (self._calls or self._callers or (self._transport and self._transport.get_write_buffer_size()))
+
+    def hold(self) -> None:
+        """From now on nothing is sent, so that the agent can be replaced by another one that has the same socket."""
+        self._held = []
+
+    def release(self) -> None:
+        """Sends what was held."""
+        held, self._held = self._held or (), None
+        for content in held:
+            self.write(content)
+
     async def ping(self, *, timeout_s: float) -> None:
         """Returns when the agent answers. When it does not within that time, the connection is broken."""
         await self.call({"do": "ping"}).result(silence_s=timeout_s)
 
     def write(self, content: bytes) -> None:
-        if self._transport and not self.error:
+        if self._held is not None:
+            self._held.append(content)
+        elif self._transport and not self.error:
             self._transport.write(content)
 
     def enter(self, call: Party) -> None:

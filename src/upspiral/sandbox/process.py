@@ -29,8 +29,10 @@ from upspiral.sandbox.base import Capabilities, SandboxSpec, Snapshot
 from upspiral.sandbox.connected import ConnectedSandbox, settings_for
 from upspiral.sandbox.connection import Connection
 from upspiral.sandbox.inside.settings import Confinement, Settings
-from upspiral.sandbox.namespace.workspace import make_owner_folder, remove_tree, sweep
+from upspiral.sandbox.owner import Owner, left_over_folders, make_folder, remove_tree
 
+_KIND = "process"
+"""In the labels of its folders."""
 _START_TIMEOUT_S = 30.0
 _STOP_TIMEOUT_S = 10.0
 _FREE_UIDS = range(20_000, 60_000)
@@ -89,9 +91,10 @@ class ProcessBackend:
     """
 
     def __init__(self, root: Path | None = None, *, allow_network: bool = False):
-        for left in sweep(root):
+        for left in left_over_folders(root, _KIND):
             _end_remains(left)
-        self._folder = make_owner_folder(root)
+            remove_tree(left)
+        self._folder = make_folder(root, Owner.this_process().label(_KIND))
         self._folder.chmod(0o711)
         self._allow_network = allow_network
         self._uids = itertools.count(secrets.randbelow(len(_FREE_UIDS)))

@@ -100,6 +100,13 @@ def test_an_image_is_read(
     assert os.listdir(top / "opt") == ["new"]
 
 
+@pytest.mark.parametrize("settings", [None, {}, {"WorkingDir": ""}, {"WorkingDir": "/", "Env": None}])
+def test_an_image_that_says_little(store: ImageStore, tmp_path: Path, settings: object) -> None:
+    files = changed(docker_save(LAYERS), config_json=config(LAYERS, config=settings))
+    content = import_archive(store, write_tar(tmp_path / "saved", files))
+    assert (content.env, content.workdir) == ({}, "/work")
+
+
 def test_all_ways_to_write_an_image_give_the_same(store: ImageStore, tmp_path: Path) -> None:
     found = {import_archive(store, write_tar(tmp_path / f"{number}.tar", files)).digest
              for number, files in enumerate([docker_save(LAYERS), oci(LAYERS), oci(LAYERS, bytes)])}  # fmt: skip

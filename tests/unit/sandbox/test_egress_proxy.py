@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from upspiral.errors import ConfigError, SandboxError
-from upspiral.sandbox.base import Allow
-from upspiral.sandbox.egress import EgressLimits, EgressLog, EgressProxy, EgressRecord
+from upspiral.sandbox.base import Allow, SandboxSpec
+from upspiral.sandbox.egress import EgressLimits, EgressLog, EgressProxy, EgressRecord, way_out
 
 DEADLINE_S = 20.0
 PUBLIC = "93.184.216.34"
@@ -678,6 +678,39 @@ def test_a_path_that_cannot_be_listened_at_is_an_error(tmp_path: Path) -> None:
                 await EgressProxy(Allow(()), EgressLog()).start(path)
 
     asyncio.run(run())
+
+
+def test_a_spec_gets_a_way_out(tmp_path: Path) -> None:
+    async def run() -> None:
+        log = EgressLog()
+        spec = SandboxSpec(
+            network=Allow(("example.org",)), env={"A": "b", "no_proxy": "mine"}, forward_sockets={3128: "/somewhere"}
+        )
+        async with way_out(spec, tmp_path, log) as made:
+            assert (made.network, made.forward_sockets[3128], len(made.forward_sockets)) == ("none", "/somewhere", 2)
+            assert made.env["https_proxy"] == made.env["HTTP_PROXY"] == "http://127.0.0.1:3129"
+            assert (made.env["A"], made.env["no_proxy"]) == ("b", "mine")
+            reader, writer = await asyncio.open_unix_connection(made.forward_sockets[3129])
+            writer.write(b"CONNECT evil.net:443 HTTP/1.1\r\n\r\n")
+            assert (await reader.read()).startswith(b"HTTP/1.1 403 ")
+            writer.close()
+        assert [each.host for each in log.records] == ["evil.net"]
+        assert list(tmp_path.iterdir()) == []
+        async with way_out(SandboxSpec(), tmp_path, log) as made:
+            assert made == SandboxSpec()
+        with pytest.raises(ConfigError):
+            async with way_out(SandboxSpec(network=Allow(("*",))), tmp_path, log):
+                pass
+
+    asyncio.run(run())
+
+
+def test_what_a_client_sends_cannot_swell_the_log(world: World) -> None:
+    async def act() -> None:
+        await world.talk(b"CONNECT " + b"x" * 20_000 + b":443 HTTP/1.1\r\n\r\n")
+        assert len(world.record.reason) <= 300 and world.record.host == ""
+
+    play(world, act)
 
 
 def test_the_log_is_bounded() -> None:

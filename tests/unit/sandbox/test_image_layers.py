@@ -181,6 +181,9 @@ def test_folders_that_are_not_named_look_as_below(tmp_path: Path) -> None:
     del writer
     modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "l").iterdir()}
     assert modes == {"tmp": 0o1777, "srv": 0o755, "a": 0o755}
+    write(tmp_path / "odd", folder(".", 0o711))
+    write(tmp_path / "m", Member("x"), below=[tmp_path / "odd"])
+    assert stat.S_IMODE((tmp_path / "m").stat().st_mode) == 0o711
 
 
 def test_removed_paths_in_odd_orders(tmp_path: Path) -> None:

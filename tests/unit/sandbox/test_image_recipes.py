@@ -72,6 +72,7 @@ def test_every_key_is_read(tmp_path: Path) -> None:
         ('name = "x"\nbase = "y"\nworkdir = "/"', "is no absolute path"),
         ('name = "x"\nbase = "y"\n[env]\n"A=B" = "x"', "'A=B' is no name of a variable"),
         ('name = "x"\nbase = "y"\ntimeout_s = 0', "timeout_s = 0: "),
+        ('name = "x"\nbase = "y"\nhosts = ["*"]', "allowed host '*': "),
         ("name = ", "cannot be read"),
     ],
 )
@@ -136,6 +137,15 @@ def test_steps_stand_on_one_another(store: ImageStore, backend: FolderBackend, b
     assert (image.name, image.content.workdir, image.content.env, len(image.layers)) == ("x", "/srv", {"WHO": "me"}, 5)
     assert store.image("x") == image
     assert os.listdir(store.folder / "work") == os.listdir(store.folder / "holds") == []
+
+
+def test_a_working_directory_is_there(store: ImageStore, backend: FolderBackend, base: str, tmp_path: Path) -> None:
+    for workdir, layers in (("/srv/new", 2), ("/tree", 1), ("/work", 2)):
+        image, _ = build(store, backend, Recipe(name="x", base=base, workdir=workdir))
+        assert (image.content.workdir, len(image.layers)) == (workdir, layers)
+        assert (store.lowers(image.layers)[0] / workdir.lstrip("/")).is_dir()
+    image, _ = build(store, backend, Recipe(name="x", base=base))
+    assert (image.content.workdir, len(image.layers)) == ("/work", 1)
 
 
 def test_a_step_is_done_once(store: ImageStore, backend: FolderBackend, base: str, tmp_path: Path) -> None:

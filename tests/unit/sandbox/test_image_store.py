@@ -149,6 +149,27 @@ def test_a_damaged_description_is_said(store: ImageStore) -> None:
         store.image("one")
 
 
+def test_a_name_whose_image_is_gone_can_be_removed(store: ImageStore) -> None:
+    image = add_image(store, "one", b"a")
+    (store.folder / "images" / f"{image.digest}.json").unlink()
+    with pytest.raises(ImageError, match="'one' is damaged; make it again"):
+        store.image("one")
+    store.collect()
+    assert layers_of(store) == set()
+    store.remove_name("one")
+    assert list(store.images()) == []
+
+
+def test_the_digest_does_not_depend_on_the_umask(store: ImageStore, tmp_path: Path) -> None:
+    first = add_image(store, "one", b"a")
+    before = os.umask(0o077)
+    try:
+        second = add_image(ImageStore(tmp_path / "elsewhere"), "one", b"a")
+    finally:
+        os.umask(before)
+    assert first.digest == second.digest
+
+
 def test_a_flattened_stack_shares_its_files(store: ImageStore) -> None:
     with store.hold() as hold:
         layers = [add_layer(store, hold, Member(f"f{number}", b"x" * 1000), Member("top", b"%d" % number))

@@ -2,5 +2,6 @@
 
 from upspiral.sandbox.egress.proxy import EgressProxy, proxy_environment
 from upspiral.sandbox.egress.record import EgressLimits, EgressLog, EgressRecord
+from upspiral.sandbox.egress.way_out import way_out
 
-__all__ = ["EgressLimits", "EgressLog", "EgressProxy", "EgressRecord", "proxy_environment"]
+__all__ = ["EgressLimits", "EgressLog", "EgressProxy", "EgressRecord", "proxy_environment", "way_out"]

@@ -31,6 +31,8 @@ Connect = Callable[[str, int], Awaitable[tuple[StreamReader, StreamWriter]]]
 
 _LONGEST_SOCKET_PATH = 107
 _FAREWELL_S = 1.0
+_LONGEST_REASON = 300
+"""It may quote what the client sent, and is kept in the log."""
 _USUAL_LIMITS = EgressLimits()
 
 
@@ -165,7 +167,7 @@ class Refused(Exception):
     def __init__(self, status: int, reason: str, *, allowed: bool = False) -> None:
         super().__init__(reason)
         self.status = status
-        self.reason = reason
+        self.reason = reason[:_LONGEST_REASON]
         self.allowed = allowed
 
 
@@ -250,7 +252,7 @@ class _Connection:
                 reason = f"nothing moved for {self._proxy.limits.idle_timeout_s:g} s"
         if not self._request.is_tunnel and self._traffic.received_bytes == 0:
             raise Refused(502, reason, allowed=True)
-        return reason
+        return reason[:_LONGEST_REASON]
 
     def _moved(self, count: int) -> None:
         limits = self._proxy.limits

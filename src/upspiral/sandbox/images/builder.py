@@ -9,12 +9,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from io import BufferedReader, BytesIO
 from pathlib import Path
+from tarfile import DIRTYPE, TarInfo
 
 from upspiral.errors import ImageError
 from upspiral.sandbox.base import Allow, Command, Diff, ExecResult, Limits, SandboxBackend, SandboxSpec
 from upspiral.sandbox.images.archive import copy_folder, unpack_tar
 from upspiral.sandbox.images.hold import Hold
 from upspiral.sandbox.images.image import Image, ImageContent, Layer
+from upspiral.sandbox.images.layer import clean_path, look_up
 from upspiral.sandbox.images.recipe import MIRRORS, Recipe, Step, steps_after_files, steps_before_files
 from upspiral.sandbox.images.sources import Sources
 from upspiral.sandbox.images.store import MAX_LAYERS, ImageStore
@@ -83,7 +85,7 @@ class ImageBuilder:
             for step in steps_after_files(recipe):
                 content = await self._run(content, step, recipe, hold)
             if "workdir" in recipe.model_fields_set:
-                content = replace(content, workdir=recipe.workdir)
+                content = await asyncio.to_thread(self._set_workdir, content, recipe.workdir, hold)
             if len(content.layers) > MAX_LAYERS:
                 flat = await asyncio.to_thread(self._store.flatten, content.layers, hold)
                 content = replace(content, layers=(flat.digest,))
@@ -141,6 +143,21 @@ class ImageBuilder:
             layer = self._store.install(draft, hold)
         self._progress(f"files: {layer.size.files} files, {layer.size.content_bytes / 1e6:.1f} MB")
         return _on_top(content, layer.digest)
+
+
+    def _set_workdir(self, content: ImageContent, workdir: str, hold: Hold) -> ImageContent:
+        """The folder is made when no step has made it."""
+        content = replace(content, workdir=workdir)
+        lowers = self._store.lowers(content.layers)
+        if look_up(lowers, clean_path(workdir)) is not None:
+            return content
+        with self._store.draft() as draft:
+            writer = draft.writer(lowers)
+            folder = TarInfo(workdir)
+            folder.type, folder.mode = DIRTYPE, 0o755
+            writer.add(folder, None)
+            writer.finish()
+            return _on_top(content, self._store.install(draft, hold).digest)
 
 
 def _on_top(content: ImageContent, layer: str) -> ImageContent:

@@ -13,6 +13,8 @@ from upspiral.errors import ImageError
 MIRROR = "http://deb.debian.org/debian"
 _DEADLINE_S = 1800.0
 _INCLUDED = "ca-certificates"
+_OF_THIS_MACHINE = ("etc/resolv.conf", "etc/hostname", "var/log/bootstrap.log")
+"""debootstrap copies or writes them."""
 
 
 def bootstrap(release: str, folder: Path, *, mirror: str = MIRROR) -> None:
@@ -34,6 +36,8 @@ def bootstrap(release: str, folder: Path, *, mirror: str = MIRROR) -> None:
     said, exit_code = _run(command)
     if exit_code != 0:
         raise ImageError(f"debootstrap could not make debian:{release} (exit code {exit_code}): {said}")
+    for place in _OF_THIS_MACHINE:
+        (folder / place).unlink(missing_ok=True)
     for place in ("var/lib/apt/lists", "var/cache/apt/archives", "var/cache/apt/archives/partial"):
         for path in (folder / place).iterdir():
             if not path.is_dir():

@@ -64,7 +64,8 @@ def import_docker_archive(path: Path, store: ImageStore, hold: Hold, *, tag: str
             layers += _import_layer(archive.open(place), diff_id, store, hold, layers)
     settings = described.config.get("config") or {}
     env = dict(each.split("=", 1) for each in settings.get("Env") or [] if "=" in each)
-    return ImageContent(tuple(layers), env, settings.get("WorkingDir") or WORKSPACE)
+    workdir = settings.get("WorkingDir") or "/"
+    return ImageContent(tuple(layers), env, WORKSPACE if workdir == "/" else workdir)
 
 
 def import_from_docker(reference: str, store: ImageStore, hold: Hold) -> ImageContent:

@@ -114,7 +114,7 @@ class LayerWriter:
                 self._make_parents(f"{path}/.")
                 set_opaque(self._folder / path)
         for path in sorted((path for path, kind in self._kinds.items() if kind == "folder"), reverse=True):
-            mode, uid, gid, mtime_s = self._attributes.get(path, _FOLDER_DEFAULT)
+            mode, uid, gid, mtime_s = self._attributes.get(path) or self._attributes_below(path)
             place = self._folder / path
             if self._keep_owners:
                 os.chown(place, uid, gid)

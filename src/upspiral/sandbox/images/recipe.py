@@ -16,6 +16,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from upspiral.errors import ConfigError
 from upspiral.sandbox.base import WORKSPACE
+from upspiral.sandbox.egress.policy import parse_rule
 
 MIRRORS = ("deb.debian.org", "security.debian.org", "pypi.org", "files.pythonhosted.org", "registry.npmjs.org")
 """What steps may reach without being told: the package registries."""
@@ -40,6 +41,12 @@ def _variables(env: Mapping[str, str]) -> Mapping[str, str]:
         if not _VARIABLE.fullmatch(name) or "\0" in value:
             raise ValueError(f"{name!r} is no name of a variable, or its value no text")
     return env
+
+
+def _hosts(hosts: tuple[str, ...]) -> tuple[str, ...]:
+    for host in hosts:
+        parse_rule(host)
+    return hosts
 
 
 Packages = Annotated[tuple[str, ...], AfterValidator(_packages)]
@@ -70,7 +77,7 @@ class Recipe(BaseModel):
     """Where commands start."""
     commands: tuple[str, ...] = ()
     """Bash command lines, each a step."""
-    hosts: tuple[str, ...] = ()
+    hosts: Annotated[tuple[str, ...], AfterValidator(_hosts)] = ()
     """What the steps may reach beside the package registries, as in an egress allow-list."""
     timeout_s: Annotated[float, Field(gt=0)] = 1800.0
     """Of one step."""

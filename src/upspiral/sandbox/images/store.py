@@ -21,7 +21,7 @@ import secrets
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -71,6 +71,14 @@ class UsedImage:
     """The folders of its layers, the topmost first, as overlayfs wants them (mounted with `userxattr`)."""
     hold: Hold
 
+    @property
+    def env(self) -> Mapping[str, str]:
+        return self.image.content.env
+
+    @property
+    def workdir(self) -> str:
+        return self.image.content.workdir
+
     def release(self) -> None:
         self.hold.release()
 
@@ -115,6 +123,8 @@ class ImageStore:
         named = self._read(f"names/{name}.json", ImageName) if _NAME.fullmatch(name) else None
         digest = named.digest if named else name
         content = self._read(f"images/{digest}.json", ImageContent) if _DIGEST.fullmatch(digest) else None
+        if content is None and named is not None:
+            raise ImageError(f"the image {name!r} is damaged; make it again")
         if content is None:
             near = get_close_matches(name, [path.stem for path in (self.folder / "names").glob("*.json")], n=1)
             hint = f"did you mean {near[0]}?" if near else "`upspiral image list` has what there is"
@@ -158,7 +168,8 @@ class ImageStore:
             folder.mkdir(mode=0o755)
             lock = make_lock(folder / "lock")
         try:
-            (folder / "files").mkdir(mode=0o755)
+            (folder / "files").mkdir()
+            (folder / "files").chmod(0o755)  # whatever the umask is: it is part of the digest
             yield Draft(folder, self.keep_owners)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
@@ -202,8 +213,8 @@ class ImageStore:
     def remove_name(self, name: str) -> None:
         """The next collection removes what only this name stood for. Raises ImageError when there is no such name."""
         with self._locked(alone=True):  # nobody who lists the names loses one meanwhile
-            if not self.image(name).name:
-                raise ImageError(f"{name!r} is the digest of an image, not a name")
+            if f"{name}.json" not in self._names("names"):
+                raise ImageError(f"no image has the name {name!r}; `upspiral image list` has what there is")
             (self.folder / "names" / f"{name}.json").unlink()
 
     def find_step(self, key: str, hold: Hold) -> str | None:
@@ -245,7 +256,8 @@ class ImageStore:
         with self._locked(alone=True):
             held = set[str]().union(*held_digests(self.folder))
             unfinished = [path for path in (self.folder / "work").iterdir() if is_abandoned(path / "lock")]
-            named = {self.image(path.stem).digest for path in (self.folder / "names").glob("*.json")}
+            names = (self._read(f"names/{each}", ImageName) for each in self._names("names"))
+            named = {name.digest for name in names if name is not None}
             images = [path for path in (self.folder / "images").glob("*.json") if path.stem not in named | held]
             for path in images:
                 path.unlink()

@@ -55,7 +55,8 @@ class Outlet:
             self._take(memoryview(_buffer)[:size])
             if size < room:
                 break  # it was all
-        self._loop.watch(self._reader, READABLE, self.pull)
+        if self.is_open:  # whoever took it may have pulled as well, to the end
+            self._loop.watch(self._reader, READABLE, self.pull)
 
     def drop(self) -> None:
         self._take, self._room, self._ended = (lambda content: None), (lambda: len(_buffer)), (lambda: None)
