@@ -5,9 +5,9 @@
     ├── ModelError             a model folder, checkpoint or chat template cannot be used
     │   └── TemplateError      the chat template is not append-only or cannot render what is asked
     │       └── TailMismatch   new messages cannot be rendered behind stored tokens; render the whole conversation
-    ├── RequestError           what an agent sent to the gateway cannot be served (HTTP 4xx)
+    ├── RequestError           what a client sent to a server of ours cannot be served (HTTP 4xx)
     │   ├── ContextLengthError the prompt does not fit the model's context
-    │   ├── UnknownKeyError    no rollout has this key (HTTP 401)
+    │   ├── UnknownKeyError    nobody has this key (HTTP 401)
     │   └── SealedRolloutError the rollout has ended; nothing more is recorded (HTTP 409)
     ├── EngineError            inference failed (infrastructure: the rollout is masked)
     ├── SandboxError           a sandbox could not be made or broke (infrastructure)
@@ -47,7 +47,7 @@ class TailMismatch(TemplateError):
 
 
 class RequestError(UpspiralError, ValueError):
-    """What an agent sent to the gateway cannot be served. `status` is the HTTP status, `code` a stable short name."""
+    """What a client sent to a server of ours cannot be served. `status` is the HTTP status, `code` a stable short name."""
 
     status = 400
     code = "invalid_request"
@@ -60,7 +60,7 @@ class ContextLengthError(RequestError):
 
 
 class UnknownKeyError(RequestError):
-    """No rollout has this key."""
+    """No rollout, or no tenant, has this key."""
 
     status = 401
     code = "invalid_api_key"

@@ -67,6 +67,11 @@ class ConnectedSandbox:
     def id(self) -> str:
         return self._id
 
+    @property
+    def connection(self) -> Connection:
+        """To its agent: another one once the sandbox was sealed."""
+        return self._connection
+
     async def lay_out(self, files: Mapping[str, bytes]) -> None:
         """Writes the files of a spec, all of them at once. Raises SandboxError when one cannot be written."""
         try:

@@ -12,7 +12,7 @@ import json
 import socket
 from collections import deque
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 
@@ -63,10 +63,28 @@ class BrokenRuleError(Exception):
     """The agent did what it must not."""
 
 
+class Party(Protocol):
+    """Whom the frames of an operation are for."""
+
+    number: int
+
+    def take(self, kind: int, body: bytes) -> None:
+        """Raises BrokenRuleError for a frame that must not come."""
+        ...
+
+    def fail(self, error: SandboxError) -> None:
+        """The connection broke."""
+        ...
+
+    def wake(self) -> None:
+        """There is room to write again."""
+        ...
+
+
 class Call:
     """One operation. `ended` is the future of its result, `started` of its being under way."""
 
-    def __init__(self, connection: Connection, number: int, limits: Mapping[int, int] | None):
+    def __init__(self, connection: Connection, limits: Mapping[int, int] | None, number: int = 0):
         """`limits` are the most bytes of DATA and of ERRORS that may come, all of them kept in `kept`; None: as many as
         there are, but no more than a window ahead of `receive`."""
         loop = asyncio.get_running_loop()
@@ -241,7 +259,7 @@ class Connection(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._closed = asyncio.get_running_loop().create_future()
         self._decoder = frames.Decoder()
-        self._calls: dict[int, Call] = {}
+        self._calls: dict[int, Party] = {}
         self._numbers = 0
         self._callers: set[asyncio.Task[None]] = set()
         self._held: list[bytes] | None = None
@@ -274,8 +292,8 @@ class Connection(asyncio.Protocol):
         """
         if self.error:
             raise type(self.error)(*self.error.args)
-        self._numbers = self._numbers % (frames.INSIDE - 1) + 1
-        call = self._calls[self._numbers] = Call(self, self._numbers, limits)
+        call = Call(self, limits)
+        self.enter(call)
         opening = frames.frame(frames.OPEN, call.number, json.dumps(request).encode())
         if content is None:
             self.write(opening)
@@ -312,7 +330,13 @@ class Connection(asyncio.Protocol):
         elif self._transport and not self.error:
             self._transport.write(content)
 
-    def forget(self, call: Call) -> None:
+    def enter(self, call: Party) -> None:
+        """Gives an operation a number; from now on it gets the agent's frames."""
+        self._numbers = self._numbers % (frames.INSIDE - 1) + 1
+        call.number = self._numbers
+        self._calls[call.number] = call
+
+    def forget(self, call: Party) -> None:
         self._calls.pop(call.number, None)
 
     def lose(self, error: SandboxError) -> None:
@@ -350,7 +374,8 @@ class Connection(asyncio.Protocol):
             self.lose(SandboxError(f"the sandbox's agent broke the protocol: {error}"))
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self.lose(SandboxError(f"the sandbox's agent has ended ({exc or 'it closed the connection'})"))
+        ended = SandboxError(f"the sandbox's agent has ended ({exc or 'it closed the connection'})")
+        self.lose(exc if isinstance(exc, SandboxError) else ended)
         if not self._closed.done():
             self._closed.set_result(None)
 
@@ -375,7 +400,7 @@ class Connection(asyncio.Protocol):
         path = self._forward.get(asked.port) if asked.do == "forward" else None
         if path is None or number < frames.INSIDE or number in self._calls or len(self._callers) >= _MAX_CALLERS:
             raise BrokenRuleError(f"it opened {asked.do!r} to port {asked.port}, which it must not")
-        call = self._calls[number] = Call(self, number, None)
+        call = self._calls[number] = Call(self, None, number)
         self._keep_task(_relay(call, path))
 
     def _keep_task(self, work: Any) -> None:

@@ -131,6 +131,34 @@ def test_no_privilege(root: Path) -> None:
     assert b"allowed" not in done.stdout
 
 
+def test_the_agent_cannot_be_looked_into(root: Path) -> None:
+    reads = ("ls fd", "cat environ", "head -c 1 mem", "ls root/", "readlink exe", "cat maps", "ls cwd/")
+    script = "; ".join(f"(cd /proc/1; {each}) >/dev/null 2>&1 && echo {each.split()[-1]}" for each in reads)
+    done = run_one(f"{script}; ls /proc/self/fd | wc -l", root)
+    assert done.stdout == b"4\n", "0, 1, 2 and the folder itself"
+
+
+SOCKETS = """
+import socket
+for family in (socket.AF_VSOCK, socket.AF_ALG, socket.AF_PACKET, socket.AF_INET6, socket.AF_UNIX):
+    try:
+        socket.socket(family).close()
+        print("made")
+    except OSError as error:
+        print(error.strerror)
+socket.create_server(("127.0.0.1", 80)).close()
+"""
+
+
+def test_sockets_are_of_families_that_are_confined(root: Path) -> None:
+    done = run_one("python3 -c \"$PROGRAM\"", root, SandboxSpec(env={"PROGRAM": SOCKETS}))
+    if done.exit_code == 127:
+        pytest.skip("there is no python3 on this machine")
+    assert done.stderr == b"", "a server may have a low port"
+    refused = ["Address family not supported by protocol"] * 3
+    assert done.stdout.decode().splitlines() == [*refused, "made", "made"]
+
+
 def test_fork_bomb(root: Path) -> None:
     done = run_one("bomb() { bomb | bomb & }; bomb; sleep 0.3; echo over", root, timeout_s=2)
     assert b"Resource temporarily unavailable" in done.stderr
