@@ -48,7 +48,7 @@ def test_images_are_listed_shown_and_removed(image: Image, capsys: pytest.Captur
     [
         (["show", "two"], "there is no image 'two'"),
         (["show", "on"], "did you mean one?"),
-        (["remove", "two"], "there is no image 'two'"),
+        (["remove", "two"], "no image has the name 'two'"),
         (["build", "gone.toml"], "no recipe at gone.toml"),
         (["build", "gone.toml", "--certificates", "gone.pem"], "no file of certificates gone.pem"),
     ],
