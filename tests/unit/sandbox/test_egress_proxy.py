@@ -443,6 +443,36 @@ def test_a_broken_chunk_ends_the_request(world: World, body: bytes) -> None:
     play(world, act)
 
 
+@pytest.mark.parametrize("tunnelled", [False, True])
+def test_a_client_that_reads_late_gets_everything(world: World, tunnelled: bool) -> None:
+    """The proxy is done with it while much of the answer still waits to be taken."""
+    content = b""
+
+    async def serve(reader: StreamReader, writer: StreamWriter) -> None:
+        if not tunnelled:
+            await reader.readuntil(b"\r\n\r\n")
+        writer.write(content if tunnelled else b"HTTP/1.1 200 OK\r\n\r\n" + content)
+        await writer.drain()
+
+    world.serve = serve
+
+    async def act() -> None:
+        nonlocal content
+        for turn in range(16):  # in some of them the end waits in the proxy itself
+            content = os.urandom(300_000 + turn * 20_000)
+            reader, writer = await asyncio.open_unix_connection(world.folder / "proxy", limit=1024)
+            writer.write(b"CONNECT example.org:443 HTTP/1.1\r\n\r\n" if tunnelled else GET)
+            if tunnelled:
+                writer.write_eof()
+            await asyncio.sleep(0.05)
+            assert (await reader.read()).endswith(content)
+            writer.close()
+            await world.settled(turn + 1)
+        assert {each.reason for each in world.log.records} == {""}
+
+    play(world, act)
+
+
 def test_an_early_answer_is_not_held_back_by_the_request(world: World) -> None:
     world.serve = respond(b"HTTP/1.1 413 Too Large\r\nContent-Length: 0\r\n\r\n")
 

@@ -71,6 +71,8 @@ def test_members_become_what_they_are(tmp_path: Path) -> None:
     assert (root / "hard").stat().st_ino == (root / "a/file").stat().st_ino
     assert (root / "a/file").stat().st_mtime == 1_700_000_000 == (root / "a").stat().st_mtime
     assert writer.skipped == 0
+    size = measure(root, keep_owners=KEEPS)[1]
+    assert (size.files, size.content_bytes) == (4, len("text") + len("x") + len("y"))
 
 
 @pytest.mark.parametrize(

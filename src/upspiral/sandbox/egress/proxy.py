@@ -289,5 +289,6 @@ class _Connection:
     def _abort(self) -> None:
         """What had to be sent was sent by now, or nobody takes it."""
         for writer in (self._writer, self._upstream):
-            if writer is not None:
+            # A transport that has closed by itself cannot be aborted any more.
+            if writer is not None and not (writer.is_closing() and writer.transport.get_write_buffer_size() == 0):
                 writer.transport.abort()

@@ -234,7 +234,7 @@ def set_opaque(folder: Path) -> None:
 
 @dataclass(frozen=True, slots=True)
 class LayerSize:
-    """How much is in a layer."""
+    """How much is in a layer; what has several names counts once as content."""
 
     files: int
     content_bytes: int
@@ -248,6 +248,7 @@ def measure(folder: Path, *, keep_owners: bool) -> tuple[str, LayerSize]:
     """
     digest = hashlib.sha256()
     files = content_bytes = 0
+    counted: set[tuple[int, int]] = set()
     for path, status in _walk(folder):
         owner = f"{status.st_uid}:{status.st_gid}" if keep_owners else "0:0"
         kind, about = _describe(folder / path, status)
@@ -257,7 +258,8 @@ def measure(folder: Path, *, keep_owners: bool) -> tuple[str, LayerSize]:
         digest.update(b"".join(b"%d:%s" % (len(field), field) for field in fields))
         if kind == "file":
             files += 1
-            content_bytes += status.st_size
+            content_bytes += 0 if (status.st_dev, status.st_ino) in counted else status.st_size
+            counted.add((status.st_dev, status.st_ino))
     return digest.hexdigest(), LayerSize(files, content_bytes)
 
 
