@@ -1,4 +1,4 @@
-"""A sandbox's way out, for backends that can forward sockets: a proxy, a port that leads to it, variables that name it."""
+"""A sandbox's way out, for backends that forward sockets: a proxy, a port that leads to it, variables that name it."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ _FIRST_PORT = 3128
 async def way_out(spec: SandboxSpec, folder: Path, log: Callable[[EgressRecord], None]) -> AsyncIterator[SandboxSpec]:
     """The spec that a sandbox is to be made of so that it reaches what `spec.network` allows, and nothing else.
 
-    Every sandbox needs one of its own; a fork, too. The proxy ends with the context. `folder` is one that only this user
-    may open; a socket lies there meanwhile. Raises ConfigError for an entry of the list that is not understood.
+    Every sandbox needs one of its own; a fork, too. The proxy ends with the context. `folder` is one that only this
+    user may open; a socket lies there meanwhile. Raises ConfigError for an entry of the list that is not understood.
     """
     if spec.network == "none":
         yield spec
