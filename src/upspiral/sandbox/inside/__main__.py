@@ -1,0 +1,42 @@
+"""The agent as a program of its own: `python -I -S FOLDER_OR_ZIP SOCKET`.
+
+SOCKET is the number of an inherited descriptor of a connected socket, or the path of a unix socket to listen on. The
+first frame on a connection has the settings; a second connection's are not heeded.
+"""
+
+import os
+import socket
+import sys
+import types
+from importlib import import_module
+
+
+def main(where: str) -> None:
+    frames, settings_module = import_module("inside.frames"), import_module("inside.settings")
+    listener = None
+    if where.isdigit():
+        connection = socket.socket(fileno=int(where))
+        connection.set_inheritable(False)
+    else:
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(where)
+        os.chmod(where, 0o666)  # who gets here is a matter of the folder it is in
+        listener.listen(8)
+        connection, _ = listener.accept()
+    settings = settings_module.Settings.from_json(frames.first_settings(connection))
+    if settings.confinement or (settings.is_init and os.getpid() != 1):
+        confine = import_module("inside.confine")
+        import_module("inside.work").preload()
+        if os.getpid() != 1:
+            confine.adopt_orphans()
+        if settings.confinement:
+            confine.confine(settings.confinement)
+    import_module("inside.agent").serve(connection, settings, listener)
+
+
+if __name__ == "__main__":
+    # The folder becomes a package and leaves the path, where its modules would stand before the library's.
+    package = types.ModuleType("inside")
+    package.__path__ = [sys.path.pop(0)]
+    sys.modules["inside"] = package
+    main(sys.argv[1])

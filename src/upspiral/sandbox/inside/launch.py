@@ -1,0 +1,98 @@
+"""Starting bash for a command: as whom, with which limits, and with its script in a file in memory.
+
+The script is never an argument: those have 128 KiB at most, and are what `pkill -f` looks at. A read by bash itself,
+unlike `$(<file)`, needs no process, so that a command still starts when the sandbox's processes are used up.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+from collections.abc import Mapping
+from typing import Any
+
+from .identity import assumed
+from .settings import Settings
+
+_BASH = ("/bin/bash", "/usr/bin/bash", "/usr/local/bin/bash")
+_FLAGS = {"AS": "v", "DATA": "d", "FSIZE": "f", "STACK": "s", "CORE": "c", "CPU": "t", "NPROC": "u", "NOFILE": "n"}
+_IN_KIB = {"AS", "DATA", "FSIZE", "STACK", "CORE"}
+WORKSPACE = "/work"
+
+
+class MissingBashError(OSError):
+    """The image has no bash."""
+
+
+class Launcher:
+    """Starts bash the same way each time."""
+
+    def __init__(self, settings: Settings):
+        self._settings = settings
+        self._bash = next((path for path in _BASH if os.access(path, os.X_OK)), "")
+        self._prelude = _limits(settings.rlimits)
+        self._prelude += f"{{ echo {settings.oom_score_adj} >/proc/self/oom_score_adj; }} 2>/dev/null; "
+
+    def place(self, path: str) -> str:
+        """The real path of one that the host names: absolute, or relative to the workspace."""
+        if path == WORKSPACE or path.startswith(f"{WORKSPACE}/"):
+            path = path[len(WORKSPACE) + 1 :]
+        return os.path.join(self._settings.workspace, path) if path else self._settings.workspace
+
+    def run(self, request: Mapping[str, Any], script: bytes, stdio: tuple[int, int, int]) -> int:
+        """Starts a script in a session of its own and returns the process id. Raises OSError when it cannot start."""
+        file = os.memfd_create("script", 0)  # inherited: nothing else is started before it is closed again
+        try:
+            _fill(file, script)
+            tail = f'read -rd "" -u {file}; exec {file}<&-; eval "$REPLY"'
+            return self.start(request, ["-c", f"{self._prelude}{self._enter(request)}; {tail}"], stdio)
+        finally:
+            os.close(file)
+
+    def shell(self, request: Mapping[str, Any], stdio: tuple[int, int, int]) -> int:
+        """Starts a bash that reads its stdin as a person would type; it inherits what is inheritable."""
+        shell = f"PS1= PS2= HISTFILE= exec {_quoted(self._bash)} --norc --noprofile --noediting +H -i"
+        return self.start(request, ["-c", f"{self._prelude}{self._enter(request)}; {shell}"], stdio)
+
+    def start(self, request: Mapping[str, Any], arguments: list[str], stdio: tuple[int, int, int]) -> int:
+        if not self._bash:
+            raise MissingBashError(f"there is no bash in this sandbox (looked for {', '.join(_BASH)})")
+        actions = [(os.POSIX_SPAWN_DUP2, descriptor, number) for number, descriptor in enumerate(stdio)]
+        environment = {**self._settings.env, **request["env"]}
+        with assumed(self._settings):
+            return os.posix_spawn(
+                self._bash, ["bash", *arguments], environment, file_actions=actions, setsid=True, setsigmask=(),
+                setsigdef=(signal.SIGPIPE, signal.SIGXFSZ, signal.SIGCHLD, signal.SIGINT, signal.SIGTERM),
+            )  # fmt: skip
+
+    def _enter(self, request: Mapping[str, Any]) -> str:
+        return f"cd -- {_quoted(self.place(str(request['cwd'])))} || exit"
+
+
+def file_of(content: bytes) -> int:
+    """A descriptor of a file in memory, to be read from its start."""
+    descriptor = os.memfd_create("input", os.MFD_CLOEXEC)
+    _fill(descriptor, content)
+    return descriptor
+
+
+def _fill(descriptor: int, content: bytes) -> None:
+    view = memoryview(content)
+    while view:
+        view = view[os.write(descriptor, view) :]
+    os.lseek(descriptor, 0, os.SEEK_SET)
+
+
+def _quoted(text: str) -> str:
+    return "'" + text.replace("'", "'\\''") + "'"
+
+
+def _limits(rlimits: Mapping[str, int]) -> str:
+    """As one `ulimit`. What is higher than this process's own hard limit cannot be had, so that is taken."""
+    options = []
+    for name, value in rlimits.items():
+        hard = resource.getrlimit(getattr(resource, f"RLIMIT_{name}"))[1]
+        value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+        options.append(f"-{_FLAGS[name]} {value // 1024 if name in _IN_KIB else value}")
+    return f"ulimit {' '.join(options)}; " if options else ""

@@ -1,0 +1,266 @@
+"""Shells that stay: one bash, read to by a pipe as by a person's terminal, and told about by another.
+
+It is interactive, since only then does an interrupt end what it does and not itself. A command comes in a file in
+memory; a line on the shell's stdin has it evaluated, and the next line has its status written to the status pipe, also
+when an interrupt threw the first line away.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from typing import Any
+
+from . import frames
+from .command import Kept
+from .launch import MissingBashError
+from .loop import READABLE, Timer
+from .operations import Agent, Operation
+from .output import Outlet
+from .processes import all_processes, descendants, send, signal_command, ticks_now
+
+_INTERRUPT_EVERY_S = 0.05
+_MAX_INTERRUPTS = 20
+_NEW_SHELL = b"upspiral: the shell had ended; this is a new one\n"
+
+
+class Bash:
+    """One life of a shell's bash."""
+
+    def __init__(self, shell: Shell, request: dict[str, Any]):
+        self._shell = shell
+        self._loop = shell.agent.loop
+        self._pid = 0
+        self._outlets = [
+            Outlet(self._loop, lambda content, kind=kind: self._take(kind, content), lambda: 1 << 20, lambda: None)
+            for kind in (frames.DATA, frames.ERRORS)
+        ]
+        self._is_ready = False
+        self._first: bytes | None = None
+        self._script = os.memfd_create("script", 0)
+        commands, self._commands = os.pipe2(os.O_CLOEXEC)
+        self._status, self._status_writer = os.pipe2(os.O_CLOEXEC)
+        os.set_blocking(self._status, False)
+        os.set_inheritable(self._status_writer, True)
+        try:
+            stdio = (commands, self._outlets[0].writer, self._outlets[1].writer)
+            self._pid = shell.agent.launcher.shell(request, stdio)
+        except OSError:
+            self.close()
+            raise
+        finally:
+            os.set_inheritable(self._script, False)
+            os.close(commands)
+            os.close(self._status_writer)
+        for outlet in self._outlets:
+            outlet.begin()
+        self._loop.child(self._pid, lambda code, _usage: shell.ended(self, code))
+        self._loop.watch(self._status, READABLE, self._told)
+        self._ask_status()
+
+    def evaluate(self, script: bytes) -> None:
+        """Nothing else is being evaluated."""
+        if not self._is_ready:
+            self._first = script
+            return
+        self.pull()
+        os.ftruncate(self._script, 0)
+        os.lseek(self._script, 0, os.SEEK_SET)
+        view = memoryview(script)
+        while view:
+            view = view[os.write(self._script, view) :]
+        os.lseek(self._script, 0, os.SEEK_SET)
+        line = f'{{ read -rd "" -u {self._script} || :; }} 2>/dev/null; eval "$REPLY" </dev/null {self._hidden()}\n'
+        os.write(self._commands, line.encode())
+        self._ask_status()
+
+    def pull(self) -> None:
+        for outlet in self._outlets:
+            outlet.pull()
+
+    def interrupt(self, since_ticks: int, again: bool) -> None:
+        """What was started since then gets an interrupt, or is killed the second time; bash gets the interrupt."""
+        for process in descendants(self._pid, all_processes()):
+            if process.started_ticks >= since_ticks:
+                send(process.pid, signal.SIGKILL if again else signal.SIGINT)
+        send(self._pid, signal.SIGINT)
+
+    def cpu_s(self) -> float:
+        """Of it and all that it waited for, so far."""
+        try:
+            with open(f"/proc/{self._pid}/stat", "rb") as file:
+                fields = file.read().rpartition(b")")[2].split()
+        except OSError:
+            return 0.0
+        return sum(int(field) for field in fields[11:15]) / os.sysconf("SC_CLK_TCK")
+
+    def kill(self, lives: bool = True) -> None:
+        signal_command(self._pid, signal.SIGKILL, leader_lives=lives)
+
+    def close(self) -> None:
+        self._loop.forget(self._status)
+        for descriptor in (self._script, self._commands, self._status):
+            os.close(descriptor)
+        for outlet in self._outlets:
+            outlet.drop()
+
+    def _hidden(self) -> str:
+        """Commands must not hold or see the shell's own pipes."""
+        return f"{self._script}<&- {self._status_writer}>&-"
+
+    def _told(self, _events: int) -> None:
+        try:
+            lines = os.read(self._status, 4096).split()
+        except BlockingIOError:
+            return
+        if not lines:
+            return self._loop.forget(self._status)
+        if not self._is_ready:
+            self.pull()
+            self._is_ready = True
+            if self._first is not None:
+                self.evaluate(self._first)
+        elif lines[-1].isdigit():
+            self._shell.done(int(lines[-1]))
+
+    def _ask_status(self) -> None:
+        os.write(self._commands, f"{{ echo $? >&{self._status_writer}; }} 2>/dev/null\n".encode())
+
+    def _take(self, kind: int, content: memoryview) -> None:
+        """What bash says before it is ready is that it has no terminal."""
+        if self._is_ready:
+            self._shell.take(kind, content)
+
+
+class Shell(Operation):
+    """`shell`: lasts until it is given up."""
+
+    def __init__(self, agent: Agent, number: int, request: dict[str, Any]):
+        super().__init__(agent, number, request)
+        self._bash: Bash | None = None
+        self._run: ShellRun | None = None
+        self._complaint = b""
+
+    def begin(self) -> None:
+        try:
+            self._bash = Bash(self, self.request)
+        except MissingBashError as error:
+            return self.fail("MissingBashError", str(error))
+        self.agent.send_json(frames.STARTED, self.number, {})
+
+    def evaluate(self, run: ShellRun, script: bytes) -> None:
+        """Raises OSError when another bash is needed and cannot be started."""
+        if self._bash is None:
+            self._bash = Bash(self, self.request)
+            self._complaint = _NEW_SHELL
+        run.cpu_before_s = self._bash.cpu_s()
+        self._bash.evaluate(script)
+        self._run = run
+        run.take(frames.ERRORS, memoryview(self._complaint))
+        self._complaint = b""
+
+    def take(self, kind: int, content: memoryview) -> None:
+        """What is written while nothing is evaluated is nobody's."""
+        if self._run:
+            self._run.take(kind, content)
+
+    def interrupt(self, since_ticks: int, again: bool) -> None:
+        if self._bash:
+            self._bash.interrupt(since_ticks, again)
+
+    def kill(self) -> None:
+        if self._bash:
+            self._bash.kill()
+
+    def done(self, status: int) -> None:
+        if self._run and self._bash:
+            self._bash.pull()
+            run, self._run = self._run, None
+            run.ended(status, self._bash.cpu_s() - run.cpu_before_s)
+
+    def ended(self, bash: Bash, code: int) -> None:
+        """The bash is gone: it was told to exit, or killed."""
+        if bash is self._bash:
+            bash.pull()
+            bash.close()
+            self._bash = None
+            if run := self._run:
+                self._run = None
+                run.ended(code if code >= 0 else 128 - code, 0.0)
+
+    def leave(self, run: ShellRun) -> None:
+        """Whoever asked for it does not wait any more."""
+        if self._run is run:
+            self._run = None
+            self.kill()
+
+    def release(self) -> None:
+        if bash := self._bash:
+            self._bash = None
+            bash.kill()
+            bash.close()
+        if run := self._run:
+            self._run = None
+            run.fail("the shell was closed")
+
+
+class ShellRun(Operation):
+    """`run`: evaluates its input in the shell whose operation `shell` names."""
+
+    cpu_before_s = 0.0
+
+    def __init__(self, agent: Agent, number: int, request: dict[str, Any]):
+        super().__init__(agent, number, request)
+        self._kept = {kind: Kept(agent.settings.output_bytes) for kind in (frames.DATA, frames.ERRORS)}
+        self._script = bytearray()
+        self._shell: Shell | None = None
+        self._timer: Timer | None = None
+        self._interrupts = 0
+
+    def data(self, content: bytes) -> None:
+        self._script += content
+        self.used(len(content))
+
+    def end(self) -> None:
+        shell = self.agent.operations.get(self.request["shell"])
+        if not isinstance(shell, Shell):
+            return self.fail("the shell was closed")
+        self._begin_s, self._begin_ticks = time.monotonic(), ticks_now()
+        shell.evaluate(self, bytes(self._script))
+        self._shell = shell
+        self._timer = self.agent.loop.after(self.request["timeout_s"], self._overrun)
+
+    def take(self, kind: int, content: memoryview) -> None:
+        self._kept[kind].take(content)
+
+    def ended(self, status: int, cpu_s: float) -> None:
+        self._shell = None
+        for kind, kept in self._kept.items():
+            self.put(bytes(kept.content), kind)
+        timed_out = self._interrupts > 0
+        self.finish(
+            exit_code=None if timed_out else status,
+            timed_out=timed_out,
+            wall_s=time.monotonic() - self._begin_s,
+            cpu_s=max(0.0, cpu_s),
+            dropped_bytes=sum(kept.dropped for kept in self._kept.values()),
+        )
+
+    def release(self) -> None:
+        if self._timer:
+            self._timer.cancel()
+        if shell := self._shell:
+            self._shell = None
+            shell.leave(self)
+
+    def _overrun(self) -> None:
+        """Interrupts it until it gives in; a shell that does not is killed, and the next command gets a new one."""
+        if self._shell is None:
+            return
+        self._interrupts += 1
+        if self._interrupts > _MAX_INTERRUPTS:
+            self._shell.kill()
+        else:
+            self._shell.interrupt(self._begin_ticks, again=self._interrupts > 1)
+        self._timer = self.agent.loop.after(_INTERRUPT_EVERY_S, self._overrun)

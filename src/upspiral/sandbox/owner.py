@@ -1,0 +1,109 @@
+"""Whose a folder or a control group is: a label in its name, by which a later process can tell that its owner died."""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+_PREFIX = "upspiral"
+_MIN_FREE_BYTES = 1 << 30
+_REMOVE_TIMEOUT_S = 60
+
+
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """A process, for as long as the machine runs. Two processes are never the same."""
+
+    boot: str
+    pid_namespace: int
+    """Containers may share folders and control groups, but not process ids."""
+    pid: int
+    start_time: int
+
+    @classmethod
+    def this_process(cls) -> Owner:
+        start_time = _start_time(os.getpid())
+        assert start_time is not None, "a process that asks lives"
+        return cls(_boot(), _namespace_of_pids(), os.getpid(), start_time)
+
+    def label(self, kind: str) -> str:
+        """A new one each time. `kind`: of backend, so that each sweeps as its own have to be swept."""
+        parts = (kind, self.boot, self.pid_namespace, self.pid, self.start_time, secrets.token_hex(3))
+        return "-".join((_PREFIX, *map(str, parts)))
+
+    @classmethod
+    def of(cls, name: str, kind: str) -> Owner | None:
+        """None when the name is no label of that kind."""
+        label = re.fullmatch(rf"{_PREFIX}-{kind}-([0-9a-f]+)-(\d+)-(\d+)-(\d+)-[0-9a-f]+", name)
+        return cls(label[1], int(label[2]), int(label[3]), int(label[4])) if label else None
+
+    @property
+    def is_dead(self) -> bool:
+        """Of what cannot be told from here, a process in another pid namespace, False."""
+        if self.boot != _boot():
+            return True
+        return self.pid_namespace == _namespace_of_pids() and _start_time(self.pid) != self.start_time
+
+
+def make_folder(root: Path | None, label: str) -> Path:
+    """Below `root`; without: in memory, where making and removing many small files takes the least time."""
+    folder = (root or default_root()) / label
+    folder.mkdir(mode=0o700, parents=True)
+    return folder
+
+
+def default_root() -> Path:
+    memory = Path("/dev/shm")
+    if os.access(memory, os.W_OK | os.X_OK) and shutil.disk_usage(memory).free > _MIN_FREE_BYTES:
+        return memory
+    return Path(tempfile.gettempdir())
+
+
+def left_over_folders(root: Path | None, kind: str) -> Sequence[Path]:
+    """Of owners of the same user that have died."""
+    folder = root or default_root()
+    return [each for each in folder.iterdir() if is_left_over(each, kind)] if folder.is_dir() else []
+
+
+def is_left_over(path: Path, kind: str) -> bool:
+    """By its name and user."""
+    owner = Owner.of(path.name, kind)
+    try:
+        return owner is not None and owner.is_dead and path.stat(follow_symlinks=False).st_uid == os.geteuid()
+    except FileNotFoundError:
+        return False
+
+
+def remove_tree(path: Path) -> None:
+    """Removes a folder, however deep it is and whatever modes were set inside. Best effort: a sweep comes later."""
+    try:
+        shutil.rmtree(path)
+    except FileNotFoundError:
+        pass
+    except (OSError, RecursionError):
+        for command in (["chmod", "-R", "u+rwX", "--"], ["rm", "-rf", "--"]):
+            subprocess.run([*command, path], capture_output=True, check=False, timeout=_REMOVE_TIMEOUT_S)
+
+
+def _boot() -> str:
+    return Path("/proc/sys/kernel/random/boot_id").read_text()[:8]
+
+
+def _namespace_of_pids() -> int:
+    return os.stat("/proc/self/ns/pid").st_ino
+
+
+def _start_time(pid: int) -> int | None:
+    """Clock ticks from boot to the start of the process (field 22 of /proc/PID/stat); None when there is none."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return int(text.rpartition(")")[2].split()[19])

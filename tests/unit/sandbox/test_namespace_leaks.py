@@ -1,0 +1,225 @@
+"""What is left of namespace sandboxes when their owner, their keeper, or both, end badly: nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.unit.sandbox.namespace_stage import (
+    TIMEOUT_S,
+    assert_nothing_is_left,
+    children_of,
+    control_groups_of,
+    in_backend,
+    processes_with,
+    wait_until,
+)
+from upspiral.errors import SandboxError, SandboxGoneError
+from upspiral.sandbox.base import Limits, SandboxSpec
+from upspiral.sandbox.namespace import NamespaceBackend
+
+OWNER = """
+import asyncio, sys
+from pathlib import Path
+from upspiral.sandbox.base import SandboxSpec
+from upspiral.sandbox.namespace import NamespaceBackend
+
+async def main():
+    backend = NamespaceBackend(Path(sys.argv[1]))
+    async with backend.acquire(SandboxSpec()) as sandbox, backend.acquire(SandboxSpec()) as other:
+        await other.exec("setsid sleep 27182 >/dev/null 2>&1 &", timeout_s=3000)
+        await other.snapshot()
+        await sandbox.exec("setsid sleep 27182 & sleep 27182", timeout_s=3000)
+
+asyncio.run(main())
+"""
+NUM_SLEEPERS = 3
+
+
+def sleepers() -> list[int]:
+    return processes_with("sleep\0" + "27182")
+
+
+def start_owner(root: Path) -> subprocess.Popen[bytes]:
+    environment = {**os.environ, "PYTHONPATH": ":".join(sys.path)}
+    owner = subprocess.Popen([sys.executable, "-c", OWNER, str(root)], env=environment)
+    wait_until(lambda: len(sleepers()) == NUM_SLEEPERS)
+    return owner
+
+
+def mounts_of_everybody() -> str:
+    """Of the namespace that this process is in."""
+    return Path("/proc/self/mounts").read_text()
+
+
+def test_a_killed_owner_leaves_nothing(tmp_path: Path) -> None:
+    mounts = mounts_of_everybody()
+    owner = start_owner(tmp_path)
+    (keeper,) = children_of(owner.pid)
+    owner.kill()
+    owner.wait(TIMEOUT_S)
+    wait_until(lambda: sleepers() == [] and not Path(f"/proc/{keeper}").exists())
+    wait_until(lambda: control_groups_of(owner.pid) == [])
+    assert len(list(tmp_path.iterdir())) == 1, "an empty folder, which nobody is left to remove"
+    assert list(next(tmp_path.iterdir()).iterdir()) == []
+    live = NamespaceBackend(tmp_path)
+    assert len(list(tmp_path.iterdir())) == 1, "the sweep removed the dead owner's folder"
+    other = NamespaceBackend(tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2, "and not those of the living"
+    asyncio.run(live.stop())
+    asyncio.run(other.stop())
+    assert_nothing_is_left(tmp_path)
+    assert mounts_of_everybody() == mounts
+
+
+def test_an_owner_that_is_killed_with_its_keeper_leaves_nothing_after_a_sweep(tmp_path: Path) -> None:
+    owner = start_owner(tmp_path)
+    (keeper,) = children_of(owner.pid)
+    os.kill(keeper, signal.SIGSTOP)  # it cannot clear up
+    owner.kill()
+    os.kill(keeper, signal.SIGKILL)
+    owner.wait(TIMEOUT_S)
+    wait_until(lambda: sleepers() == [])
+    in_backend(lambda backend: asyncio.sleep(0), tmp_path)
+    assert control_groups_of(owner.pid) == []
+    assert_nothing_is_left(tmp_path)
+
+
+def test_a_killed_keeper_is_an_error_of_its_sandboxes_and_another_one_follows(tmp_path: Path) -> None:
+    async def check(backend: NamespaceBackend) -> None:
+        (keeper,) = children_of(os.getpid())
+        async with backend.acquire(SandboxSpec()) as sandbox:
+            snapshot = await sandbox.snapshot()
+            running = asyncio.create_task(sandbox.exec("sleep 27182", timeout_s=TIMEOUT_S))
+            await asyncio.sleep(0.2)
+            os.kill(keeper, signal.SIGKILL)
+            with pytest.raises(SandboxError):
+                await running
+            with pytest.raises(SandboxError):
+                await sandbox.fork()
+        assert sleepers() == []
+        async with backend.acquire(SandboxSpec()) as sandbox:
+            assert (await sandbox.exec("echo alive", timeout_s=TIMEOUT_S)).stdout == b"alive\n"
+            assert children_of(os.getpid()) != [keeper]
+        with pytest.raises(SandboxError, match="dropped"):
+            async with backend.acquire(SandboxSpec(image=snapshot)):
+                pass
+
+    in_backend(check, tmp_path)
+
+
+def test_a_keeper_that_hangs_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("upspiral.sandbox.namespace.backend._CREATE_TIMEOUT_S", 0.5)
+    monkeypatch.setattr("upspiral.sandbox.namespace.backend._STOP_TIMEOUT_S", 0.5)
+
+    async def check(backend: NamespaceBackend) -> None:
+        (keeper,) = children_of(os.getpid())
+        async with backend.acquire(SandboxSpec()) as sandbox:
+            os.kill(keeper, signal.SIGSTOP)
+            with pytest.raises(SandboxError, match="did not answer"):
+                async with backend.acquire(SandboxSpec()):
+                    pass
+            assert (await sandbox.exec("echo alive", timeout_s=TIMEOUT_S)).stdout == b"alive\n"
+        assert children_of(os.getpid()) == []
+        async with backend.acquire(SandboxSpec()) as sandbox:
+            assert (await sandbox.exec("echo alive", timeout_s=TIMEOUT_S)).stdout == b"alive\n"
+
+    in_backend(check, tmp_path)
+
+
+def test_a_killed_agent_is_an_error_and_leaves_nothing(tmp_path: Path) -> None:
+    async def check(backend: NamespaceBackend) -> None:
+        (keeper,) = children_of(os.getpid())
+        async with backend.acquire(SandboxSpec()) as sandbox:
+            (agent,) = children_of(keeper)
+            running = asyncio.create_task(sandbox.exec("sleep 27182", timeout_s=TIMEOUT_S))
+            await asyncio.sleep(0.2)
+            os.kill(agent, signal.SIGKILL)
+            with pytest.raises(SandboxError):
+                await running
+            with pytest.raises(SandboxError):
+                await sandbox.read("x")
+        assert (sleepers(), children_of(keeper)) == ([], [])
+
+    in_backend(check, tmp_path)
+
+
+def test_the_keeper_ends_a_lifetime_that_its_host_forgot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("upspiral.sandbox.namespace.backend._LIFETIME_GRACE_S", -1.5)
+
+    async def check(backend: NamespaceBackend) -> None:
+        async with backend.acquire(SandboxSpec(limits=Limits(lifetime_s=2.0))) as sandbox:
+            for _ in range(2):
+                with pytest.raises(SandboxGoneError, match="lifetime"):
+                    await sandbox.exec("sleep 27182", timeout_s=TIMEOUT_S)
+
+    in_backend(check, tmp_path)
+
+
+def test_whoever_gives_up_while_a_sandbox_is_made_leaves_nothing(tmp_path: Path) -> None:
+    async def one(backend: NamespaceBackend, delay_s: float) -> None:
+        async def hold() -> None:
+            async with backend.acquire(SandboxSpec(files={"a": b"1"})) as sandbox:
+                await sandbox.exec("sleep 27182", timeout_s=TIMEOUT_S)
+
+        task = asyncio.create_task(hold())
+        await asyncio.sleep(delay_s)
+        task.cancel()
+        await asyncio.wait([task], timeout=TIMEOUT_S)
+
+    async def check(backend: NamespaceBackend) -> None:
+        (keeper,) = children_of(os.getpid())
+        chance = random.Random(7)
+        for _ in range(4):
+            await asyncio.gather(*(one(backend, chance.random() * 0.1) for _ in range(16)))
+        for _ in range(100):
+            if children_of(keeper) == []:
+                break
+            await asyncio.sleep(0.05)
+        assert (children_of(keeper), sleepers()) == ([], [])
+        below = [each for group in control_groups_of(os.getpid()) for each in group.iterdir() if each.is_dir()]
+        assert below == []
+
+    in_backend(check, tmp_path)
+
+
+@pytest.mark.slow
+def test_many_cycles(tmp_path: Path) -> None:
+    """Creation, commands, forks and ends in eight hands, with kills in between."""
+
+    async def hand(backend: NamespaceBackend, seed: int) -> int:
+        chance, done = random.Random(seed), 0
+        for _ in range(150):
+            try:
+                async with backend.acquire(SandboxSpec(files={"a": b"1"})) as sandbox:
+                    assert (await sandbox.exec("cat a", timeout_s=TIMEOUT_S)).stdout == b"1"
+                    if chance.random() < 0.2:
+                        forks = await sandbox.fork(2)
+                        await asyncio.gather(*(each.stop() for each in forks))
+                    done += 1
+            except SandboxError:
+                await asyncio.sleep(0.05)
+        return done
+
+    async def kill_keepers() -> None:
+        while True:
+            await asyncio.sleep(3.0)
+            for keeper in children_of(os.getpid()):
+                os.kill(keeper, signal.SIGKILL)
+
+    async def check(backend: NamespaceBackend) -> None:
+        killing = asyncio.create_task(kill_keepers())
+        try:
+            done = await asyncio.gather(*(hand(backend, seed) for seed in range(8)))
+        finally:
+            killing.cancel()
+        assert sum(done) > 8 * 150 * 0.5
+
+    in_backend(check, tmp_path)
