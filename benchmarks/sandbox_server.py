@@ -98,7 +98,11 @@ def server(backend: str) -> Iterator[tuple[str, str]]:
 
 async def run(name: str) -> dict[str, Any]:
     backend = make_backend(name)
-    figures = {"backend": name, "direct": await measure(backend), "pool": {"warm_acquire_ms": await warm_acquire(backend)}}
+    figures = {
+        "backend": name,
+        "direct": await measure(backend),
+        "pool": {"warm_acquire_ms": await warm_acquire(backend)},
+    }
     with server(name) as (url, token):
         remote = RemoteBackend(url, token)
         figures["server"] = await measure(remote)
