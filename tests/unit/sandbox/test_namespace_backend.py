@@ -151,7 +151,7 @@ socket.create_server(("127.0.0.1", 80)).close()
 
 
 def test_sockets_are_of_families_that_are_confined(root: Path) -> None:
-    done = run_one("python3 -c \"$PROGRAM\"", root, SandboxSpec(env={"PROGRAM": SOCKETS}))
+    done = run_one('python3 -c "$PROGRAM"', root, SandboxSpec(env={"PROGRAM": SOCKETS}))
     if done.exit_code == 127:
         pytest.skip("there is no python3 on this machine")
     assert done.stderr == b"", "a server may have a low port"
