@@ -2,9 +2,9 @@
 
     python benchmarks/sandbox_server.py [--backend process] [--save]
 
-The same is done with the backend itself, through a pool in this process, and through a server in a process of its own on
-loopback: making a sandbox, taking a warm one, a command (`true`) after the other, and commands of 16 sandboxes at a
-time. Times in ms, from asking to the answer.
+The same is done with the backend itself, through a pool in this process, and through a server in a process of its own
+on loopback: making a sandbox, taking a warm one, a command (`true`) after the other, and commands of 16 sandboxes at
+a time. Times in ms, from asking to the answer.
 """
 
 from __future__ import annotations
@@ -98,7 +98,8 @@ def server(backend: str) -> Iterator[tuple[str, str]]:
 
 async def run(name: str) -> dict[str, Any]:
     backend = make_backend(name)
-    figures = {"backend": name, "direct": await measure(backend), "pool": {"warm_acquire_ms": await warm_acquire(backend)}}
+    figures: dict[str, Any] = {"backend": name, "direct": await measure(backend)}
+    figures["pool"] = {"warm_acquire_ms": await warm_acquire(backend)}
     with server(name) as (url, token):
         remote = RemoteBackend(url, token)
         figures["server"] = await measure(remote)

@@ -91,9 +91,7 @@ class ProcessBackend:
     """
 
     def __init__(self, root: Path | None = None, *, allow_network: bool = False):
-        for left in left_over_folders(root, _KIND):
-            _end_remains(left)
-            remove_tree(left)
+        sweep(root)
         self._folder = make_folder(root, Owner.this_process().label(_KIND))
         self._folder.chmod(0o711)
         self._allow_network = allow_network
@@ -186,6 +184,15 @@ def _num_threads(uid: int) -> int:
             if path.stat().st_uid == uid:
                 count += len(os.listdir(path / "task"))
     return count
+
+
+def sweep(root: Path | None) -> list[Path]:
+    """Ends and removes what owners of the same user have left that have died. Returns what it removed."""
+    left = list(left_over_folders(root, _KIND))
+    for folder in left:
+        _end_remains(folder)
+        remove_tree(folder)
+    return left
 
 
 def _end_remains(folder: Path) -> None:

@@ -32,6 +32,7 @@ def make_backend(name: str) -> SandboxBackend:
 
 def sweep() -> list[str]:
     """Removes what backends of processes that died have left on this machine, and says what it was."""
-    from upspiral.sandbox.namespace.workspace import sweep as sweep_folders
+    from upspiral.sandbox.namespace.leftovers import sweep as sweep_namespaces
+    from upspiral.sandbox.process import sweep as sweep_processes
 
-    return [str(path) for path in sweep_folders(None)]
+    return [str(path) for path in (*sweep_namespaces(None), *sweep_processes(None))]

@@ -10,7 +10,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 
 import aiohttp
@@ -20,12 +20,15 @@ from hypothesis import strategies as st
 
 from tests.unit.sandbox.cut_line import cut_line
 from tests.unit.sandbox.live_server import ALICE, BOB, LiveServer, live_server, server_process
+from upspiral.cli.main import run_command
 from upspiral.errors import CapabilityError, ConfigError, SandboxBusyError, SandboxError, SandboxGoneError
 from upspiral.sandbox.base import Command, SandboxSpec
 from upspiral.sandbox.fake import FakeBackend
 from upspiral.sandbox.inside import frames
+from upspiral.sandbox.namespace import NamespaceBackend
 from upspiral.sandbox.pool import PoolLimits
 from upspiral.sandbox.process import ProcessBackend
+from upspiral.sandbox.registry import make_backend
 from upspiral.sandbox.remote import RemoteBackend
 from upspiral.sandbox.server.session import MISBEHAVED
 
@@ -383,23 +386,67 @@ def test_any_bytes_leave_the_server_standing(noise: list[bytes]) -> None:
         run(check, root)
 
 
-def test_nothing_is_left_when_the_server_is_killed() -> None:
+def test_snapshots_forks_and_what_survives_a_restore() -> None:
+    async def check(live: LiveServer) -> None:
+        spec = SandboxSpec(files={"a": b"first"})
+        async with remote(live.url) as backend, backend.acquire(spec) as sandbox:
+            snapshot = await sandbox.snapshot()
+            shell = await sandbox.shell()
+            await shell.run("mkdir -p folder; cd folder; X=5", timeout_s=TIMEOUT_S)
+            forks = await sandbox.fork(2)
+            for fork in forks:
+                again = await fork.shell()
+                assert again.restored == "replayed"
+                assert (await again.run("echo $X $PWD", timeout_s=TIMEOUT_S)).stdout == b"5 /work/folder\n"
+                assert (await fork.shell()).restored == "new"
+                await fork.write("a", b"forked")
+            assert await sandbox.read("a") == b"first"
+            diff = await sandbox.diff()
+            assert b"folder" in diff.archive
+            await sandbox.write("a", b"later")
+            await sandbox.restore(snapshot)
+            # Another agent, and the line goes on; what ran is gone.
+            assert await sandbox.read("a") == b"first"
+            with pytest.raises(SandboxError):
+                await shell.run("echo $X", timeout_s=TIMEOUT_S)
+            assert live.pool.stats.live == 3
+            await forks[0].stop()
+            async with backend.acquire(SandboxSpec(image=snapshot)) as other:
+                assert await other.read("a") == b"first"
+            await backend.drop(snapshot)
+            with pytest.raises(SandboxGoneError, match="no snapshot"):
+                await backend.acquire(SandboxSpec(image=snapshot)).__aenter__()
+
+    async def play() -> None:
+        with open_folder() as root:
+            backend = NamespaceBackend(root)
+            async with live_server(backend) as live:
+                await asyncio.wait_for(check(live), 2 * TIMEOUT_S)
+
+    _try_backend("namespace")
+    asyncio.run(play())
+
+
+@pytest.mark.parametrize("backend_name", ["process", "namespace"])
+def test_nothing_is_left_when_the_server_is_killed(backend_name: str) -> None:
+    mark = f"1000.{os.getpid()}{time.monotonic_ns()}"
+
     async def check(server: subprocess.Popen[str], url: str) -> None:
         backend = RemoteBackend(url, ALICE, patience_s=1.0)
         async with backend.acquire(SPEC) as one, backend.acquire(SPEC) as two:
-            pids: list[int] = []
             for sandbox in (one, two):
-                done = await sandbox.exec("sleep 1000 & setsid sleep 1000 & echo $! $PPID", timeout_s=TIMEOUT_S)
-                pids.extend(map(int, done.stdout.split()))
-            assert len(pids) == 4 and all(map(_lives, pids))
+                await sandbox.exec(f"sleep {mark} & setsid sleep {mark} &", timeout_s=TIMEOUT_S)
+            await until(lambda: len(_running(mark)) == 4, "the programs to run")
             server.kill()
-            await until(lambda: not any(map(_lives, pids)), "everything in the sandboxes to die")
+            await until(lambda: not _running(mark), "everything in the sandboxes to die")
             with pytest.raises(SandboxError):
                 await one.exec("true", timeout_s=TIMEOUT_S)
         await backend.stop()
 
-    with server_process("--backend", "process") as (server, url):
+    _try_backend(backend_name)
+    with server_process("--backend", backend_name) as (server, url):
         asyncio.run(asyncio.wait_for(check(server, url), 2 * TIMEOUT_S))
+    assert run_command(["sandbox", "gc"]) == 0
 
 
 def test_a_server_that_is_told_to_stop_waits_for_those_who_use_it() -> None:
@@ -434,6 +481,28 @@ def test_a_second_signal_ends_what_is_in_use() -> None:
 
     with server_process("--backend", "process") as (server, url):
         asyncio.run(asyncio.wait_for(check(server, url), 2 * TIMEOUT_S))
+
+
+def _try_backend(name: str) -> None:
+    """Skips the test where this machine cannot have it."""
+
+    async def play() -> None:
+        try:
+            await make_backend(name).stop()
+        except SandboxError as error:
+            pytest.skip(f"no {name} backend here: {error}")
+
+    asyncio.run(play())
+
+
+def _running(mark: str) -> list[int]:
+    """Processes with a text in their command line, also those of other pid namespaces."""
+    found: list[int] = []
+    for path in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if mark.encode() in (path / "cmdline").read_bytes():
+                found.append(int(path.name))
+    return found
 
 
 def _lives(pid: int) -> bool:

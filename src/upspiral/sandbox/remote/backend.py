@@ -24,7 +24,7 @@ from upspiral.sandbox.server.wire import (
 
 PATIENCE_S = 30.0
 DEFAULT_LIMITS = Limits()
-_FAREWELL_S = 5.0
+_FAREWELL_S = 3.0
 """For telling the server that something is not wanted any more; it finds out by itself, if later."""
 _BEATS = 4
 """Heartbeats in the time after which the server would give its sandboxes up."""

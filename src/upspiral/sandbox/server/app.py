@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 from starlette.applications import Starlette
@@ -125,8 +126,10 @@ class SandboxServer:
     # For tenants
 
     async def _capabilities(self, tenant: Tenant, request: Request) -> Response:
-        del tenant, request
-        return _json(self._pool.capabilities)
+        del request
+        can = self._pool.capabilities
+        # A path on the client's machine means nothing here, and one on this machine is not the client's to name.
+        return _json(replace(can, mounts=False, forward_sockets=False, egress=can.egress and tenant.quota.egress))
 
     async def _list(self, tenant: Tenant, request: Request) -> Response:
         del request
