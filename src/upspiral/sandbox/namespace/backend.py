@@ -12,11 +12,12 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from upspiral.errors import CapabilityError, SandboxError, SandboxGoneError
-from upspiral.sandbox.base import HOST_IMAGE, WORKSPACE, Capabilities, SandboxSpec, Snapshot
+from upspiral.errors import SandboxError, SandboxGoneError
+from upspiral.sandbox.base import HOST_IMAGE, Capabilities, SandboxSpec, Snapshot
 from upspiral.sandbox.connected import settings_for
 from upspiral.sandbox.connection import Connection
 from upspiral.sandbox.egress import EgressLog, EgressRecord, way_out
+from upspiral.sandbox.host_paths import check_host_paths
 from upspiral.sandbox.images import ImageStore, UsedImage
 from upspiral.sandbox.namespace.host import check_host, explain
 from upspiral.sandbox.namespace.keeper.order import AGENT_ID, Order
@@ -104,7 +105,7 @@ class NamespaceBackend:
     @contextlib.asynccontextmanager
     async def acquire(self, spec: SandboxSpec) -> AsyncIterator[NamespaceSandbox]:
         self.capabilities.check(spec, backend="namespace")
-        _check(spec)
+        check_host_paths(spec)
         sandbox = await self._start(spec)
         try:
             await sandbox.lay_out(spec.files)
@@ -237,16 +238,3 @@ def _order(name: str, spec: SandboxSpec, origin: Origin, *, grouped: bool) -> Or
         lifetime_s=limits.lifetime_s + _LIFETIME_GRACE_S,
         agent=settings.to_json(),
     )
-
-
-def _check(spec: SandboxSpec) -> None:
-    for port, path in spec.forward_sockets.items():
-        if not 0 < port < 65536:
-            raise CapabilityError(f"forward_sockets: {port} is not a port; use 1 to 65535")
-        if not os.path.exists(path):
-            raise CapabilityError(f"forward_sockets[{port}]: there is no socket at {path}")
-    for path, inside in spec.mounts.items():
-        if not os.path.exists(path):
-            raise CapabilityError(f"mounts: there is nothing at {path} to be mounted at {inside}")
-        if os.path.normpath(inside) != inside or not inside.startswith("/opt/"):
-            raise CapabilityError(f"mounts[{path}]: {inside!r} is no path below /opt; use one such as /opt/agent")
