@@ -90,7 +90,9 @@ def test_a_browser_without_a_network() -> None:
         assert left.stdout == b"0\n"
         print(f"page after {ready_s:.2f} s")
 
-    files, env = {"fonts.conf": FONTS}, {"FONTCONFIG_FILE": "/work/fonts.conf"}
+    # The program itself first, where Debian's /usr/bin/chromium is a script that reads files in /etc.
+    path = "/usr/lib/chromium:/usr/local/bin:/usr/bin:/bin"
+    files, env = {"fonts.conf": FONTS}, {"FONTCONFIG_FILE": "/work/fonts.conf", "PATH": path}
     within(SandboxSpec(limits=BROWSER_LIMITS, files=files, env=env), check)
 
 

@@ -40,7 +40,7 @@ profile=$(mktemp -d) || exit
 exec "$program" --headless --no-sandbox --disable-gpu --disable-dev-shm-usage --no-first-run \
     --no-default-browser-check --disable-background-networking --disable-component-update --disable-sync \
     --disable-extensions --disable-quic \
-    --hide-scrollbars --mute-audio --password-store=basic --window-size=WIDTH,HEIGHT --user-data-dir="$profile" \
+    --hide-scrollbars --mute-audio --password-store=basic --user-data-dir="$profile" \
     --remote-debugging-pipe about:blank 3<&0 4>&1 </dev/null >/dev/null
 """
 
@@ -51,8 +51,7 @@ async def open_browser(sandbox: Sandbox, *, width: int = 1280, height: int = 800
 
     Raises CapabilityError when there is no Chromium inside, SandboxError with its last words when it does not start.
     """
-    process = await sandbox.spawn(_SCRIPT.replace("WIDTH", str(width)).replace("HEIGHT", str(height)))
-    browser = Browser(process)
+    browser = Browser(await sandbox.spawn(_SCRIPT), width, height)
     try:
         await browser.ask("Browser.getVersion", timeout_s=_START_TIMEOUT_S)
         yield browser
@@ -63,8 +62,9 @@ async def open_browser(sandbox: Sandbox, *, width: int = 1280, height: int = 800
 class Browser:
     """One Chromium. Pages share its cookies. Made by `open_browser`."""
 
-    def __init__(self, process: Process):
+    def __init__(self, process: Process, width: int, height: int):
         self._process = process
+        self._size = {"width": width, "height": height}
         self._numbers = itertools.count(1)
         self._answers: dict[int, asyncio.Future[dict[str, Any]]] = {}
         self._last_words = b""
@@ -75,7 +75,9 @@ class Browser:
         """A new, empty one."""
         target = (await self.ask("Target.createTarget", url="about:blank")).get("targetId")
         session = (await self.ask("Target.attachToTarget", targetId=target, flatten=True)).get("sessionId")
-        return Page(self, str(target), str(session))
+        page = Page(self, str(target), str(session))
+        await page.ask("Emulation.setDeviceMetricsOverride", **self._size, deviceScaleFactor=1, mobile=False)
+        return page
 
     async def ask(
         self, method: str, *, session: str = "", timeout_s: float = 30.0, **parameters: Any

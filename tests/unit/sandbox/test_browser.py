@@ -19,7 +19,7 @@ from upspiral.sandbox.process import ProcessBackend
 STAND_IN = """#!/usr/bin/env python3
 import base64, json, os, sys, time
 
-assert "--remote-debugging-pipe" in sys.argv and any(each.startswith("--window-size=640,480") for each in sys.argv)
+assert "--remote-debugging-pipe" in sys.argv
 print("noise", "x" * 10_000)
 print("complaints", file=sys.stderr, flush=True)
 url = ""
@@ -31,6 +31,8 @@ def answer(message):
         return {"result": {"targetId": "T"}}
     if method == "Target.attachToTarget":
         return {"result": {"sessionId": "S" + parameters["targetId"]}}
+    if method == "Emulation.setDeviceMetricsOverride":
+        assert (parameters["width"], parameters["height"]) == (640, 480)
     if method.startswith("Page.") or method.startswith("Runtime."):
         assert message["sessionId"] == "ST"
     if method == "Page.navigate":
