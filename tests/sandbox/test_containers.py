@@ -104,7 +104,9 @@ def test_what_commands_are_allowed(place: Place) -> None:
         assert fields["Seccomp"] == "2"
         seen = await output(sandbox, "id -un; ls /sys/class/net; touch /usr/x /run/upspiral/doorway/x 2>&1 | wc -l")
         assert seen == "agent\nlo\n2\n"
-        assert (await sandbox.exec("mount -t tmpfs x /tmp || unshare -U true", timeout_s=TIMEOUT_S)).exit_code != 0
+        assert (await sandbox.exec("mount -t tmpfs x /tmp", timeout_s=TIMEOUT_S)).exit_code != 0
+        if place.name == "docker":  # whose filter of system calls allows less
+            assert (await sandbox.exec("unshare -U true", timeout_s=TIMEOUT_S)).exit_code != 0
 
     place.run_in(check)
 

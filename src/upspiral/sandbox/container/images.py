@@ -86,7 +86,7 @@ class Images:
     async def _inspected(self, image: str) -> Origin:
         name = self._engine.name
         try:
-            told = json.loads(await self._engine.ask("image", "inspect", "--format={{json .}}", "--", image))
+            (told,) = json.loads(await self._engine.ask("image", "inspect", "--", image))
         except RefusedError as error:
             raise ImageError(f"{error}; `{name} pull {image}` gets an image, `{name} build` makes one") from error
         config = told["Config"]

@@ -24,6 +24,8 @@ _AGENT_MEMORY_MB = 24
 _AGENT_PROCESSES = 2
 """The agent's own count to the same limits."""
 _MIN_OPEN_FILES = 4096
+_MAX_USER_PROCESSES = 1 << 15
+"""Of all containers together, where they have one user. Podman 4.3 may not give more away, whatever this process may."""
 _ROOT_CAPABILITIES = ("CHOWN", "DAC_OVERRIDE", "FOWNER", "FSETID", "SETGID", "SETUID")
 """What makes the root of an image master of its files, so that packages install. Nothing that reaches beyond them."""
 _OOM_PATHS = ("/sys/fs/cgroup/memory.events", "/sys/fs/cgroup/memory/memory.oom_control")
@@ -63,7 +65,7 @@ def run_arguments(
         "run", "--detach", "--rm", f"--name={name}", f"--label={OWNER_LABEL}={owner}", "--pull=never",
         "--network=none", "--hostname=sandbox", "--log-driver=none", "--no-healthcheck",
         *_confinement(origin), *_limits(spec, abilities), *_mounts(spec, origin, doorway),
-        f"--workdir={origin.workdir}", "--entrypoint=python3", origin.image,
+        "--workdir=/", "--entrypoint=python3", origin.image,
         "-I", "-S", _AGENT, f"to:{_DOORWAY}/{SOCKET_NAME}",
     ]  # fmt: skip
 
@@ -89,7 +91,7 @@ def _limits(spec: SandboxSpec, abilities: Abilities) -> Iterator[str]:
         yield f"--cpus={limits.cpus:g}"
     # Said, because engines ask for more than they may give where they themselves are contained.
     open_files = min(max(limits.open_files, _MIN_OPEN_FILES), _hard_limit(resource.RLIMIT_NOFILE))
-    processes = _hard_limit(resource.RLIMIT_NPROC)
+    processes = min(_MAX_USER_PROCESSES, _hard_limit(resource.RLIMIT_NPROC))
     yield from (f"--ulimit=nofile={open_files}:{open_files}", f"--ulimit=nproc={processes}:{processes}")
 
 
