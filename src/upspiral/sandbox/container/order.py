@@ -25,7 +25,7 @@ _AGENT_PROCESSES = 2
 """The agent's own count to the same limits."""
 _MIN_OPEN_FILES = 4096
 _MAX_USER_PROCESSES = 1 << 15
-"""Of all containers together, where they have one user. Podman 4.3 may not give more away, whatever this process may."""
+"""Of all containers together, where they have one user. Podman 4.3 may not give more, whatever this process may."""
 _ROOT_CAPABILITIES = ("CHOWN", "DAC_OVERRIDE", "FOWNER", "FSETID", "SETGID", "SETUID")
 """What makes the root of an image master of its files, so that packages install. Nothing that reaches beyond them."""
 _OOM_PATHS = ("/sys/fs/cgroup/memory.events", "/sys/fs/cgroup/memory/memory.oom_control")
