@@ -13,7 +13,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from upspiral.errors import CapabilityError, SandboxError, SandboxGoneError
-from upspiral.sandbox.base import HOST_IMAGE, WORKSPACE, Capabilities, SandboxSpec, Snapshot
+from upspiral.sandbox.base import HOST_IMAGE, Capabilities, SandboxSpec, Snapshot
 from upspiral.sandbox.connected import settings_for
 from upspiral.sandbox.connection import Connection
 from upspiral.sandbox.egress import EgressLog, EgressRecord, way_out
