@@ -23,6 +23,7 @@ from tests.unit.sandbox.namespace_stage import (
     output_of,
     processes_with,
     run_one,
+    wait_until,
 )
 from upspiral.errors import CapabilityError, SandboxError
 from upspiral.sandbox.base import Command, Limits, SandboxSpec
@@ -129,6 +130,34 @@ def test_no_privilege(root: Path) -> None:
     assert {values[name] for name in (b"CapInh", b"CapPrm", b"CapEff", b"CapAmb")} == {b"0" * 16}
     assert (values[b"NoNewPrivs"], values[b"Seccomp"]) == (b"1", b"2")
     assert b"allowed" not in done.stdout
+
+
+def test_the_agent_cannot_be_looked_into(root: Path) -> None:
+    reads = ("ls fd", "cat environ", "head -c 1 mem", "ls root/", "readlink exe", "cat maps", "ls cwd/")
+    script = "; ".join(f"(cd /proc/1; {each}) >/dev/null 2>&1 && echo {each.split()[-1]}" for each in reads)
+    done = run_one(f"{script}; ls /proc/self/fd | wc -l", root)
+    assert done.stdout == b"4\n", "0, 1, 2 and the folder itself"
+
+
+SOCKETS = """
+import socket
+for family in (socket.AF_VSOCK, socket.AF_ALG, socket.AF_PACKET, socket.AF_INET6, socket.AF_UNIX):
+    try:
+        socket.socket(family).close()
+        print("made")
+    except OSError as error:
+        print(error.strerror)
+socket.create_server(("127.0.0.1", 80)).close()
+"""
+
+
+def test_sockets_are_of_families_that_are_confined(root: Path) -> None:
+    done = run_one('python3 -c "$PROGRAM"', root, SandboxSpec(env={"PROGRAM": SOCKETS}))
+    if done.exit_code == 127:
+        pytest.skip("there is no python3 on this machine")
+    assert done.stderr == b"", "a server may have a low port"
+    refused = ["Address family not supported by protocol"] * 3
+    assert done.stdout.decode().splitlines() == [*refused, "made", "made"]
 
 
 def test_fork_bomb(root: Path) -> None:
@@ -308,8 +337,8 @@ def test_cancelling_ends_what_runs(root: Path) -> None:
     async def check(sandbox: NamespaceSandbox) -> None:
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.5):
-                await sandbox.exec("sleep 31415", timeout_s=2000)
-        assert processes_with("31415") == []
+                await sandbox.exec(f"sleep 31{os.getpid()}", timeout_s=2000)
+        wait_until(lambda: processes_with(f"sleep\031{os.getpid()}") == [])
         assert (await sandbox.exec("echo alive", timeout_s=TIMEOUT_S)).stdout == b"alive\n"
 
     in_sandbox(check, root)

@@ -134,7 +134,9 @@ class ContainerBackend:
         except OSError as error:
             raise SandboxError(f"no socket for {name} could be made: {error}") from error
         arguments = run_arguments(name, self._label, spec, origin, self._abilities, doorway.folder)
-        launch = asyncio.ensure_future(self._engine.ask(*arguments, timeout_s=_START_TIMEOUT_S))
+        # In a folder that is removed: Podman leaves a file where it was started when memory runs out inside.
+        launching = self._engine.ask(*arguments, folder=self._own_folder(), timeout_s=_START_TIMEOUT_S)
+        launch = asyncio.ensure_future(launching)
         try:
             async with asyncio.timeout(_START_TIMEOUT_S):
                 connected = await self._first_caller(doorway, launch, name)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import shutil
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from upspiral.errors import SandboxError
 
@@ -46,14 +48,17 @@ class Engine:
         path = shutil.which(program)
         if path is None:
             raise SandboxError(f"there is no program {program!r} here; the {name} backend needs it")
-        return cls(name, (path, *options))
+        return cls(name, (os.path.abspath(path), *options))
 
-    async def ask(self, *arguments: str, content: bytes = b"", timeout_s: float = _ANSWER_TIMEOUT_S) -> str:
-        """What it prints. Raises RefusedError, and SandboxError when it says nothing in time."""
+    async def ask(
+        self, *arguments: str, content: bytes = b"", folder: Path | None = None, timeout_s: float = _ANSWER_TIMEOUT_S
+    ) -> str:
+        """What it prints. Raises RefusedError, and SandboxError when it says nothing in time. `folder`: where it is
+        run."""
         try:
             process = await asyncio.create_subprocess_exec(
                 *self.command, *arguments, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
-                stderr=asyncio.subprocess.PIPE, start_new_session=True,
+                stderr=asyncio.subprocess.PIPE, start_new_session=True, cwd=folder,
             )  # fmt: skip
         except OSError as error:
             raise SandboxError(f"{self.name} could not be started: {error}") from error

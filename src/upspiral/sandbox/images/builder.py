@@ -144,7 +144,6 @@ class ImageBuilder:
         self._progress(f"files: {layer.size.files} files, {layer.size.content_bytes / 1e6:.1f} MB")
         return _on_top(content, layer.digest)
 
-
     def _set_workdir(self, content: ImageContent, workdir: str, hold: Hold) -> ImageContent:
         """The folder is made when no step has made it."""
         content = replace(content, workdir=workdir)

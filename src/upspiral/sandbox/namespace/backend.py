@@ -61,6 +61,8 @@ class NamespaceBackend:
         self._egress_log = egress_log or EgressLog()
         self._names = itertools.count(1)
         self._live: dict[str, NamespaceSandbox] = {}
+        self._beginning: dict[str, SandboxError | None] = {}
+        """Those that are being made, and how they ended before that was done."""
         self._origins: dict[str, Origin] = {}
         self._used_images: dict[str, UsedImage] = {}
         self._starting = asyncio.Semaphore(_MAX_STARTING)
@@ -147,6 +149,7 @@ class NamespaceBackend:
             name = f"sandbox-{next(self._names)}-{secrets.token_hex(4)}"
             order = _order(name, furnished, origin, grouped=self.capabilities.memory_limit == "sandbox")
             here, there = socket.socketpair()
+            self._beginning[name] = None
             try:
                 with there:
                     await self.ask(
@@ -156,8 +159,12 @@ class NamespaceBackend:
             except BaseException:
                 here.close()  # which ends the sandbox, should it have come to life all the same
                 raise
+            finally:
+                ended = self._beginning.pop(name)
             sandbox = NamespaceSandbox(self, name, Making(spec, furnished, origin, exits.pop_all()), connection)
             self._live[name] = sandbox
+            if ended is not None:
+                sandbox.lose(ended)
             return sandbox
 
     async def ask(self, do: str, *, timeout_s: float, descriptors: Sequence[int] = (), **said: object) -> Message:
@@ -199,8 +206,12 @@ class NamespaceBackend:
         return self._used_images[digest]
 
     def _on_ended(self, name: str, problem: str, is_over: bool) -> None:
+        kind = SandboxGoneError if is_over else SandboxError
+        error = kind(f"the sandbox has ended: {problem or 'its agent is gone'}")
         if (sandbox := self._live.get(name)) is not None:
-            sandbox.lose(problem, is_over=is_over)
+            sandbox.lose(error)
+        elif name in self._beginning:
+            self._beginning[name] = error
 
     def _revive(self) -> None:
         if self._stopped:
