@@ -111,7 +111,9 @@ def test_what_commands_are_allowed(place: Place) -> None:
     place.run_in(check)
 
 
-def test_running_out_of_memory_is_told_apart(place: Place) -> None:
+def test_running_out_of_memory_is_told_apart(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
     async def check(sandbox: Sandbox) -> None:
         done = await sandbox.exec("x=$(head -c 300M /dev/zero | tr '\\0' x); echo survived", timeout_s=TIMEOUT_S)
         assert done.oom and done.stdout == b"" and not done.timed_out, done
@@ -119,6 +121,7 @@ def test_running_out_of_memory_is_told_apart(place: Place) -> None:
         assert not done.oom and done.exit_code == 137
 
     place.run_in(check, SandboxSpec(limits=Limits(memory_mb=128)))
+    assert os.listdir(tmp_path) == [], "Podman would note it where it is run"
 
 
 def test_cores_are_limited(place: Place) -> None:

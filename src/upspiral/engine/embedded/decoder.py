@@ -69,11 +69,11 @@ class DecoderForward:
         self._attention = slot_attention(
             one_head.expand(self._heads // self._kv_heads, -1, -1), one_head, exact=self.exact
         )
+        self._projections: list[Projection] = []
         self._prepare()
 
     def _prepare(self) -> None:
         """Looks up the trainer's parameters once: walking the module costs a millisecond a step."""
-        self._projections: list[Projection] = []
         self._head = self._projection(self._model.module.lm_head.weight)
         self._dense = dense_layers(self._model.module, self._model.layers, self._projection)
         self._layers: list[TorchLayer] = []
@@ -82,7 +82,7 @@ class DecoderForward:
             self._layers = [TorchLayer.of(layer, fused, self._projection) for layer, fused in pairs]
 
     def _projection(self, weight: Tensor) -> Projection:
-        self._projections.append(Projection(weight))
+        self._projections.append(Projection(weight, exact=self.exact))
         return self._projections[-1]
 
     def refresh(self) -> None:
