@@ -5,9 +5,9 @@
 - `create_ms`: from asking to ready, one at a time; `create_8_ms` and `creates_per_s` with eight in flight.
 - `exec_ms`: `true`, to its result, one at a time; `execs_per_s`: in 64 sandboxes at once; `plain_ms`: the same as a
   bare subprocess of this program, for comparison.
-- `seal_ms`, `copy_ms`: a snapshot of 100 MB in 2,000 files, at rest and while something runs; `fork_ms`: from asking for
-  one fork of that to its first command's end, at rest; `forks_64_s`: the same for 64 forks; `restore_ms`; `diff_ms`: of
-  all of it.
+- `seal_ms`, `copy_ms`: a snapshot of 100 MB in 2,000 files, at rest and while something runs; `fork_ms`: from asking
+  for one fork of that to its first command's end, at rest; `forks_64_s`: the same for 64 forks; `restore_ms`;
+  `diff_ms`: of all of it.
 - `live`: so many at once; `live_mb`: what memory the machine has less for each; `teardown_1000_s`.
 
 Times in milliseconds as {p50, p99} unless the name says otherwise.
@@ -67,7 +67,7 @@ async def measure_creation(backend: NamespaceBackend) -> dict[str, Any]:
 
     async def one() -> None:
         began = time.perf_counter()
-        async with backend.acquire(SandboxSpec()) as sandbox:
+        async with backend.acquire(SandboxSpec()):
             ready_s.append(time.perf_counter() - began)
 
     for _ in range(SAMPLES):

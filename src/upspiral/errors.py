@@ -102,6 +102,10 @@ class SandboxBusyError(SandboxError):
         self.retry_after_s = retry_after_s
 
 
+class PageError(UpspiralError, RuntimeError):
+    """A page in a sandbox's browser cannot be loaded, or its JavaScript failed. The browser and the sandbox are fine."""
+
+
 class AgentError(UpspiralError, RuntimeError):
     """The agent crashed, hung or broke the protocol."""
 

@@ -23,6 +23,7 @@ from tests.unit.sandbox.namespace_stage import (
     output_of,
     processes_with,
     run_one,
+    wait_until,
 )
 from upspiral.errors import CapabilityError, SandboxError
 from upspiral.sandbox.base import Command, Limits, SandboxSpec
@@ -336,8 +337,8 @@ def test_cancelling_ends_what_runs(root: Path) -> None:
     async def check(sandbox: NamespaceSandbox) -> None:
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.5):
-                await sandbox.exec("sleep 31415", timeout_s=2000)
-        assert processes_with("31415") == []
+                await sandbox.exec(f"sleep 31{os.getpid()}", timeout_s=2000)
+        wait_until(lambda: processes_with(f"sleep\031{os.getpid()}") == [])
         assert (await sandbox.exec("echo alive", timeout_s=TIMEOUT_S)).stdout == b"alive\n"
 
     in_sandbox(check, root)

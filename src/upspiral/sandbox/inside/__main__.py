@@ -1,7 +1,7 @@
 """The agent as a program of its own: `python -I -S FOLDER_OR_ZIP SOCKET`.
 
-SOCKET is the number of an inherited descriptor of a connected socket, or the path of a unix socket to listen on. The
-first frame on a connection has the settings; a second connection's are not heeded.
+SOCKET is the number of an inherited descriptor of a connected socket, the path of a unix socket to listen on, or "to:"
+and the path of one to connect to. The first frame on a connection has the settings; those of a second are not heeded.
 """
 
 import os
@@ -10,6 +10,8 @@ import sys
 import types
 from importlib import import_module
 
+_TO = "to:"
+
 
 def main(where: str) -> None:
     frames, settings_module = import_module("inside.frames"), import_module("inside.settings")
@@ -17,6 +19,9 @@ def main(where: str) -> None:
     if where.isdigit():
         connection = socket.socket(fileno=int(where))
         connection.set_inheritable(False)
+    elif where.startswith(_TO):
+        connection = socket.socket(socket.AF_UNIX)
+        connection.connect(where[len(_TO) :])
     else:
         listener = socket.socket(socket.AF_UNIX)
         listener.bind(where)

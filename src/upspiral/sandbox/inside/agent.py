@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import socket
@@ -30,6 +31,8 @@ def serve(connection: socket.socket, settings: Settings, listener: socket.socket
     gc.collect()
     gc.freeze()  # pages that are shared with a keeper stay so
     os.umask(0o022)
+    with contextlib.suppress(OSError):  # commands will say so
+        os.makedirs(settings.workspace, exist_ok=True)
     agent = Agent(settings, OPERATIONS, listener)
     listeners = [Listener(agent, port) for port in settings.forward_ports]
     agent.attach(connection)

@@ -5,6 +5,7 @@ What the operations do is told by `Operation`'s subclasses in the other modules;
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -42,6 +43,7 @@ class Agent:
         self._starving: dict[int, Operation] = {}
         self._awaited = 0
         self._next_number = frames.INSIDE
+        self._oom_fd = settings.oom_fd if settings.oom_fd is not None else _first_open(settings.oom_paths)
         if listener:
             self.loop.watch(listener.fileno(), READABLE, self._accept)
 
@@ -70,9 +72,9 @@ class Agent:
 
     def oom_kills(self) -> int:
         """How often the kernel killed something in this sandbox for want of memory, as far as is known."""
-        if self.settings.oom_fd is None:
+        if self._oom_fd is None:
             return 0
-        lines = os.pread(self.settings.oom_fd, 4096, 0).split(b"\n")
+        lines = os.pread(self._oom_fd, 4096, 0).split(b"\n")
         return sum(int(line.split()[1]) for line in lines if line.startswith(b"oom_kill "))
 
     def starve(self, operation: Operation) -> None:
@@ -327,6 +329,13 @@ class Ping(Operation):
 
     def begin(self) -> None:
         self.finish()
+
+
+def _first_open(paths: tuple[str, ...]) -> int | None:
+    for path in paths:
+        with contextlib.suppress(OSError):
+            return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    return None
 
 
 Make = Callable[[Agent, int, "dict[str, Any]"], Operation]

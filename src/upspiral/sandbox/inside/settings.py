@@ -50,6 +50,8 @@ class Settings:
     oom_fd: int | None = None
     """A descriptor of the control group's memory.events (v2) or memory.oom_control (v1), open for reading: by its count
     of kills a command is told to have died for want of memory. None: not known."""
+    oom_paths: tuple[str, ...] = ()
+    """Where else that file may be: the first that there is is opened, where nobody could open it before."""
     oom_score_adj: int = 500
     """Of commands, so that the kernel prefers them to the agent."""
     orphan_s: float = 0.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import resource
 import signal
@@ -152,25 +153,31 @@ class Unpacking(Work):
         os.makedirs(self._path, exist_ok=True)
         root = os.path.realpath(self._path)
         with os.fdopen(0, "rb", _BLOCK_BYTES) as source, tarfile.open(fileobj=source, mode="r|") as archive:
-            if not hasattr(tarfile, "tar_filter"):
-                raise OSError(
-                    "this Python's tarfile cannot refuse what leads out of a folder; it needs 3.9.17 or newer"
-                )
-            archive.extraction_filter = _checked  # type: ignore[assignment]
             archive.errorlevel = 1
-            archive.extractall(root)
+            members = None
+            if hasattr(tarfile, "tar_filter"):
+                archive.extraction_filter = _checked  # type: ignore[assignment]
+            else:  # before 3.9.17, 3.10.12 and 3.11.4; of those Debian's
+                members = (_checked(member, root) for member in archive)
+            archive.extractall(root, members)
             while source.read(_BLOCK_BYTES):
                 pass  # padding behind the end
 
 
 def _checked(member: Any, root: str) -> Any:
-    import tarfile
-
-    member = tarfile.tar_filter(member, root)
+    """Of what is already there every link is followed, so that none of the archive's own leads out either."""
     if member.ischr() or member.isblk():
         raise OSError(f"{member.name!r} in the archive is a device")
-    if member.islnk():
-        target = os.path.realpath(os.path.join(root, member.linkname))
-        if os.path.commonpath([root, target]) != root:
-            raise OSError(f"{member.name!r} in the archive links to {member.linkname!r}, out of the folder")
-    return member.replace(uid=os.getuid(), gid=os.getgid(), uname="", gname="", deep=False)
+    member = copy.copy(member)
+    member.name = member.name.lstrip("/")
+    if not _is_within(root, member.name):
+        raise OSError(f"{member.name!r} in the archive leads out of the folder")
+    if member.islnk() and not _is_within(root, member.linkname):
+        raise OSError(f"{member.name!r} in the archive links to {member.linkname!r}, out of the folder")
+    member.mode &= 0o755
+    member.uid, member.gid, member.uname, member.gname = os.getuid(), os.getgid(), "", ""
+    return member
+
+
+def _is_within(root: str, path: str) -> bool:
+    return os.path.commonpath([root, os.path.realpath(os.path.join(root, path))]) == root

@@ -12,11 +12,12 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from upspiral.errors import CapabilityError, SandboxError, SandboxGoneError
+from upspiral.errors import SandboxError, SandboxGoneError
 from upspiral.sandbox.base import HOST_IMAGE, Capabilities, SandboxSpec, Snapshot
 from upspiral.sandbox.connected import settings_for
 from upspiral.sandbox.connection import Connection
 from upspiral.sandbox.egress import EgressLog, EgressRecord, way_out
+from upspiral.sandbox.host_paths import check_host_paths
 from upspiral.sandbox.images import ImageStore, UsedImage
 from upspiral.sandbox.namespace.host import check_host, explain
 from upspiral.sandbox.namespace.keeper.order import AGENT_ID, Order
@@ -60,6 +61,8 @@ class NamespaceBackend:
         self._egress_log = egress_log or EgressLog()
         self._names = itertools.count(1)
         self._live: dict[str, NamespaceSandbox] = {}
+        self._beginning: dict[str, SandboxError | None] = {}
+        """Those that are being made, and how they ended before that was done."""
         self._origins: dict[str, Origin] = {}
         self._used_images: dict[str, UsedImage] = {}
         self._starting = asyncio.Semaphore(_MAX_STARTING)
@@ -104,7 +107,7 @@ class NamespaceBackend:
     @contextlib.asynccontextmanager
     async def acquire(self, spec: SandboxSpec) -> AsyncIterator[NamespaceSandbox]:
         self.capabilities.check(spec, backend="namespace")
-        _check(spec)
+        check_host_paths(spec)
         sandbox = await self._start(spec)
         try:
             await sandbox.lay_out(spec.files)
@@ -146,6 +149,7 @@ class NamespaceBackend:
             name = f"sandbox-{next(self._names)}-{secrets.token_hex(4)}"
             order = _order(name, furnished, origin, grouped=self.capabilities.memory_limit == "sandbox")
             here, there = socket.socketpair()
+            self._beginning[name] = None
             try:
                 with there:
                     await self.ask(
@@ -155,8 +159,12 @@ class NamespaceBackend:
             except BaseException:
                 here.close()  # which ends the sandbox, should it have come to life all the same
                 raise
+            finally:
+                ended = self._beginning.pop(name)
             sandbox = NamespaceSandbox(self, name, Making(spec, furnished, origin, exits.pop_all()), connection)
             self._live[name] = sandbox
+            if ended is not None:
+                sandbox.lose(ended)
             return sandbox
 
     async def ask(self, do: str, *, timeout_s: float, descriptors: Sequence[int] = (), **said: object) -> Message:
@@ -198,8 +206,12 @@ class NamespaceBackend:
         return self._used_images[digest]
 
     def _on_ended(self, name: str, problem: str, is_over: bool) -> None:
+        kind = SandboxGoneError if is_over else SandboxError
+        error = kind(f"the sandbox has ended: {problem or 'its agent is gone'}")
         if (sandbox := self._live.get(name)) is not None:
-            sandbox.lose(problem, is_over=is_over)
+            sandbox.lose(error)
+        elif name in self._beginning:
+            self._beginning[name] = error
 
     def _revive(self) -> None:
         if self._stopped:
@@ -237,16 +249,3 @@ def _order(name: str, spec: SandboxSpec, origin: Origin, *, grouped: bool) -> Or
         lifetime_s=limits.lifetime_s + _LIFETIME_GRACE_S,
         agent=settings.to_json(),
     )
-
-
-def _check(spec: SandboxSpec) -> None:
-    for port, path in spec.forward_sockets.items():
-        if not 0 < port < 65536:
-            raise CapabilityError(f"forward_sockets: {port} is not a port; use 1 to 65535")
-        if not os.path.exists(path):
-            raise CapabilityError(f"forward_sockets[{port}]: there is no socket at {path}")
-    for path, inside in spec.mounts.items():
-        if not os.path.exists(path):
-            raise CapabilityError(f"mounts: there is nothing at {path} to be mounted at {inside}")
-        if os.path.normpath(inside) != inside or not inside.startswith("/opt/"):
-            raise CapabilityError(f"mounts[{path}]: {inside!r} is no path below /opt; use one such as /opt/agent")

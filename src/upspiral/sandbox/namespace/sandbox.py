@@ -12,7 +12,7 @@ from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO, Protocol
 
-from upspiral.errors import SandboxError, SandboxGoneError
+from upspiral.errors import SandboxError
 from upspiral.sandbox.base import WORKSPACE, Diff, SandboxSpec, Snapshot
 from upspiral.sandbox.connected import ConnectedSandbox, ConnectedShell
 from upspiral.sandbox.connection import Connection
@@ -162,10 +162,9 @@ class NamespaceSandbox(ConnectedSandbox):
     async def _connect(self, connected: socket.socket) -> Connection:
         return await Connection.over(connected, forward=self._making.furnished.forward_sockets)
 
-    def lose(self, problem: str, *, is_over: bool) -> None:
-        """It has ended without being asked to; `is_over`: because its time was."""
-        error = SandboxGoneError if is_over else SandboxError
-        self._connection.lose(error(f"the sandbox has ended: {problem or 'its agent is gone'}"))
+    def lose(self, error: SandboxError) -> None:
+        """It has ended without being asked to."""
+        self._connection.lose(error)
 
     def _check_live(self) -> None:
         if self._connection.error:
