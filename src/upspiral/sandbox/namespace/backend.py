@@ -32,6 +32,9 @@ _MAX_STARTING = 16
 _MIB = 1 << 20
 _LIFETIME_GRACE_S = 5.0
 """The keeper ends a sandbox so much later than this process should have done it."""
+_SYSTEM_FOLDERS = {"", "bin", "boot", "dev", "etc", "lib", "lib32", "lib64", "libx32", "opt", "proc", "run", "sbin"}
+_SYSTEM_FOLDERS |= {"sys", "tmp", "usr", "var", "work"}
+"""Where no mount may lie by its own path."""
 _OWN_PROCESSES = 2
 """Of the agent's, which count to the same limit."""
 
@@ -259,5 +262,6 @@ def _check(spec: SandboxSpec) -> None:
     for path, inside in spec.mounts.items():
         if not os.path.exists(path):
             raise CapabilityError(f"mounts: there is nothing at {path} to be mounted at {inside}")
-        if os.path.normpath(inside) != inside or not inside.startswith("/opt/"):
+        own = inside == os.path.realpath(path) and inside.split("/")[1] not in _SYSTEM_FOLDERS
+        if os.path.normpath(inside) != inside or not (own or inside.startswith("/opt/")):
             raise CapabilityError(f"mounts[{path}]: {inside!r} is no path below /opt; use one such as /opt/agent")
