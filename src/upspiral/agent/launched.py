@@ -8,6 +8,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 
 from upspiral.agent.base import AgentTask
 from upspiral.agent.command import answer_of
@@ -30,7 +31,8 @@ class LaunchedAgent:
         self._packages = require_agent(name)
 
     def furnish(self, spec: SandboxSpec) -> SandboxSpec:
-        return replace(spec, mounts={**spec.mounts, str(self._packages): FOLDER}, limits=AGENT_LIMITS)
+        mounts = {**spec.mounts, str(self._packages): FOLDER, **_interpreter(self._packages)}
+        return replace(spec, mounts=mounts, limits=AGENT_LIMITS)
 
     async def start(self) -> None:
         return
@@ -42,6 +44,14 @@ class LaunchedAgent:
         launch = self._launcher.launch(task)
         command = f"{_lay_out(launch.files)}{launch.command}"
         return await answer_of(command, task, {**launch.env, "HOME": _HOME}, sandbox, timeout_s)
+
+
+def _interpreter(packages: Path) -> Mapping[str, str]:
+    """Where the Python that packages were installed with lies, if the sandbox does not have it anyway: they name it by
+    its path."""
+    python = (packages / "bin" / "python").resolve()
+    prefix = str(python.parent.parent)
+    return {} if not python.exists() or prefix.startswith("/usr") else {prefix: prefix}
 
 
 def _lay_out(files: Mapping[str, str]) -> str:

@@ -72,7 +72,8 @@ class SandboxSpec:
     forward_sockets: Mapping[int, str] = field(default_factory=dict)
     """Loopback port inside -> path of a unix socket on the host."""
     mounts: Mapping[str, str] = field(default_factory=dict)
-    """Folder or file on the host -> where it is seen inside, read-only; a path below /opt."""
+    """Folder or file on the host -> where it is seen inside, read-only: a path below /opt, or the path that it has on
+    the host if that is in none of the folders that every system has."""
     labels: Mapping[str, str] = field(default_factory=dict)
     """For people and metrics, such as the rollout's id."""
 

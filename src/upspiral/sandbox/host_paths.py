@@ -7,6 +7,9 @@ import os
 from upspiral.errors import CapabilityError
 from upspiral.sandbox.base import SandboxSpec
 
+_SYSTEM_FOLDERS = {"", "bin", "boot", "dev", "etc", "lib", "lib32", "lib64", "libx32", "opt", "proc", "run", "sbin"}
+_SYSTEM_FOLDERS |= {"sys", "tmp", "usr", "var", "work"}
+
 
 def check_host_paths(spec: SandboxSpec) -> None:
     """Raises CapabilityError for a socket or a mount that cannot be."""
@@ -18,5 +21,6 @@ def check_host_paths(spec: SandboxSpec) -> None:
     for path, inside in spec.mounts.items():
         if not os.path.exists(path):
             raise CapabilityError(f"mounts: there is nothing at {path} to be mounted at {inside}")
-        if os.path.normpath(inside) != inside or not inside.startswith("/opt/"):
+        own = inside == os.path.realpath(path) and inside.split("/")[1] not in _SYSTEM_FOLDERS
+        if os.path.normpath(inside) != inside or not (own or inside.startswith("/opt/")):
             raise CapabilityError(f"mounts[{path}]: {inside!r} is no path below /opt; use one such as /opt/agent")

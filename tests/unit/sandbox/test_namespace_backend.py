@@ -9,6 +9,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -221,6 +222,16 @@ def test_mounts_can_be_read_and_not_written(root: Path, tmp_path_factory: pytest
     done = run_one("cat /opt/tool/file; echo; echo x > /opt/tool/file; ls /opt; ls -d /tmp/*", root, spec)
     assert done.stdout.split() == [b"content", b"tool"] and b"Read-only file system" in done.stderr
     assert (folder / "file").read_text() == "content"
+
+
+def test_a_mount_may_have_its_own_path(root: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=Path.home()) as folder:
+        place = os.path.realpath(folder)
+        Path(place).chmod(0o755)
+        Path(place, "file").touch()
+        done = run_one(f"cd {place} && ls; touch x; ls {Path.home()}", root, SandboxSpec(mounts={place: place}))
+    assert done.stdout.decode().split() == ["file", Path(place).name]
+    assert b"Read-only" in done.stderr
 
 
 def test_disk_flood(root: Path) -> None:
@@ -448,7 +459,10 @@ def test_forwarded_sockets_reach_the_host(root: Path, echo_socket: str) -> None:
 def test_a_spec_that_cannot_be_honoured_is_refused(root: Path) -> None:
     async def check(backend: NamespaceBackend) -> None:
         bad = [SandboxSpec(forward_sockets=each) for each in ({80: "/no/such/socket"}, {0: "/"}, {70000: "/"})]
-        bad += [SandboxSpec(mounts=each) for each in ({"/no/such/folder": "/opt/x"}, {"/": "/etc"}, {"/": "/opt/../x"})]
+        bad += [
+            SandboxSpec(mounts=each)
+            for each in ({"/no/such": "/opt/x"}, {"/": "/etc"}, {"/": "/opt/../x"}, {"/": "/"}, {"/etc": "/etc"})
+        ]
         bad += [SandboxSpec(env={"X": "x" * 200_000})]
         for spec in bad:
             with pytest.raises(CapabilityError):
