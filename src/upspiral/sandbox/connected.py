@@ -23,7 +23,7 @@ from upspiral.sandbox.base import (
     SandboxSpec,
     Snapshot,
 )
-from upspiral.sandbox.connection import Call, Connection, Ended
+from upspiral.sandbox.connection import SILENCE_S, Call, Connection, Ended
 from upspiral.sandbox.inside import frames
 from upspiral.sandbox.inside.settings import Settings
 
@@ -95,7 +95,7 @@ class ConnectedSandbox:
         command = _checked(command)
         script = _script(command)
         call = self._connection.call(_request("spawn", command, script), None)
-        await call.send(script)
+        await call.send(script, silence_s=SILENCE_S)
         await call.start()
         process = ConnectedProcess(call)
         if command.stdin:
@@ -134,7 +134,7 @@ class ConnectedSandbox:
         call = self._connection.call({"do": "pack", "path": _path(path)})
         archive = bytearray()
         try:
-            while received := await call.receive():
+            while received := await call.receive(silence_s=SILENCE_S):
                 archive += received[1]
                 if len(archive) > max_bytes:
                     raise OSError(f"{path}: as a tar it is larger than {max_bytes} bytes")

@@ -24,6 +24,10 @@ SILENCE_S = 60.0
 """An agent that owes an answer and says nothing for so long is broken."""
 _CANCEL_TIMEOUT_S = 10.0
 _CLOSE_TIMEOUT_S = 5.0
+_SLOWEST_BYTES_PER_S = 64 << 10
+"""What an operation takes in and gives out has that time, beside its own."""
+_MAX_STRAY_BYTES = 512 << 20
+"""Of operations that were given up, on their way at a time."""
 _MAX_CALLERS = 1024
 """Of forwarded ports, at a time. The agent keeps to fewer for each."""
 
@@ -103,13 +107,16 @@ class Call:
         self._credit = frames.WINDOW_BYTES
         self._changed: asyncio.Future[None] | None = None
         self._heard_s = loop.time()
+        self.num_bytes = sum((limits or {}).values())
+        """How much may go either way, where that is known."""
 
-    async def send(self, content: bytes) -> None:
-        """Input, as the agent takes it. Ends early when the operation does."""
+    async def send(self, content: bytes, *, silence_s: float | None = None) -> None:
+        """Input, as the agent takes it. Ends early when the operation does. `silence_s`: how long the agent may take
+        nothing of it; None: for ever, as a pipe whose reader does not read."""
         view = memoryview(content)
         while view and not self.ended.done() and not self.input_closed:
             if self._credit <= 0 or self._connection.is_full:
-                await self._change()
+                await self._change(silence_s)
                 continue
             size = min(len(view), self._credit, frames.CHUNK_BYTES)
             self._connection.write(frames.frame(frames.DATA, self.number, bytes(view[:size])))
@@ -132,14 +139,15 @@ class Call:
             self._connection.forget(self)
             self.ended.set_result(Ended())
 
-    async def receive(self) -> tuple[int, bytes] | None:
-        """Some output and its kind; None at the end. Raises what the connection broke with."""
+    async def receive(self, *, silence_s: float | None = None) -> tuple[int, bytes] | None:
+        """Some output and its kind; None at the end. Raises what the connection broke with, as it does when there is no
+        output for `silence_s`."""
         while not self._arrived:
             if self._output_ended or self.ended.done():
                 if self.ended.done():
                     self.ended.result()
                 return None
-            await self._change()
+            await self._change(silence_s)
         kind, content = self._arrived.popleft()
         self._unused -= len(content)
         self._acknowledge(len(content))
@@ -158,15 +166,19 @@ class Call:
             self._connection.lose(SandboxError(f"the sandbox's agent was silent for {SILENCE_S:g} s"))
 
     async def result(self, *, silence_s: float = SILENCE_S) -> Ended:
-        """How it ended. When the agent says nothing of it for so long the connection is broken. Cancelled, it cancels
-        the operation and waits until that is done."""
+        """How it ended. When the agent says nothing of it for so long, or speaks on for longer than all that may be said
+        can take, the connection is broken. Cancelled, it cancels the operation and waits until that is done."""
+        loop = asyncio.get_running_loop()
+        latest_s = loop.time() + silence_s + self.num_bytes / _SLOWEST_BYTES_PER_S
         try:
             while True:
-                done, _ = await asyncio.wait([self.ended], timeout=silence_s)
+                done, _ = await asyncio.wait([self.ended], timeout=max(0.0, min(silence_s, latest_s - loop.time())))
                 if done:
                     return self.ended.result()
-                if asyncio.get_running_loop().time() - self._heard_s >= silence_s:
+                if loop.time() - self._heard_s >= silence_s:
                     self._connection.lose(SandboxError(f"the sandbox's agent was silent for {silence_s:g} s"))
+                elif loop.time() >= latest_s:
+                    self._connection.lose(SandboxError("the sandbox's agent brought an operation to no end"))
         except asyncio.CancelledError:
             await self.cancel()
             raise
@@ -180,19 +192,23 @@ class Call:
                 self._connection.lose(SandboxError("the sandbox's agent did not cancel a command that it was told to"))
 
     def take(self, kind: int, body: bytes) -> None:
-        """A frame from inside. Raises BrokenRuleError, or msgspec's error, for one that must not come."""
+        """A frame from inside. Raises BrokenRuleError, or msgspec's error, for one that must not come, or that says
+        nothing: else an agent could keep this process busy for nothing."""
         self._heard_s = asyncio.get_running_loop().time()
         if kind in (frames.DATA, frames.ERRORS):
             self._keep(kind, body)
         elif kind == frames.STARTED:
-            if not self.started.done():
-                self.started.set_result(None)
+            if self.started.done():
+                raise BrokenRuleError("an operation that begins twice")
+            self.started.set_result(None)
         elif kind == frames.END:
+            if self._output_ended:
+                raise BrokenRuleError("output that ends twice")
             self._output_ended = True
         elif kind == frames.ACK:
-            if len(body) != frames.COUNT.size:
-                raise BrokenRuleError("an ACK that is no number")
-            self._credit = min(self._credit + frames.COUNT.unpack(body)[0], frames.WINDOW_BYTES)
+            self._credit += _number(body)
+            if self._credit > frames.WINDOW_BYTES:
+                raise BrokenRuleError("an ACK of more than was sent")
         elif kind == frames.CONTROL:
             self._note(_notice.decode(body))
         elif kind == frames.RESULT and self.number < frames.INSIDE:
@@ -216,6 +232,8 @@ class Call:
         self._changed = None
 
     def _keep(self, kind: int, body: bytes) -> None:
+        if not body:
+            raise BrokenRuleError("output that is none")
         if self._limits is not None:
             kept = self.kept.get(kind)
             if kept is None or len(kept) + len(body) > self._limits[kind]:
@@ -228,11 +246,13 @@ class Call:
         self._arrived.append((kind, body))
 
     def _note(self, notice: Notice) -> None:
-        if notice.stdin:
+        if notice.stdin and not self.input_closed:
             self.input_closed = True
-        if notice.cancel and self.number >= frames.INSIDE:
+        elif notice.cancel and self.number >= frames.INSIDE:
             self._connection.forget(self)
             self.ended.set_result(Ended(error="cancelled"))
+        else:
+            raise BrokenRuleError("a notice that says nothing")
 
     def _acknowledge(self, count: int) -> None:
         self._used += count
@@ -240,9 +260,18 @@ class Call:
             self._connection.write(frames.frame(frames.ACK, self.number, frames.COUNT.pack(self._used)))
             self._used = 0
 
-    async def _change(self) -> None:
+    async def _change(self, silence_s: float | None = None) -> None:
         self._changed = self._changed or asyncio.get_running_loop().create_future()
-        await asyncio.shield(self._changed)
+        done, _ = await asyncio.wait([self._changed], timeout=silence_s)
+        if not done:
+            self._connection.lose(SandboxError(f"the sandbox's agent was silent for {silence_s:g} s"))
+
+
+def _number(body: bytes) -> int:
+    """Of an ACK. Raises BrokenRuleError for what is none, or is 0."""
+    if len(body) != frames.COUNT.size or not any(body):
+        raise BrokenRuleError("an ACK that is no number")
+    return frames.COUNT.unpack(body)[0]
 
 
 class Connection(asyncio.Protocol):
@@ -263,6 +292,8 @@ class Connection(asyncio.Protocol):
         self._numbers = 0
         self._callers: set[asyncio.Task[None]] = set()
         self._held: list[bytes] | None = None
+        self._stray_bytes = 0
+        """So much may still come of operations that have been forgotten."""
 
     @classmethod
     async def over(
@@ -293,6 +324,7 @@ class Connection(asyncio.Protocol):
         if self.error:
             raise type(self.error)(*self.error.args)
         call = Call(self, limits)
+        call.num_bytes += len(content or b"")
         self.enter(call)
         opening = frames.frame(frames.OPEN, call.number, json.dumps(request).encode())
         if content is None:
@@ -337,7 +369,8 @@ class Connection(asyncio.Protocol):
         self._calls[call.number] = call
 
     def forget(self, call: Party) -> None:
-        self._calls.pop(call.number, None)
+        if self._calls.pop(call.number, None) is not None:
+            self._stray_bytes = min(self._stray_bytes + 2 * frames.WINDOW_BYTES, _MAX_STRAY_BYTES)
 
     def lose(self, error: SandboxError) -> None:
         """Ends the connection and everything on it with this error. Only the first one counts."""
@@ -395,6 +428,10 @@ class Connection(asyncio.Protocol):
             call.take(kind, body)
         elif number < frames.INSIDE and number > self._numbers:
             raise BrokenRuleError(f"a frame of operation {number}, which nobody began")
+        else:
+            self._stray_bytes -= frames.HEADER.size + len(body)
+            if self._stray_bytes < 0:
+                raise BrokenRuleError("more of operations that have ended than can have been on its way")
 
     def _serve_caller(self, number: int, asked: Asked) -> None:
         path = self._forward.get(asked.port) if asked.do == "forward" else None

@@ -9,6 +9,7 @@ from upspiral.sandbox.base import SandboxSpec
 
 _SYSTEM_FOLDERS = {"", "bin", "boot", "dev", "etc", "lib", "lib32", "lib64", "libx32", "opt", "proc", "run", "sbin"}
 _SYSTEM_FOLDERS |= {"sys", "tmp", "usr", "var", "work"}
+"""Where no mount may lie by its own path."""
 
 
 def check_host_paths(spec: SandboxSpec) -> None:

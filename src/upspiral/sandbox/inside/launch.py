@@ -32,7 +32,10 @@ class Launcher:
         self._settings = settings
         self._bash = next((path for path in _BASH if os.access(path, os.X_OK)), "")
         self._prelude = _limits(settings.rlimits)
-        self._prelude += f"{{ echo {settings.oom_score_adj} >/proc/self/oom_score_adj; }} 2>/dev/null; "
+        proc = "/proc" if settings.proc_fd is None else f"/proc/self/fd/{settings.proc_fd}"
+        self._prelude += f"{{ echo {settings.oom_score_adj} >{proc}/self/oom_score_adj; }} 2>/dev/null; "
+        if settings.proc_fd is not None:
+            self._prelude += f"exec {settings.proc_fd}<&-; "
 
     def place(self, path: str) -> str:
         """The real path of one that the host names: absolute, or relative to the workspace."""
@@ -59,6 +62,8 @@ class Launcher:
         if not self._bash:
             raise MissingBashError(f"there is no bash in this sandbox (looked for {', '.join(_BASH)})")
         actions = [(os.POSIX_SPAWN_DUP2, descriptor, number) for number, descriptor in enumerate(stdio)]
+        if (proc := self._settings.proc_fd) is not None:
+            actions.append((os.POSIX_SPAWN_DUP2, proc, proc))  # which lets bash inherit it, and nobody else
         environment = {**self._settings.env, **request["env"]}
         with assumed(self._settings):
             return os.posix_spawn(

@@ -56,7 +56,7 @@ def descendants(root: int, processes: list[Seen]) -> list[Seen]:
 def signal_command(leader: int, number: int, leader_lives: bool) -> None:
     """To a command's first process, its session, and all that descends from it, by whatever sessions of their own.
 
-    SIGKILL is repeated until nothing is found: what forks faster than it is listed loses its group at once.
+    What SIGKILL is for is stopped first, its group at once, because it may fork faster than it is listed.
     """
 
     def belonging() -> list[Seen]:
@@ -64,8 +64,8 @@ def signal_command(leader: int, number: int, leader_lives: bool) -> None:
         below = descendants(leader, processes) if leader_lives else []
         return below + [each for each in processes if each.session == leader]
 
-    if leader_lives:
-        send(leader, number, group=True)
+    if leader_lives and number == signal.SIGKILL:
+        send(leader, signal.SIGSTOP, group=True)
     _repeat(belonging, number)
 
 
@@ -86,14 +86,19 @@ def send(pid: int, number: int, group: bool = False) -> None:
 
 
 def _repeat(find: Callable[[], list[Seen]], number: int) -> None:
-    """Signals every process once; for SIGKILL again and again, as they may have forked meanwhile."""
-    done: set[int] = set()
+    """Signals every process once. For SIGKILL they are stopped until no others are found, and then killed together: the
+    children of a dead process are somebody else's, and could not be found any more."""
+    if number != signal.SIGKILL:
+        for process in find():
+            send(process.pid, number)
+        return
+    stopped: set[int] = set()
     for _ in range(_MAX_ROUNDS):
-        found = {process.pid for process in find()} - done
+        found = {process.pid for process in find()} - stopped
         if not found:
-            return
+            break
         for pid in found:
-            send(pid, number)
-        done |= found
-        if number != signal.SIGKILL:
-            return
+            send(pid, signal.SIGSTOP)
+        stopped |= found
+    for pid in stopped:
+        send(pid, signal.SIGKILL)

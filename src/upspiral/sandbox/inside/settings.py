@@ -54,6 +54,10 @@ class Settings:
     """Where else that file may be: the first that there is is opened, where nobody could open it before."""
     oom_score_adj: int = 500
     """Of commands, so that the kernel prefers them to the agent."""
+    proc_fd: int | None = None
+    """An open /proc that can be written, where the one that commands see cannot. By it a command's bash takes
+    `oom_score_adj`, before it lets go of it: no command can take that back, as many small ones might to have the agent
+    killed in their place. None: there is but one /proc."""
     orphan_s: float = 0.0
     """How long the agent stays when it has no connection, where it listens for new ones. 0: it ends with its socket."""
     confinement: Confinement | None = None

@@ -33,7 +33,6 @@ _MAX_STARTING = 16
 _MIB = 1 << 20
 _LIFETIME_GRACE_S = 5.0
 """The keeper ends a sandbox so much later than this process should have done it."""
-"""Where no mount may lie by its own path."""
 _OWN_PROCESSES = 2
 """Of the agent's, which count to the same limit."""
 

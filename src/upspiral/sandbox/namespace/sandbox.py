@@ -96,7 +96,9 @@ class NamespaceSandbox(ConnectedSandbox):
             self._check_live()
             with _memory_file() as archive, _memory_file() as removed:
                 descriptors = [archive.fileno(), removed.fileno()]
-                await self._maker.ask("diff", timeout_s=COPY_TIMEOUT_S, descriptors=descriptors, name=self.id)
+                said = await self._maker.ask("diff", timeout_s=COPY_TIMEOUT_S, descriptors=descriptors, name=self.id)
+                if "larger_than" in said:
+                    raise OSError(f"the difference is larger than {said['larger_than']} bytes")
                 return await asyncio.to_thread(lambda: Diff(_content(archive), json.loads(_content(removed))))
 
     async def snapshot(self) -> Snapshot:

@@ -40,6 +40,16 @@ _GIVING_AWAY = {
     "x86_64": {"chown": 92, "fchown": 93, "lchown": 94, "fchownat": 260},
     "aarch64": {"fchownat": 54, "fchown": 55},
 }
+_ON_A_PROCESS = {
+    "x86_64": ({"sched_setparam": 142, "sched_setscheduler": 144, "sched_setaffinity": 203, "migrate_pages": 256,
+                "prlimit64": 302, "sched_setattr": 314}, {"setpriority": 141, "ioprio_set": 251}),
+    "aarch64": ({"sched_setparam": 118, "sched_setscheduler": 119, "sched_setaffinity": 122, "migrate_pages": 238,
+                 "prlimit64": 261, "sched_setattr": 274}, {"setpriority": 140, "ioprio_set": 30}),
+}  # fmt: skip
+"""What a process may do to another one of the same user, by which argument names that one: the first, the second. Done to
+a sandbox's agent it would pass for a failure of the infrastructure."""
+_AGENT = 1
+"""The process id of the agent, as it is seen in its sandbox."""
 _AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 _CLONE = {"x86_64": 56, "aarch64": 220}
 _IOCTL = {"x86_64": 16, "aarch64": 29}
@@ -81,6 +91,9 @@ def filter_program(*, pretends_to_give_away: bool = False) -> bytes:
     if pretends_to_give_away:
         for number in _GIVING_AWAY[machine].values():
             program += _return_if(_EQUAL, number, _ERRNO)
+    for argument, numbers in enumerate(_ON_A_PROCESS[machine]):
+        for number in numbers.values():
+            program += _examine(number, argument, _return_if(_EQUAL, _AGENT, refuse), otherwise=_ALLOW)
     program += _examine(_CLONE[machine], 0, _return_if(_ANY_BIT, _CLONE_NEWUSER, refuse), otherwise=_ALLOW)
     typing = [part for request in _TERMINAL_INPUT for part in _return_if(_EQUAL, request, refuse)]
     program += _examine(_IOCTL[machine], 1, typing, otherwise=_ALLOW)

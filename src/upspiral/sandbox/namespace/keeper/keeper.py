@@ -6,8 +6,10 @@ it failed. Unasked the keeper says only that a sandbox has `ended`.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import resource
 import select
 import socket
 import time
@@ -29,6 +31,8 @@ from upspiral.sandbox.namespace.keeper.stack import Layer, Stack
 from upspiral.sandbox.namespace.keeper.syscalls import MountFlag, Namespace
 from upspiral.sandbox.namespace.seccomp import filter_program
 
+_MAX_NAMES_BYTES = 64 << 20
+"""Of names and attributes in a difference; of content there may be as much as the disk has room for."""
 _MAX_LAYERS = 64
 """Stacks that are deeper are copied into one layer."""
 _SETUP_TIMEOUT_S = 30.0
@@ -387,11 +391,19 @@ class Keeper:
         live = self._the(request["name"])
         stack, made = live.stack, [*MADE, *live.order.mounts]
         archive, removed = descriptors  # which the child inherits
+        most_bytes = live.order.disk_bytes + _MAX_NAMES_BYTES
 
         def compare() -> Message:
             layers = [live.open_disk(), *(each.open() for each in stack.layers)]
-            with paused(live), open(archive, "wb") as output:
-                gone = aside.write_difference(layers, stack.image, output, stack.identity.inside, made)
+            # Files with holes hold more than the disk does, and what is written here is the host's memory.
+            resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, most_bytes))
+            try:
+                with paused(live), open(archive, "wb") as output:
+                    gone = aside.write_difference(layers, stack.image, output, stack.identity.inside, made)
+            except OSError as error:
+                if error.errno == errno.EFBIG:
+                    return {"larger_than": most_bytes}
+                raise
             with open(removed, "w") as output:
                 json.dump(gone, output)
             return {}

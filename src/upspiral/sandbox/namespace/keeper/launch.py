@@ -105,12 +105,13 @@ def _become_sandbox(order: Order, ground: Ground, line: socket.socket, agent: in
     _set("net/ipv4/ip_unprivileged_port_start", 0)
     _set("user/max_user_namespaces", 0)  # below this one
     syscalls.set_hostname("sandbox")
+    proc = _cover_proc()
     _drop_privileges(ground.filter)
     socket.send_fds(line, [READY], [disk])
     os.close(disk)
     for descriptor in rest:
         os.set_inheritable(descriptor, False)
-    return Settings.from_json({**order.agent, "oom_fd": rest[0] if rest else None})
+    return Settings.from_json({**order.agent, "oom_fd": rest[0] if rest else None, "proc_fd": proc})
 
 
 def _forget_the_keeper(line: socket.socket, agent: int) -> None:
@@ -197,6 +198,16 @@ def _set(name: str, value: int) -> None:
     """A setting of the kernel's for the namespaces of this process."""
     with open(f"/proc/sys/{name}", "w") as file:
         file.write(str(value))
+
+
+def _cover_proc() -> int:
+    """From here on /proc cannot be written by its path. Returns the one below, which can."""
+    below = os.open("/proc", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    tree = syscalls.clone_tree("/proc")
+    syscalls.protect(tree)
+    syscalls.attach(tree, "/proc")
+    os.close(tree)
+    return below
 
 
 def _drop_privileges(filter_program: bytes) -> None:
