@@ -20,11 +20,11 @@ from typing import Any
 
 import pytest
 
-from upspiral.sandbox.base import Capabilities, Command, ExecResult, Sandbox, SandboxBackend, SandboxSpec
 from upspiral.errors import SandboxError
+from upspiral.sandbox.base import Capabilities, Command, ExecResult, Sandbox, SandboxBackend, SandboxSpec
+from upspiral.sandbox.fake import FakeBackend
 from upspiral.sandbox.namespace import NamespaceBackend
 from upspiral.sandbox.namespace.host import check_host
-from upspiral.sandbox.fake import FakeBackend
 from upspiral.sandbox.process import ProcessBackend
 
 TIMEOUT_S = 60.0

@@ -103,7 +103,9 @@ def test_a_hostile_agent(name: str) -> None:
 
 
 @pytest.mark.parametrize("agent", ["silence", "output now and then", "output without end"])
-@pytest.mark.parametrize("operation", ["read", "list_files", "download", "shell", "spawn", "connect", "write", "upload"])
+@pytest.mark.parametrize(
+    "operation", ["read", "list_files", "download", "shell", "spawn", "connect", "write", "upload"]
+)
 def test_a_hostile_agent_holds_up_no_operation(operation: str, agent: str) -> None:
     large = b"x" * (4 << 20)
     arguments: dict[str, tuple[object, ...]] = {

@@ -53,7 +53,9 @@ def test_the_door_of_32_bit_programs_is_closed(stage: Stage) -> None:
 
 def test_nesting_namespaces(stage: Stage) -> None:
     needs_containment(stage)
-    done = stage.exec("for n in U m p n i u C T; do unshare -$n echo $n made; done; unshare -Ur id; unshare -Urm mount -t tmpfs x /tmp")
+    done = stage.exec(
+        "for n in U m p n i u C T; do unshare -$n echo $n made; done; unshare -Ur id; unshare -Urm mount -t tmpfs x /tmp"
+    )
     assert done.stdout == b"", done
 
 
@@ -186,7 +188,9 @@ def test_the_network_of_the_host(stage: Stage) -> None:
         targets = [(socket.AF_INET, (host, port)) for port in ports for host in ("127.0.0.1", "0.0.0.0", "127.0.1.1")]
         targets += [(socket.AF_INET, (host, 80)) for host in ("10.0.0.1", "169.254.169.254", "192.0.2.1", "8.8.8.8")]
         table = [(int(family), address) for family, address in targets] + [(int(socket.AF_UNIX), name)]
-        done = stage.exec(f"{python(probes.REACH % table)}; cat /proc/net/unix | grep -c @upspiral; ls /sys/class/net 2>/dev/null")
+        done = stage.exec(
+            f"{python(probes.REACH % table)}; cat /proc/net/unix | grep -c @upspiral; ls /sys/class/net 2>/dev/null"
+        )
     assert done.stdout == b"0\n", done
 
 

@@ -138,7 +138,9 @@ ARCHIVES = {
     "a name beyond everything": _tar("n" * 5000),
     "a deep name": _tar("d/" * 3000 + "x"),
     "an empty name": _tar(""),
-    "an attribute beyond everything": _tar("a", change=lambda member: setattr(member, "pax_headers", {"comment": "x" * 3_000_000})),
+    "an attribute beyond everything": _tar(
+        "a", change=lambda member: setattr(member, "pax_headers", {"comment": "x" * 3_000_000})
+    ),
 }
 
 
@@ -228,7 +230,9 @@ def test_a_layer_full_of_oddities_is_copied_and_compared(stage: Stage) -> None:
     lay = (
         "mkfifo pipe; ln -s /etc/shadow out; ln -s . here; mkdir locked; > locked/x; chmod 0 locked; > $'\\xff\\n'; "
         "truncate -s 60M hole; cp $(command -v id) set; chmod 6755 set; ln set other; "
-        + python("import os, socket\nsocket.socket(socket.AF_UNIX).bind('socket')\nfor i in range(1200):\n    os.mkdir('d')\n    os.chdir('d')")
+        + python(
+            "import os, socket\nsocket.socket(socket.AF_UNIX).bind('socket')\nfor i in range(1200):\n    os.mkdir('d')\n    os.chdir('d')"
+        )
     )
 
     async def check(sandbox: Sandbox) -> None:
@@ -257,7 +261,9 @@ def test_a_sandbox_writes_in_no_other_s_layers(stage: Stage) -> None:
 
     async def check(backend: SandboxBackend) -> None:
         async with backend.acquire(SandboxSpec()) as sandbox:
-            await output_of(sandbox, "mkdir gone folder; > gone/x; > folder/y; echo file > file; > mode; echo long > long")
+            await output_of(
+                sandbox, "mkdir gone folder; > gone/x; > folder/y; echo file > file; > mode; echo long > long"
+            )
             snapshot = await sandbox.snapshot()
             before = await output_of(sandbox, look)
             one, two = await sandbox.fork(2)

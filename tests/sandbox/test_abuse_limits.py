@@ -190,7 +190,10 @@ def test_one_command_s_deadline_is_not_another_s(stage: Stage) -> None:
     stage.needs("commands", "robust_agent")
 
     async def check(sandbox: Sandbox) -> None:
-        await output_of(sandbox, "sleep 1000 >/dev/null 2>&1 & echo $! > server; setsid sleep 1000 >/dev/null 2>&1 & echo $! >> server")
+        await output_of(
+            sandbox,
+            "sleep 1000 >/dev/null 2>&1 & echo $! > server; setsid sleep 1000 >/dev/null 2>&1 & echo $! >> server",
+        )
         hang = "trap '' TERM; (trap '' TERM; setsid sleep 1000 & sleep 1000) & sleep 1000"
         assert (await sandbox.exec(hang, timeout_s=1.0)).timed_out
         await output_of(sandbox, "for p in $(cat server); do kill -0 $p || exit 1; done")
@@ -235,7 +238,9 @@ def test_a_crowd_of_commands(stage: Stage) -> None:
     stage.needs("commands", "robust_agent")
 
     async def check(sandbox: Sandbox) -> None:
-        done = await asyncio.gather(*(sandbox.exec("echo $((6 * 7)); sleep 0.2", timeout_s=TIMEOUT_S) for _ in range(200)))
+        done = await asyncio.gather(
+            *(sandbox.exec("echo $((6 * 7)); sleep 0.2", timeout_s=TIMEOUT_S) for _ in range(200))
+        )
         assert any(each.stdout == b"42\n" for each in done)
         assert all(each.exit_code is not None for each in done)
         assert await output_of(sandbox, "echo alive") == b"alive\n"

@@ -26,7 +26,12 @@ FORGED = b"0" * 64 + b' {"begun": false, "marks": {"forged": true}, "problem": "
 
 
 def graded(
-    stage: Stage, files: Mapping[str, bytes | str], exam: Exam, *, first: str = "", given: Mapping[str, bytes] | None = None
+    stage: Stage,
+    files: Mapping[str, bytes | str],
+    exam: Exam,
+    *,
+    first: str = "",
+    given: Mapping[str, bytes] | None = None,
 ) -> Verdict:
     """The verdict on a work of these files, made in a sandbox in which `first` is run; `given` was there before."""
     verdicts: list[Verdict] = []
@@ -53,7 +58,9 @@ def test_an_honest_work_passes_and_a_wrong_one_does_not(stage: Stage) -> None:
     assert not graded(stage, {}, Exam(SQUARES)).passed
 
 
-@pytest.mark.parametrize("check", ["", "raise ValueError('x')", "mark('a', True); raise SystemExit", "import os; os._exit(0)", "1 +"])
+@pytest.mark.parametrize(
+    "check", ["", "raise ValueError('x')", "mark('a', True); raise SystemExit", "import os; os._exit(0)", "1 +"]
+)
 def test_a_check_that_says_nothing_or_breaks_passes_nobody(stage: Stage, check: str) -> None:
     stage.needs("commands")
     if check == "1 +":
@@ -119,7 +126,10 @@ ATTACKS = {
 @pytest.mark.parametrize("attack", ATTACKS)
 def test_a_work_cannot_say_the_verdict(stage: Stage, attack: str) -> None:
     stage.needs("commands", "untrusted")
-    check = SQUARES + "done = run(['python3', 'square.py'], stdin=b'5', timeout_s=5)\nmark('square of 5', done.stdout == b'25\\n')"
+    check = (
+        SQUARES
+        + "done = run(['python3', 'square.py'], stdin=b'5', timeout_s=5)\nmark('square of 5', done.stdout == b'25\\n')"
+    )
     verdict = graded(stage, {"square.py": ATTACKS[attack]}, Exam(check, timeout_s=20))
     assert not verdict.passed and "forged" not in verdict.marks, verdict
 
@@ -224,7 +234,11 @@ def test_an_honest_suite_passes(stage: Stage) -> None:
     verdict = graded(stage, work, suite_exam())
     assert verdict.passed and verdict.marks == {ID: True}, verdict
     assert list(verdict.left_out) == ["conftest.py"]
-    every = Exam(pytest_check(["tests"], python_path=["/opt/site"]), files={"tests/test_it.py": ONE_TEST.encode()}, spec=suite_exam().spec)
+    every = Exam(
+        pytest_check(["tests"], python_path=["/opt/site"]),
+        files={"tests/test_it.py": ONE_TEST.encode()},
+        spec=suite_exam().spec,
+    )
     assert graded(stage, {"solution.py": RIGHT}, every).passed
     assert not graded(stage, {"solution.py": WRONG}, every).passed
 
@@ -253,7 +267,9 @@ def suite_exam(files: Mapping[str, bytes] | None = None) -> Exam:
     """With the pytest that runs here."""
     site = str(Path(pytest.__file__).parents[1])
     check = pytest_check(["tests/test_it.py"], must_pass=[ID], python_path=["/opt/site"], timeout_s=60)
-    return Exam(check, spec=SandboxSpec(mounts={site: "/opt/site"}), files=files or {"tests/test_it.py": ONE_TEST.encode()})
+    return Exam(
+        check, spec=SandboxSpec(mounts={site: "/opt/site"}), files=files or {"tests/test_it.py": ONE_TEST.encode()}
+    )
 
 
 def _archive(change: dict[str, object]) -> bytes:

@@ -93,7 +93,9 @@ def _copy(source: tarfile.TarFile, target: tarfile.TarFile, sieve: _Sieve, sifte
         if name is None or name == ".":
             continue
         content = _content(source, regular.get(member.linkname if member.islnk() else member.name), room)
-        if not sieve.takes(name, is_folder=member.isdir()) or (content is None and not (member.isdir() or member.issym())):
+        if not sieve.takes(name, is_folder=member.isdir()) or (
+            content is None and not (member.isdir() or member.issym())
+        ):
             if len(sifted.left_out) < _MAX_NAMES_TOLD:
                 sifted.left_out.append(name)
             continue

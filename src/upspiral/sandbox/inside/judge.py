@@ -29,7 +29,7 @@ _COULD_NOT_START = 126
 _PR_SET_DUMPABLE = 4
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
-_PYTEST = '''
+_PYTEST = """
 import hashlib, hmac, json, os, sys
 key_file, report_file, python_path, arguments = json.loads(sys.argv[1])
 key = os.read(key_file, 32)
@@ -62,7 +62,7 @@ class Reporter:
         self.send("", "end")
 
 pytest.main(arguments, plugins=[Reporter()])
-'''
+"""
 
 
 class Finished(NamedTuple):
