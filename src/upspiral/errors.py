@@ -48,7 +48,7 @@ class TailMismatch(TemplateError):
 
 
 class RequestError(UpspiralError, ValueError):
-    """What a client sent to a server of ours cannot be served. `status` is the HTTP status, `code` a stable short name."""
+    """What a client sent to one of our servers cannot be served. `status` is the HTTP status, `code` a stable name."""
 
     status = 400
     code = "invalid_request"
@@ -103,7 +103,7 @@ class SandboxBusyError(SandboxError):
 
 
 class PageError(UpspiralError, RuntimeError):
-    """A page in a sandbox's browser cannot be loaded, or its JavaScript failed. The browser and the sandbox are fine."""
+    """A page in a sandbox's browser cannot be loaded, or its JavaScript failed. Browser and sandbox are fine."""
 
 
 class AgentError(UpspiralError, RuntimeError):

@@ -166,8 +166,8 @@ class Call:
             self._connection.lose(SandboxError(f"the sandbox's agent was silent for {SILENCE_S:g} s"))
 
     async def result(self, *, silence_s: float = SILENCE_S) -> Ended:
-        """How it ended. When the agent says nothing of it for so long, or speaks on for longer than all that may be said
-        can take, the connection is broken. Cancelled, it cancels the operation and waits until that is done."""
+        """How it ended. When the agent says nothing of it for so long, or speaks on for longer than all that may be
+        said can take, the connection is broken. Cancelled, it cancels the operation and waits until that is done."""
         loop = asyncio.get_running_loop()
         latest_s = loop.time() + silence_s + self.num_bytes / _SLOWEST_BYTES_PER_S
         try:

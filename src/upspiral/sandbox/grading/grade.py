@@ -2,12 +2,12 @@
 
 How it goes:
 
-1. `hand_in` takes the files out of the agent's sandbox. Its processes, its environment and whatever it changed outside of
-   the workspace stay behind.
+1. `hand_in` takes the files out of the agent's sandbox. Its processes, its environment and whatever it changed outside
+   of the workspace stay behind.
 2. `grade` makes a sandbox of the exam's spec, lays the files out without what might pass for a part of the exam, then
    the exam's own files.
-3. A judge (`inside/judge.py`) runs there as a command of its own. Its key, chosen for this one time, and its check come by
-   its standard input; the words it says are signed with the key. Nothing else that is written counts.
+3. A judge (`inside/judge.py`) runs there as a command of its own. Its key, chosen for this one time, and its check come
+   by its standard input; the words it says are signed with the key. Nothing else that is written counts.
 
 What a check should be: a program that *runs* the work and compares what comes out with what it knows:
 
@@ -27,8 +27,8 @@ What this does not protect from:
   anything in its name. A work that leaves early, or writes into every descriptor it finds, fails; and so no conftest,
   setting, plugin or compiled file of it is heeded. A module that looks for the key in the memory of its own process, or
   replaces pytest's functions, passes. A check that runs the work has no such gap.
-- Exam files that are laid out on disk can be read, and changed, by the work while it runs. What must stay hidden belongs
-  into the check's source.
+- Exam files that are laid out on disk can be read, and changed, by the work while it runs. What must stay hidden
+  belongs into the check's source.
 - A work that recognises that it is being graded, or that computes nothing and knows the answers by heart.
 - Whoever breaks out of the sandbox. How hard that is is a matter of the backend (`Capabilities.isolation`).
 - A work that breaks its sandbox, where the backend lacks a robust agent: then there is no verdict, but SandboxError.
@@ -68,8 +68,8 @@ class Exam:
     `mark`: see `inside/judge.py`. A check that ends with an exception, or without a mark, is not passed."""
     timeout_s: float = 120.0
     spec: SandboxSpec = field(default_factory=SandboxSpec)
-    """Of the sandbox to grade in: as the agent's was, without what only the agent needed. It has python3. Its files are not
-    laid out: what the agent left of them comes with the work."""
+    """Of the sandbox to grade in: as the agent's was, without what only the agent needed. It has python3. Its files are
+    not laid out: what the agent left of them comes with the work."""
     files: Mapping[str, bytes] = field(default_factory=dict)
     """Path in the workspace -> content; laid out after the work, in the place of what it has there."""
 

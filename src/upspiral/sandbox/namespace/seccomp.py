@@ -46,8 +46,8 @@ _ON_A_PROCESS = {
     "aarch64": ({"sched_setparam": 118, "sched_setscheduler": 119, "sched_setaffinity": 122, "migrate_pages": 238,
                  "prlimit64": 261, "sched_setattr": 274}, {"setpriority": 140, "ioprio_set": 30}),
 }  # fmt: skip
-"""What a process may do to another one of the same user, by which argument names that one: the first, the second. Done to
-a sandbox's agent it would pass for a failure of the infrastructure."""
+"""What a process may do to another one of the same user, by which argument names that one: the first, the second. Done
+to a sandbox's agent it would pass for a failure of the infrastructure."""
 _AGENT = 1
 """The process id of the agent, as it is seen in its sandbox."""
 _AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
