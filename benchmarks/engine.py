@@ -17,7 +17,8 @@ On a machine that others use too, `--threads 1 --cpu-time` counts the CPU second
   with log-probabilities, temperature 1; the time of a run with one new token is taken off.
 - `prefill_B`: prompt tokens/s of B prompts of PREFILL random tokens, one new token each. Nothing is shared.
 - `trace_s`: 16 agents, 8 turns: a shared system prompt of 512 tokens, 48 new tokens and 32 sampled a turn, each with
-  the whole history again. Prefix caches are on where there is one; `trace_no_cache_s` is vLLM without.
+  the whole history again. With prefix caches; `trace_no_cache_s` is vLLM without. `generate` has none from call to
+  call and is left out.
 - `peak_mb`: the process at its largest, imports and model included.
 
 Medians of REPEATS after a warm-up. Ratios are ours over theirs (tokens/s) or theirs over ours (seconds).
@@ -33,7 +34,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from result import ROOT, report
+from result import ROOT, commit, report, saved_figures
 
 BACKENDS = ("ours", "transformers", "vllm")
 WORKER = ROOT / "benchmarks" / "engine_worker.py"
@@ -79,7 +80,9 @@ def main() -> None:
     from upspiral.weights.models import resolve_model
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--save", action="store_true", help="write benchmarks/results/engine.json")
+    parser.add_argument(
+        "--save", action="store_true", help="write benchmarks/results/engine.json; dtypes not measured now stay"
+    )
     parser.add_argument("--only", nargs="*", choices=("decode", "prefill", "trace"), help="measure only these")
     parser.add_argument("--dtypes", nargs="*", default=["bfloat16", "float32"], choices=("bfloat16", "float32"))
     parser.add_argument("--vllm-python", type=Path, help="the interpreter of an environment with vLLM")
@@ -89,14 +92,14 @@ def main() -> None:
     parser.add_argument("--cpu-time", action="store_true", help="count CPU seconds; meant for one thread")
     options = parser.parse_args()
     model = resolve_model("smollm2-135m")
-    figures: dict[str, Any] = {}
+    figures: dict[str, Any] = saved_figures("engine")
     for dtype in options.dtypes:
         measured = {}
         for backend in BACKENDS:
             if backend != "vllm" or options.vllm_python:
                 measured[backend] = run_worker(backend, dtype, model, options)
                 print(dtype, backend, measured[backend], file=sys.stderr, flush=True)
-        figures[dtype] = {**measured, "ratios": ratios(measured)}
+        figures[dtype] = {**measured, "ratios": ratios(measured), "commit": commit()}
     report("engine", figures, TARGETS, save=options.save)
 
 

@@ -218,7 +218,7 @@ def main() -> None:
         figures |= decode(backend, bench)
     if "prefill" in options.only:
         figures |= prefill(backend, bench)
-    if "trace" in options.only:
+    if "trace" in options.only and options.backend != "transformers":
         figures["trace_s"] = trace(backend, bench)
     figures["peak_mb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
     if "trace" in options.only and options.backend == "vllm":

@@ -32,13 +32,14 @@ from random import Random
 from typing import Any
 
 from result import report
+from upspiral.config.models import AlgorithmConfig, TrainerConfig
 from upspiral.trainer.flat import call_rows, side_by_side
 from upspiral.trainer.forest import ForestBatch, Item, pack
 from upspiral.trajectory.graph import TokenRun, TrajectoryGraph
 from upspiral.types import NodeCredit, RolloutCredit
 
 MODEL = "smollm2-135m"
-TOKENS_PER_MICROBATCH = 4096
+TOKENS_PER_MICROBATCH = TrainerConfig().tokens_per_microbatch
 MOST_TOKENS, SAMPLE_TOKENS = 10_240, 5_120
 FEW_TOKENS = 2048
 CALLS = (2, 4, 8, 16, 32, 64, 79, 128)
@@ -154,7 +155,6 @@ class Bench:
     def __init__(self) -> None:
         import torch
 
-        from upspiral.config.models import AlgorithmConfig, TrainerConfig
         from upspiral.trainer.local import LocalTrainer
         from upspiral.weights.cpu import keep_freed_memory, num_cores, use_threads
         from upspiral.weights.load import load_model

@@ -19,12 +19,22 @@ def report(benchmark: str, figures: dict[str, Any], targets: dict[str, Any], *, 
         "figures": figures,
         "targets": targets,
         "machine": machine(),
-        "commit": _git("rev-parse", "--short", "HEAD") + ("-dirty" if _git("status", "--porcelain") else ""),
+        "commit": commit(),
     }
     if save:
         target = ROOT / "benchmarks" / "results" / f"{benchmark}.json"
         target.write_text(json.dumps(line, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(line), flush=True)
+
+
+def saved_figures(benchmark: str) -> dict[str, Any]:
+    """Of benchmarks/results/NAME.json; none when there is no such file."""
+    path = ROOT / "benchmarks" / "results" / f"{benchmark}.json"
+    return json.loads(path.read_text(encoding="utf-8"))["figures"] if path.exists() else {}
+
+
+def commit() -> str:
+    return _git("rev-parse", "--short", "HEAD") + ("-dirty" if _git("status", "--porcelain") else "")
 
 
 def machine() -> dict[str, Any]:

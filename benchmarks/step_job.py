@@ -40,6 +40,8 @@ class Job:
     rows_per_pass: int = 0
     """Of TRL: how many rows go forward and backward at once."""
     clock: Literal["wall", "cpu"] = "wall"
+    budget_s: float = 150.0
+    """A process whose steps have taken longer together takes no further one, once one of them counts."""
 
     def now(self) -> float:
         """Seconds."""
@@ -80,6 +82,7 @@ def answer(job: Job, steps: Sequence[Mapping[str, float]]) -> None:
     """Prints the medians over the timed steps and the process's peak, and ends the process."""
     timed = steps[job.warm_ups :]
     figures = {name: round(statistics.median(step[name] for step in timed), 3) for name in timed[0]}
+    figures["timed_steps"] = len(timed)
     figures["peak_mb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
     print(json.dumps(figures), flush=True)
     os._exit(0)  # engines leave threads behind

@@ -39,9 +39,6 @@ from upspiral.types import Rollout, SamplingParams
 from upspiral.weights.cpu import keep_freed_memory, num_cores
 from upspiral.weights.load import load_model
 
-TOKENS_PER_MICROBATCH = 1024
-"""As fast as the default of 4,096 here, and leaner."""
-
 
 class TimedTrainer(LocalTrainer):
     """Says how long clipping and the optimizer took of its last step."""
@@ -68,7 +65,7 @@ class Steps:
             lr=LEARNING_RATE,
             betas=BETAS,
             max_grad_norm=MAX_GRAD_NORM,
-            tokens_per_microbatch=TOKENS_PER_MICROBATCH,
+            master_weights="none" if job.dtype == "bfloat16" else "float32",
         )
         self._trainer = TimedTrainer(
             model.module, self._config, self._algorithm, temperature=TEMPERATURE, lanes=num_cores()

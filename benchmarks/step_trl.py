@@ -195,6 +195,8 @@ def run(job: Job) -> list[Mapping[str, float]]:
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             watch.end()
+            if len(watch.steps) > job.warm_ups and sum(step["step_s"] for step in watch.steps) > job.budget_s:
+                control.should_training_stop = True
 
     with tempfile.TemporaryDirectory() as folder:
         trainer = timed_trainer(watch)(

@@ -1,7 +1,7 @@
 """One GRPO step of upspiral beside one of TRL's GRPOTrainer: SmolLM2-135M, the same prompts, reward, loss and threads.
 
     python benchmarks/step_vs_trl.py --trl-python PATH [--save] [--only SHAPE ...] [--dtypes bfloat16 float32]
-        [--repeats 3] [--rows-per-pass N ...] [--clock wall|cpu]
+        [--repeats 5] [--rows-per-pass N ...] [--clock wall|cpu]
 
 A step is everything from prompts to new weights that the next one samples from: 4 prompts x 8 completions, reward and
 advantages, forward and backward, AdamW, publication. Each side runs in a process of its own, one after the other, with
@@ -15,8 +15,8 @@ a thread for each core. TRL needs an environment of its own, whose interpreter `
 - Prompts are stretches of the licence's text. Both sides sample exactly 64 tokens a call: TRL with `min_new_tokens`,
   upspiral without stop tokens.
 - Both: temperature 1, AdamW with the same rates, clip and gradient norm, no KL; advantage = reward minus the group's
-  mean; mean over tokens, then rollouts. In bfloat16 TRL's weights and moments are bfloat16 (its fastest form),
-  upspiral's masters and moments float32.
+  mean; mean over tokens, then rollouts. In bfloat16 neither side keeps float32 weights: TRL's weights and moments are
+  bfloat16 (its fastest form), upspiral's weights bfloat16 (`trainer.master_weights = "none"`) and its moments float32.
 - TRL without gradient checkpointing and logging. `--rows-per-pass` rows go forward and backward at once and their
   gradients add up to one step; of several numbers the fastest counts and all are in `tried`. The default, 8, is TRL's.
   Without Triton its output layer scores the positions of prompts too (`add_fused_lm_head` in its source).
@@ -27,7 +27,8 @@ a thread for each core. TRL needs an environment of its own, whose interpreter `
 `X_ratio` is TRL's seconds over ours, `X_peak_ratio` our largest memory over TRL's, `peak_ratio` the worst of these; a
 process's peak holds imports and model. Seconds of phases: `generate`, `credit` (rewards, advantages, packing),
 `forward_backward`, `update` (clipping and AdamW), `publish`. `computed_tokens` went through the model in training, each
-side's padding included. Medians of `--repeats` steps after one that warms up (none for TRL with a row for each call).
+side's padding included. Medians of `--repeats` steps after one that warms up (none for TRL with a row for each call);
+fewer where they take more than two and a half minutes together: `timed_steps` says how many.
 
 On a machine that others use, `taskset -c 0 ... --clock cpu` compares one core's seconds of computing.
 """
@@ -44,7 +45,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from result import ROOT, report
+from result import ROOT, commit, report, saved_figures
 from step_job import NEW_TOKENS, PROMPTS, Job, Row
 from upspiral.weights.cpu import num_cores
 from upspiral.weights.models import resolve_model
@@ -142,15 +143,18 @@ def check_environment(python: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trl-python", type=Path, required=True, help="the interpreter of an environment with TRL")
-    parser.add_argument("--save", action="store_true", help="write benchmarks/results/step_vs_trl.json")
+    parser.add_argument(
+        "--save", action="store_true", help="write benchmarks/results/step_vs_trl.json; dtypes not measured now stay"
+    )
     parser.add_argument("--only", nargs="*", default=list(SHAPES), choices=list(SHAPES), help="measure only these")
     parser.add_argument("--dtypes", nargs="*", default=["bfloat16", "float32"], choices=("bfloat16", "float32"))
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--rows-per-pass", type=int, nargs="*", default=[8])
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
     options = parser.parse_args()
     check_environment(options.trl_python)
-    figures = {dtype: measure(dtype, options) for dtype in options.dtypes}
+    measured = {dtype: {**measure(dtype, options), "commit": commit()} for dtype in options.dtypes}
+    figures = {**saved_figures("step_vs_trl"), **measured}
     report(
         "step_vs_trl",
         {**figures, "model": MODEL, "new_tokens": NEW_TOKENS, "threads": num_cores(), "clock": options.clock},

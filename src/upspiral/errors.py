@@ -18,6 +18,7 @@
     ├── AgentError             the agent crashed, hung or broke the protocol
     ├── DeadlineError          a wait ran past its deadline; the message names what it waited for
     ├── StoreError             the trajectory store or a checkpoint could not be written or read
+    ├── RunError               nothing that a run collects can be judged; it stops
     └── LedgerError            sampled tokens are unaccounted for; training stops
 
 Messages for users name what was given and what to do. Infrastructure errors never become a reward (DESIGN law 6).
@@ -111,6 +112,10 @@ class DeadlineError(UpspiralError, TimeoutError):
 
 class StoreError(UpspiralError, OSError):
     """The trajectory store or a checkpoint could not be written or read."""
+
+
+class RunError(UpspiralError, RuntimeError):
+    """Nothing that a run collects can be judged: it stops instead of burning steps."""
 
 
 class LedgerError(UpspiralError, RuntimeError):

@@ -19,7 +19,7 @@ pytest.importorskip("torch", reason="needs the [train] extra")
 from tests.fixtures.tiny_model import make_model
 from upspiral.cli.main import run_command
 from upspiral.config.loader import load_run_config
-from upspiral.errors import LedgerError
+from upspiral.errors import LedgerError, RunError
 from upspiral.loop.run import run_training
 from upspiral.monitor.metrics import read_metrics
 from upspiral.monitor.progress import LiveProgress
@@ -137,6 +137,36 @@ def test_a_reward_that_no_token_earned_stops_the_run(tmp_path: Path, model: Path
     config = load_run_config(path, ())
     with pytest.raises(LedgerError, match=r"rollout eval-0000-000 has reward .* did not call the model"):
         run_training(config, tmp_path / "run", resume=False, progress=LiveProgress("tiny", 2, quiet=True))
+
+
+@pytest.mark.parametrize(
+    ("evaluation", "where"),
+    [
+        ("tasks = 12", "evaluation after step 0: none of the 12 rollouts"),
+        ("tasks = 0", "step 1: none of the 48 rollouts"),
+    ],
+)
+def test_what_nobody_could_judge_stops_the_run_and_is_tried_again(
+    tmp_path: Path, model: Path, evaluation: str, where: str
+) -> None:
+    agent, path = tmp_path / "mended_later.py", recipe(tmp_path, model, steps=2)
+    agent.write_text('async def agent(task) -> str:\n    """Never answers."""\n    raise OSError("no way out")\n')
+    path.write_text(
+        path.read_text()
+        .replace(f"{FIXTURES}/one_call_agent.py", str(agent))
+        .replace("tasks = 12\ntemperature = 1.0", evaluation)
+    )
+    config, folder = load_run_config(path, ()), tmp_path / "run"
+    with pytest.raises(RunError, match=rf"{where} .*no way out"):
+        run_training(config, folder, resume=False, progress=LiveProgress("tiny", 2, quiet=True))
+
+    shutil.copyfile(FIXTURES / "one_call_agent.py", agent)
+    result = run_training(config, folder, resume=True, progress=LiveProgress("tiny", 2, quiet=True))
+    assert result.steps == 2 and {line["tasks"] for line in result.evaluations} <= {12}
+    store = TrajectoryStore(folder / "trajectories.db", create=False)
+    assert store.ledger().difference == 0
+    assert len(store.rollouts(status=RolloutStatus.CANCELLED)) in (12, 48)
+    store.close()
 
 
 def test_kill_9_loses_no_committed_node_and_resume_goes_on(tmp_path: Path, model: Path) -> None:

@@ -15,6 +15,7 @@ NEEDS_TORCH = (
     "upspiral.engine.embedded",
     "upspiral.kernel.layer",
     "upspiral.kernel.path_attention",
+    "upspiral.kernel.product",
     "upspiral.kernel.rows",
     "upspiral.loop",
     "upspiral.weights.load",

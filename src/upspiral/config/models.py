@@ -239,8 +239,9 @@ class TrainerConfig(_Section):
     themselves with stochastic rounding, which saves 4 bytes a weight."""
     max_grad_norm: PositiveFloat = 1.0
     """Gradients are clipped to this global norm."""
-    tokens_per_microbatch: PositiveInt = 4096
-    """Unique tokens of one forward and backward pass."""
+    tokens_per_microbatch: PositiveInt = 1024
+    """Unique tokens of one forward and backward pass; on a CPU, each core has one under way. More take more memory and,
+    on a CPU, hardly less time."""
     activation_checkpointing: bool = False
     """Whether decoder layers are computed again in the backward pass instead of being kept: the same gradients to the
     bit, with less memory and in more time."""

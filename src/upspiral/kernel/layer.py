@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from upspiral.kernel.path_attention import path_attention
+from upspiral.kernel.product import multiply
 from upspiral.kernel.rows import Rows, rows
 from upspiral.weights.fused import FusedLayer
 
@@ -55,7 +56,7 @@ Product = Callable[[Tensor], Tensor]
 
 def plain_product(weight: Tensor) -> Product:
     """With the weight as it is when it is called."""
-    return lambda rows: rows @ weight.mT
+    return lambda rows: multiply(rows, weight)
 
 
 class DenseLayer:

@@ -88,8 +88,9 @@ async def assemble(config: RunConfig, folder: RunFolder, progress: Progress) -> 
 
 
 def num_lanes(config: RunConfig) -> int:
-    """How many CPU threads compute: for the engine they share one step, for the trainer each has a microbatch."""
-    return config.model.threads or num_cores()
+    """How many CPU threads compute: for the engine they share one step, for the trainer each has a microbatch. A GPU is
+    full with one microbatch, and every lane more would hold gradients of its own there."""
+    return 1 if _device(config) == "cuda" else config.model.threads or num_cores()
 
 
 def _agents(config: RunConfig) -> AgentRunner:
@@ -105,12 +106,15 @@ def _load(config: RunConfig, model_folder: Path) -> LoadedModel:
     torch.manual_seed(config.seed)
     torch.set_num_threads(1)  # the engine's thread takes the cores; see engine/embedded/engine.py
     keep_freed_memory()
-    device = config.model.device
-    if device == "cuda" and not torch.cuda.is_available():
+    if config.model.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError('model.device = "cuda" but torch sees no CUDA device; use "auto" or "cpu"')
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    return load_model(model_folder, dtype=config.model.dtype, device=device)
+    return load_model(model_folder, dtype=config.model.dtype, device=_device(config))
+
+
+def _device(config: RunConfig) -> str:
+    if config.model.device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return config.model.device
 
 
 async def _serve(config: RunConfig, folder: RunFolder, stage: Stage, stack: AsyncExitStack) -> Addresses:

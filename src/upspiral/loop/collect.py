@@ -23,6 +23,7 @@ from upspiral.gateway.session import SessionPolicy
 from upspiral.loop.assembly import Parts
 from upspiral.loop.curriculum import Curriculum
 from upspiral.loop.rollouts import Attempt
+from upspiral.loop.verdicts import check_verdicts
 from upspiral.trajectory.graph import TrajectoryGraph
 from upspiral.types import Rollout, RolloutStatus
 
@@ -66,7 +67,8 @@ class Collector:
 
     async def train_groups(self, step: int, on_progress: OnProgress) -> dict[str, list[ScoredRollout]]:
         """The groups of one step. A group without signal is replaced until `groups_per_step` have some or
-        `max_groups_per_step` were sampled; every sampled group is returned."""
+        `max_groups_per_step` were sampled; every sampled group is returned. Raises RunError when nothing could be
+        judged."""
         algorithm = self._config.algorithm
         tasks = self._curriculum.choose(step)
         groups: dict[str, list[ScoredRollout]] = {}
@@ -83,6 +85,8 @@ class Collector:
             on_progress(len(groups) * algorithm.group_size, started * algorithm.group_size)
         for each in (each for rollouts in groups.values() for each in rollouts):
             check_recorded(each.rollout, each.graph.num_sampled)
+        everyone = [one.rollout for rollouts in groups.values() for one in rollouts]
+        check_verdicts(everyone, f"step {step}", self._store)
         self._observe(step, tasks, {name: _rewards(rollouts) for name, rollouts in groups.items()})
         return dict(sorted(groups.items()))
 
@@ -102,6 +106,7 @@ class Collector:
         ]
         for each in judged:
             check_recorded(each.rollout, each.calls)
+        check_verdicts(rollouts, f"evaluation after step {step}", self._store)
         return judged
 
     async def demonstrations(self, on_progress: OnProgress) -> list[tuple[Rollout, TrajectoryGraph]]:

@@ -49,8 +49,11 @@ class RunResult:
 def run_training(config: RunConfig, run_folder: Path, *, resume: bool, progress: Progress) -> RunResult:
     """Runs, or resumes, a training run. Raises UpspiralError for anything the user can mend."""
     folder = RunFolder.open(run_folder, config, resume=resume)
-    write_environment(folder.path)
-    return asyncio.run(_run(config, folder, progress))
+    try:
+        write_environment(folder.path)
+        return asyncio.run(_run(config, folder, progress))
+    finally:
+        folder.close()
 
 
 async def _run(config: RunConfig, folder: RunFolder, progress: Progress) -> RunResult:

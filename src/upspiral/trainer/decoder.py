@@ -2,13 +2,15 @@
 
 transformers' modules do the same in some forty operations a layer; for the small batches of a laptop their dispatch and
 their copies cost as much as the products. Here a layer is projections, attention, and the rest; of each, what is cheap
-is computed again in the backward pass instead of kept.
+is computed again in the backward pass instead of kept. Products that would make the gradient of a weight that is not
+trained, as beside adapters, are left out.
 
 Shapes: T tokens, W hidden width, H query heads, K key heads, D head width, F inner width.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -17,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from upspiral.kernel.layer import Angles, DenseLayer, dense_layers
+from upspiral.kernel.product import multiply
 from upspiral.trainer.attention import ForestPass, forest_attention
 from upspiral.trainer.recompute import computed_again, recomputed_layers
 from upspiral.weights.families import CausalModule
@@ -129,9 +132,12 @@ class Projections(torch.autograd.Function):
             parts[index].copy_(made)
         grad = together.flatten(1)
         rows_T1W = hidden[:, None]
-        normed, _ = layer.rows.norm(rows_T1W, layer.attention_norm, layer.epsilon)
-        grad_weights = (grad.mT @ normed[:, 0]).split([size * layer.width for size in sizes])
-        to, grad_norm = layer.rows.norm_gradients(rows_T1W, layer.attention_norm, scales, (grad @ layer.qkv)[:, None])
+        grad_weights: Sequence[Tensor | None] = [None] * 3
+        if any(ctx.needs_input_grad[2:5]):
+            normed, _ = layer.rows.norm(rows_T1W, layer.attention_norm, layer.epsilon)
+            grad_weights = multiply(grad.mT, normed[:, 0].mT).split([size * layer.width for size in sizes])
+        grad_normed = multiply(grad, layer.qkv.mT)[:, None]
+        to, grad_norm = layer.rows.norm_gradients(rows_T1W, layer.attention_norm, scales, grad_normed)
         return to[:, 0], grad_norm, *grad_weights, *grad_head_norms, None, None
 
 
@@ -151,17 +157,22 @@ class FeedForward(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         attended, middle, scales, gates = ctx.saved_tensors
         layer: DenseLayer = ctx.layer
+        needs_output, _, needs_gate, needs_up, needs_down = ctx.needs_input_grad[2:7]
         grad, middle_T1W = grads[0].contiguous(), middle[:, None]
-        grad_down = grad.mT @ layer.rows.gate(gates)
-        grad_gates = layer.rows.gate_gradients(gates, grad @ layer.down)
-        normed, _ = layer.rows.norm(middle_T1W, layer.feed_forward_norm, layer.epsilon)
-        grad_gate, grad_up = (grad_gates.mT @ normed[:, 0]).chunk(2)
+        grad_down = multiply(grad.mT, layer.rows.gate(gates).mT) if needs_down else None
+        grad_gates = layer.rows.gate_gradients(gates, multiply(grad, layer.down.mT))
+        grad_gate = grad_up = None
+        if needs_gate or needs_up:
+            normed, _ = layer.rows.norm(middle_T1W, layer.feed_forward_norm, layer.epsilon)
+            grad_gate, grad_up = multiply(grad_gates.mT, normed[:, 0].mT).chunk(2)
+        grad_normed = multiply(grad_gates, layer.gate_up.mT)[:, None]
         to, grad_norm = layer.rows.norm_gradients(
-            middle_T1W, layer.feed_forward_norm, scales, (grad_gates @ layer.gate_up)[:, None], grad[:, None]
+            middle_T1W, layer.feed_forward_norm, scales, grad_normed, grad[:, None]
         )
         grad_middle = to[:, 0]
-        grad_output = grad_middle.mT @ attended
-        return grad_middle, grad_middle @ layer.output, grad_output, grad_norm, grad_gate, grad_up, grad_down, None
+        grad_output = multiply(grad_middle.mT, attended.mT) if needs_output else None
+        grad_attended = multiply(grad_middle, layer.output.mT)
+        return grad_middle, grad_attended, grad_output, grad_norm, grad_gate, grad_up, grad_down, None
 
 
 _decoders: WeakKeyDictionary[nn.Module, CompiledDecoder | None] = WeakKeyDictionary()

@@ -1,6 +1,8 @@
 """The order in which one lane computes its batches: a batch is kept until everything that hangs below it is done.
 
-No prefix is computed twice, and what is alive at any time is one path and one batch more.
+What is alive at any time is two batches with all that their gradients need, the one under way and the lowest on its
+path; of the path above these, keys, values and each layer's input. Layers there are computed again, once, when their
+turn comes.
 """
 
 from __future__ import annotations
@@ -47,14 +49,20 @@ class Lane:
         self.batches = batches
         self._exact, self._recompute = exact, recompute
         self.remaining = deque(depth_first(batches))
+        paths = _contexts(batches)
+        self._above = _contexts([batches[number] for number in paths])
+        """Batches on a path that goes on in a later batch."""
         self._passes: list[ForestPass | None] = [None] * len(batches)
         self._losses: dict[int, Tensor] = {}
 
     def begin(self, work: Work) -> ForestPass:
         """The pass of a batch, for its forward; its context must have begun and not ended."""
-        keeps = work.kind == "forward"
         begun = ForestPass(
-            self.batches[work.batch], self._passes, keeps=keeps, exact=self._exact, recompute=self._recompute
+            self.batches[work.batch],
+            self._passes,
+            keeps=work.kind == "forward",
+            exact=self._exact,
+            recompute=self._recompute or work.batch in self._above,
         )
         self._passes[work.batch] = begun
         return begun
@@ -68,6 +76,11 @@ class Lane:
         ended, self._passes[work.batch] = self._passes[work.batch], None
         assert ended is not None
         ended.backward(self._losses.pop(work.batch, None))
+
+
+def _contexts(batches: Sequence[ForestBatch]) -> set[int]:
+    """The batches that these have as context."""
+    return {run.batch for batch in batches for run in batch.context}
 
 
 def lanes_of(batches: Sequence[ForestBatch], *, exact: bool = False, recompute: bool = False) -> list[Lane]:

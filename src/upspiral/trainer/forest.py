@@ -83,6 +83,16 @@ class ForestBatch:
     def context_length(self) -> int:
         return sum(len(run) for run in self.context)
 
+    @property
+    def subtree_end_N(self) -> NDArray[np.int64]:
+        """Of each node, the place behind the last token of it and its descendants."""
+        ends = self.node_start_N + self.node_length_N
+        for node in range(len(ends) - 1, -1, -1):
+            parent = self.node_parent_N[node]
+            if parent >= 0:
+                ends[parent] = max(ends[parent], ends[node])
+        return ends
+
 
 def pack(
     items: Sequence[Item], *, tokens_per_microbatch: int, minibatches: int = 1, lanes: int = 1

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any, TypeVar
 
 import torch
@@ -16,14 +16,14 @@ from torch import nn
 
 from upspiral.weights.cpu import use_threads
 
-Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
 class Lanes:
     """`models[0]` is the model itself; the others are shells around the same weights with gradients of their own.
 
-    Which item runs on which lane depends on its place alone, so sums over lanes in their order are reproducible.
+    What belongs to a lane is computed on its own model from beginning to end, whichever others have work left, so sums
+    over lanes in their order are reproducible.
     """
 
     def __init__(self, model: Any, count: int) -> None:
@@ -33,16 +33,18 @@ class Lanes:
     def __len__(self) -> int:
         return len(self.models)
 
-    def run(self, work: Callable[[Any, Item], Result], items: Sequence[Item]) -> list[Result]:
-        """`work(model of the lane, item)` for at most as many items as there are lanes, all at once."""
-        if self._pool is None or len(items) == 1:
-            return [work(self.models[0], item) for item in items]
-        others = [self._pool.submit(work, model, item) for model, item in zip(self.models[1:], items[1:], strict=False)]
+    def run(self, work: Callable[[Any, int], Result], numbers: Sequence[int]) -> list[Result]:
+        """`work(model of the lane, its number)` for the lanes of these numbers, all at once; one alone has all cores.
+        What one raises comes out when all have ended."""
+        if self._pool is None or len(numbers) == 1:
+            return [work(self.models[number], number) for number in numbers]
+        others = [self._pool.submit(work, self.models[number], number) for number in numbers[1:]]
         before = torch.get_num_threads()
         use_threads(1)
         try:
-            first = work(self.models[0], items[0])
+            first = work(self.models[numbers[0]], numbers[0])
         finally:
+            wait(others)
             use_threads(before)
         return [first, *(other.result() for other in others)]
 

@@ -24,6 +24,7 @@ from upspiral.trainer.attention import ForestPass, forest_attention_in
 from upspiral.trainer.decoder import prepare
 from upspiral.trainer.depth_first import Lane, Work, lanes_of
 from upspiral.trainer.forest import ForestBatch
+from upspiral.trainer.gradients import GradientSums, Source, whole_weights
 from upspiral.trainer.lanes import Lanes
 from upspiral.trainer.logprob import target_logprobs
 from upspiral.trainer.lora import factors_behind
@@ -88,8 +89,8 @@ class LocalTrainer:
         self._exact = exact
         self._losses: dict[str, Loss] = {"policy": PolicyLoss.from_config(algorithm), "sft": SftLoss()}
         self._temperatures = {"policy": temperature, "sft": 1.0}
-        self._trained = [self._trained_in(lane) for lane in self._lanes.models]
-        self._optimizer = _OPTIMIZERS[config.master_weights](self._trained[0], config)
+        self._sums = GradientSums([self._sources_in(lane) for lane in self._lanes.models])
+        self._optimizer = _OPTIMIZERS[config.master_weights](self._trained(model), config)
         self._policy_steps = 0
 
     def step(
@@ -116,7 +117,7 @@ class LocalTrainer:
         tally = _Tally()
         with self._forest_attention():
             self._accumulate(batches, {}, kind, tally)
-        self._optimizer.drop_gradients()
+        self._sums.drop()
         return tally.metrics(0.0, time.monotonic() - started)
 
     def forget_moments(self) -> None:
@@ -137,11 +138,14 @@ class LocalTrainer:
         self._merge()
         self._policy_steps = int(state["policy_steps"])
 
-    def _trained_in(self, lane: Any) -> list[Tensor]:
-        """What the optimizer updates, as tensors that gradients of a lane's model arrive on."""
+    def _trained(self, model: Any) -> list[Tensor]:
+        """What the optimizer updates."""
         if self.adapter is not None:
-            return factors_behind(lane, self.adapter)
-        return [parameter for parameter in lane.parameters() if parameter.requires_grad]
+            return self.adapter.factors
+        return [source.weight for source in whole_weights(model)]
+
+    def _sources_in(self, lane: Any) -> list[Source]:
+        return whole_weights(lane) if self.adapter is None else factors_behind(lane, self.adapter)
 
     def _merge(self) -> None:
         if self.adapter is not None:
@@ -185,38 +189,52 @@ class LocalTrainer:
         self, minibatch: Sequence[ForestBatch], old_logprobs: Mapping[int, Tensor], kind: str, tally: _Tally
     ) -> None:
         """Gradients of all microbatches, those of the lanes at the same time, summed in their order."""
-
-        def compute(model: Any, item: tuple[Lane, Work]) -> tuple[float, Mapping[str, Tensor]]:
-            lane, work = item
-            outcome: tuple[float, Mapping[str, Tensor]] = 0.0, {}
-            if work.kind != "backward":
-                batch = lane.batches[work.batch]
-                logprobs, entropy = self._logprobs(model, batch, kind, lane.begin(work))
-                if batch.num_targets:
-                    loss, metrics = self._losses[kind](token_terms(batch, logprobs, old_logprobs.get(id(batch))))
-                    lane.keep_loss(work, loss)
-                    outcome = loss.item(), {"entropy": entropy.sum(), **metrics}
-            if work.kind != "forward":
-                lane.end(work)
-            return outcome
-
         lanes = lanes_of(minibatch, exact=self._exact, recompute=self._config.activation_checkpointing)
         for batch in minibatch:
             tally.count(batch)
-        while busy := [lane for lane in lanes if lane.remaining][: len(self._lanes)]:
-            for outcome in self._lanes.run(compute, [(lane, lane.remaining.popleft()) for lane in busy]):
+        # Further lanes than there are models wait for the one before them on theirs.
+        numbered = [(number % len(self._lanes), lane) for number, lane in enumerate(lanes)]
+        while busy := {number: lane for number, lane in reversed(numbered) if lane.remaining}:
+            items = {number: (busy[number], busy[number].remaining.popleft()) for number in sorted(busy)}
+            for outcome in self._round(items, old_logprobs, kind):
                 tally.add(*outcome)
-            for tensors in self._trained:
-                self._optimizer.collect_gradients(tensors)
+
+    def _round(
+        self, items: Mapping[int, tuple[Lane, Work]], old_logprobs: Mapping[int, Tensor], kind: str
+    ) -> list[tuple[float, Mapping[str, Tensor]]]:
+        """Loss and metrics of one piece of work for each lane's model, by its number."""
+        backward = [number for number, (_, work) in items.items() if work.kind != "forward"]
+        with self._sums.collected(backward) as turns:
+
+            def compute(model: Any, number: int) -> tuple[float, Mapping[str, Tensor]]:
+                with turns.taken_by(number):
+                    return self._compute(model, *items[number], old_logprobs, kind)
+
+            return self._lanes.run(compute, list(items))
+
+    def _compute(
+        self, model: Any, lane: Lane, work: Work, old_logprobs: Mapping[int, Tensor], kind: str
+    ) -> tuple[float, Mapping[str, Tensor]]:
+        outcome: tuple[float, Mapping[str, Tensor]] = 0.0, {}
+        if work.kind != "backward":
+            batch = lane.batches[work.batch]
+            logprobs, entropy = self._logprobs(model, batch, kind, lane.begin(work))
+            if batch.num_targets:
+                loss, metrics = self._losses[kind](token_terms(batch, logprobs, old_logprobs.get(id(batch))))
+                lane.keep_loss(work, loss)
+                outcome = loss.item(), {"entropy": entropy.sum(), **metrics}
+        if work.kind != "forward":
+            lane.end(work)
+        return outcome
 
     def _update(self, lr: float, tally: _Tally) -> None:
-        norm = self._optimizer.clip_gradients(self._config.max_grad_norm)
+        norm = self._sums.clip(self._config.max_grad_norm)
         tally.norms.append(norm)
         if math.isfinite(norm):
-            self._optimizer.step(lr)
+            self._optimizer.step(self._sums, lr)
             self._merge()
         else:
-            self._optimizer.drop_gradients()
+            self._sums.drop()
 
     def _logprobs(self, model: Any, batch: ForestBatch, kind: str, forest: ForestPass) -> tuple[Tensor, Tensor]:
         return target_logprobs(model, batch, temperature=self._temperatures[kind], forest=forest)

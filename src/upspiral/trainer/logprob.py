@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from upspiral.kernel.product import multiply
 from upspiral.trainer.attention import ForestPass
 from upspiral.trainer.decoder import hidden_states
 from upspiral.trainer.forest import ForestBatch
@@ -85,14 +86,14 @@ class ChunkedLogprob(torch.autograd.Function):
             inside_M1 = (place_M1 >= 0) & (place_M1 < slope.shape[1])
             slope.scatter_add_(1, place_M1.clamp(0, slope.shape[1] - 1), scaled_M1 * inside_M1)
             slope = slope.to(weight.dtype)
-            grad_hidden += slope @ weight[part]
+            grad_hidden += multiply(slope, weight[part].mT)
             if grad_weight is not None:
-                torch.mm(slope.mT, hidden, out=grad_weight[part])
+                grad_weight[part] = multiply(slope.mT, hidden.mT)
         return grad_hidden.to(hidden.dtype), grad_weight, None, None
 
 
 def _logits(hidden: Tensor, weight: Tensor, temperature: float, dtype: torch.dtype) -> Tensor:
-    logits = (at_least_some_rows(hidden) @ weight.mT)[: len(hidden)].to(dtype)
+    logits = multiply(at_least_some_rows(hidden), weight)[: len(hidden)].to(dtype)
     return logits if temperature == 1.0 else logits.div_(temperature)
 
 

@@ -16,70 +16,28 @@ from torch import Tensor
 
 from upspiral.config.models import TrainerConfig
 from upspiral.errors import ModelError, StoreError
+from upspiral.trainer.gradients import GradientSums, wide
 
 
 class ParameterOptimizer(ABC):
-    """One optimizer over all trainable parameters of a model, and the sums of their gradients.
-
-    Gradients of microbatches are added in float32 whatever the parameters' precision, so that splitting a batch loses
-    nothing. The gradient of a single one stays as it came until the update: of a few tokens, widening it would take as
-    long as a quarter of the pass that made it.
-    """
+    """One optimizer over all that is trained of a model."""
 
     def __init__(self, parameters: Iterable[Tensor], config: TrainerConfig) -> None:
-        self._parameters = [parameter for parameter in parameters if parameter.requires_grad]
+        """`parameters`: in the order of their sums of gradients. Raises ModelError when there are none."""
+        self._parameters = list(parameters)
         if not self._parameters:
             raise ModelError("no parameter of the model is trainable; call requires_grad_(True) before training")
         self._config = config
-        self._sums: list[Tensor | None] = [None] * len(self._parameters)
-        self._scale = 1.0
 
     @torch.no_grad()
-    def collect_gradients(self, parameters: Sequence[Tensor] | None = None) -> None:
-        """Moves what a backward pass left on the parameters (or on others in their place, in the same order) into the
-        sums."""
-        for number, parameter in enumerate(self._parameters if parameters is None else parameters):
-            gradient, parameter.grad = parameter.grad, None
-            if gradient is None:
-                continue
-            total = self._sums[number]
-            self._sums[number] = gradient if total is None else _widened(total).add_(gradient)
-
-    @torch.no_grad()
-    def clip_gradients(self, max_norm: float) -> float:
-        """Lets the next step scale the collected gradients to a global norm of at most `max_norm`. Returns the norm
-        before; when it is not finite nothing is scaled."""
-        norms = [
-            torch.linalg.vector_norm(gradient, dtype=_wide(gradient.dtype))
-            for gradient in self._sums
-            if gradient is not None
-        ]
-        if not norms:
-            return 0.0
-        norm = torch.linalg.vector_norm(torch.stack(norms)).item()
-        self._scale = max_norm / norm if max_norm < norm < float("inf") else 1.0
-        return norm
-
-    @torch.no_grad()
-    def step(self, lr: float) -> None:
-        """One update with learning rate `lr`, in place; gradients are dropped."""
-        self._update(lr)
-        self.drop_gradients()
-
-    def drop_gradients(self) -> None:
-        self._sums = [None] * len(self._parameters)
-        self._scale = 1.0
-        for parameter in self._parameters:
-            parameter.grad = None
-
-    def _gradient(self, number: int) -> Tensor | None:
-        """What is left of a parameter's sum after clipping, in float32 at least; once."""
-        total, self._sums[number] = self._sums[number], None
-        return total if total is None else _widened(total).mul_(self._scale)
+    def step(self, sums: GradientSums, lr: float) -> None:
+        """One update with learning rate `lr`, in place; the sums are used up. Where there is none, the parameter stays
+        as it is."""
+        self._update(sums, lr)
+        sums.drop()
 
     @abstractmethod
-    def _update(self, lr: float) -> None:
-        """From each `_gradient`; those that are None leave their parameter as it is."""
+    def _update(self, sums: GradientSums, lr: float) -> None: ...
 
     @abstractmethod
     def forget_moments(self) -> None:
@@ -103,11 +61,11 @@ class MasterAdamW(ParameterOptimizer):
         self._masters = [_master_of(parameter) for parameter in self._parameters]
         self._adamw = self._fresh()
 
-    def _update(self, lr: float) -> None:
+    def _update(self, sums: GradientSums, lr: float) -> None:
         for group in self._adamw.param_groups:
             group["lr"] = lr
         for number, master in enumerate(self._masters):
-            master.grad = self._gradient(number)
+            master.grad = sums.take(number)
         self._adamw.step()
         for master in self._masters:
             master.grad = None
@@ -155,12 +113,4 @@ def load_tensors(own: Sequence[Tensor], saved: Sequence[Tensor]) -> None:
 
 def _master_of(parameter: Tensor) -> Tensor:
     """The same storage where the parameter is wide enough: updating the master updates the parameter."""
-    return parameter.detach().to(_wide(parameter.dtype))
-
-
-def _widened(tensor: Tensor) -> Tensor:
-    return tensor.to(_wide(tensor.dtype))
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
+    return parameter.detach().to(wide(parameter.dtype))

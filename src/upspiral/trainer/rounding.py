@@ -16,6 +16,7 @@ from torch.optim.adamw import adamw
 
 from upspiral.config.models import TrainerConfig
 from upspiral.errors import ModelError
+from upspiral.trainer.gradients import GradientSums
 from upspiral.trainer.optimizer import ParameterOptimizer, load_tensors, weight_decay_of
 
 _BLOCK = 1 << 22
@@ -40,9 +41,9 @@ class RoundingAdamW(ParameterOptimizer):
         self._steps = [0] * len(self._parameters)
         self._generator = torch.Generator(self._parameters[0].device).manual_seed(torch.initial_seed())
 
-    def _update(self, lr: float) -> None:
+    def _update(self, sums: GradientSums, lr: float) -> None:
         for number in range(len(self._parameters)):
-            if (gradient := self._gradient(number)) is not None:
+            if (gradient := sums.take(number)) is not None:
                 self._update_one(number, gradient, lr)
 
     def _update_one(self, number: int, gradient: Tensor, lr: float) -> None:

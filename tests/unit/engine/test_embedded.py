@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
@@ -502,5 +503,23 @@ def test_exclusive_work_runs_on_the_engines_thread_and_its_errors_come_back(mode
             with pytest.raises(ZeroDivisionError):
                 await engine.exclusive(lambda: 1 // 0)
             assert len((await generating).ids) == 30
+
+    _run(main())
+
+
+def test_copies_of_weights_are_given_up_while_other_work_is_done() -> None:
+    def packed() -> int:
+        gc.collect()  # engines of other tests
+        return sum(type(each) is torch.Tensor and each.is_mkldnn for each in gc.get_objects())
+
+    async def main() -> None:
+        before = packed()
+        async with _running(_model()) as engine:
+            first = await _complete(engine, _prompt(10), seed=1)
+            if packed() == before:
+                pytest.skip("no weights are laid out anew on this machine")
+            assert await engine.exclusive(packed) == before
+            assert (await _complete(engine, _prompt(10), seed=1)).ids == first.ids
+            assert packed() > before
 
     _run(main())

@@ -8,17 +8,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.fixtures.demonstrations import demonstration_graph
 from upspiral.algorithm.sft import sft_credit
-from upspiral.trainer.attention import (
-    FlashCpuKernel,
-    ForestAttention,
-    Kernel,
-    PlainKernel,
-    Span,
-    forest_attention_in,
-    spans_of,
-)
+from upspiral.trainer.attention import forest_attention_in
 from upspiral.trainer.forest import ForestBatch, pack
 from upspiral.trainer.logprob import target_logprobs
+from upspiral.trainer.spans import FlashCpuKernel, Kernel, PlainKernel, Span, SpanAttention, spans_of
 
 PATHS = [[1, 2, 3, 4, 5], [1, 2, 3, 6, 7, 8, 9], [1, 2, 5, 5], [4, 4]]
 
@@ -50,7 +43,7 @@ def test_fast_kernel_equals_plain_kernel(dtype: torch.dtype, tolerance: float) -
 
     def run(kernel: Kernel) -> list[torch.Tensor]:
         query, key, value = (x.clone().requires_grad_() for x in inputs[:3])
-        output = ForestAttention.apply(query, key, value, spans, (), 0.3, kernel)
+        output = SpanAttention.apply(query, key, value, spans, (), 0.3, kernel)
         assert isinstance(output, torch.Tensor)
         output.backward(inputs[3])
         return [output.detach(), *(x.grad for x in (query, key, value) if x.grad is not None)]

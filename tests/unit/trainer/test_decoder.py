@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from tests.fixtures.demonstrations import demonstration_graph
 from tests.fixtures.tiny_modules import tiny_module
@@ -52,6 +53,40 @@ def test_states_and_gradients_are_those_of_the_modules(family: str, dtype: torch
     assert relative_difference([states[0]], [states[1]]) <= tolerance
     for ours, theirs in zip(*gradients, strict=True):
         assert relative_difference([ours], [theirs]) <= 3 * tolerance
+
+
+PRODUCTS = ("aten::mm", "mkldnn::_linear_pointwise")
+TRAINED = [["q_proj"], ["o_proj", "up_proj"], ["k_proj", "v_proj", "gate_proj", "down_proj"]]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("trained", TRAINED, ids="+".join)
+def test_weights_that_are_not_trained_cost_no_product_and_change_nothing(
+    family: str, dtype: torch.dtype, trained: list[str]
+) -> None:
+    batch, made = forest(), tiny_module(family, dtype, head_dim=32)
+    token_ids, positions = torch.from_numpy(batch.token_ids_T), torch.from_numpy(batch.positions_T)
+    torch.manual_seed(1)
+    slope = torch.randn(batch.num_tokens, 64, dtype=dtype)
+
+    def gradients_and_products() -> tuple[dict[str, torch.Tensor], int]:
+        made.zero_grad()
+        hidden = hidden_states(made, token_ids, positions, ForestPass(batch))
+        with profile(activities=[ProfilerActivity.CPU]) as recorded:
+            hidden.backward(slope)
+        products = sum(event.count for event in recorded.key_averages() if event.key in PRODUCTS)
+        return {name: x.grad.clone() for name, x in made.named_parameters() if x.grad is not None}, products
+
+    with forest_attention_in(made):
+        everything, all_products = gradients_and_products()
+        for name, parameter in made.named_parameters():
+            parameter.requires_grad_(name.split(".")[-2] in (*trained, "embed_tokens"))
+        some, products = gradients_and_products()
+    assert len(some) == 3 * len(trained) + 1
+    assert all(torch.equal(gradient, everything[name]) for name, gradient in some.items())
+    groups = [{"q_proj", "k_proj", "v_proj"}, {"o_proj"}, {"gate_proj", "up_proj"}, {"down_proj"}]
+    assert all_products - products == 3 * sum(not group & set(trained) for group in groups)
 
 
 def test_a_replaced_weight_is_noticed() -> None:

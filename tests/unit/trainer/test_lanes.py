@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 pytest.importorskip("torch", reason="needs the [train] extra")
@@ -43,6 +45,26 @@ def train(lanes: int, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
 def test_lanes_do_not_change_the_step(lanes: int) -> None:
     for alone, together in zip(train(1), train(lanes), strict=True):
         torch.testing.assert_close(alone, together, rtol=1e-4, atol=1e-5)
+
+
+def test_a_lane_that_is_left_alone_goes_on_with_what_it_began() -> None:
+    """Lane 1 has a batch open, with others below it, when lane 0 has nothing left."""
+    graphs = [demonstration_graph("short", [([1, 2], [3, 4])]), demonstration_graph("long", [([5] * 60, [6, 7] * 40)])]
+    short, long = ([item] for item in zip(graphs, sft_credit(graphs), strict=True))
+    dealt = [
+        replace(batch, lane=lane)
+        for lane, items in enumerate([short, long])
+        for batch in pack(items, tokens_per_microbatch=40)
+    ]
+    assert [batch.lane for batch in dealt].count(1) > 2 and any(batch.context for batch in dealt)
+    made = []
+    for lanes, batches in ((2, dealt), (1, dealt), (1, pack([*short, *long], tokens_per_microbatch=1000))):
+        model = tiny_model()
+        trainer = LocalTrainer(model, TrainerConfig(lr=1e-2), AlgorithmConfig(), temperature=1.0, lanes=lanes)
+        trainer.step(batches, kind="sft")
+        made.append(list(model.parameters()))
+    for one, other in ((made[0], made[2]), (made[1], made[2])):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
 def test_lanes_are_reproducible_bit_for_bit() -> None:

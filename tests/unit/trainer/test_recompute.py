@@ -30,11 +30,11 @@ def batches(budget: int, lanes: int = 1) -> list[ForestBatch]:
 
 
 def trainer(
-    activation_checkpointing: bool, head_width: int, *, lanes: int = 1, exact: bool = False
+    activation_checkpointing: bool, head_width: int, *, lanes: int = 1, exact: bool = False, inner_width: int = 64
 ) -> tuple[Any, LocalTrainer]:
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=LAYERS, num_attention_heads=4,
+        vocab_size=64, hidden_size=32, intermediate_size=inner_width, num_hidden_layers=LAYERS, num_attention_heads=4,
         num_key_value_heads=2, head_dim=head_width, tie_word_embeddings=True,
     )  # fmt: skip
     made: Any = LlamaForCausalLM(config)
@@ -73,3 +73,16 @@ def test_outside_of_a_step_the_model_is_as_it_came() -> None:
     model, learner = trainer(True, 8)
     learner.step(batches(100), kind="sft")
     assert all("forward" not in vars(layer) for layer in model.model.layers)
+
+
+@pytest.mark.parametrize("head_width", HEAD_WIDTHS)
+def test_a_long_rollout_in_parts_takes_less_memory_than_whole(head_width: int) -> None:
+    """Two parts have all that their gradients need; of those above, layers are computed again."""
+    graph = demonstration_graph("long", [([1, 2, 3] * 10, [9, 8, 7] * 10)] * 20)
+    peaks = []
+    for budget in (2000, 100):
+        forest = pack([(graph, sft_credit([graph])[0])], tokens_per_microbatch=budget)
+        _, learner = trainer(False, head_width, inner_width=512)
+        learner.gradients(forest, "sft")
+        peaks.append(peak_bytes(lambda learner=learner, forest=forest: learner.gradients(forest, "sft")))
+    assert peaks[1] < peaks[0] / 2, peaks

@@ -19,6 +19,7 @@ from upspiral.algorithm.sft import sft_credit
 from upspiral.config.models import AlgorithmConfig, TrainerConfig
 from upspiral.errors import ModelError, StoreError
 from upspiral.trainer.forest import ForestBatch, pack
+from upspiral.trainer.gradients import GradientSums
 from upspiral.trainer.local import LocalTrainer
 from upspiral.trainer.optimizer import MasterAdamW
 from upspiral.trainer.rounding import RoundingAdamW, round_at_random
@@ -51,6 +52,12 @@ def same(a: list[Tensor], b: list[Tensor]) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
+def sums_of(gradient: Tensor) -> GradientSums:
+    sums = GradientSums()
+    sums.add(0, gradient)
+    return sums
+
+
 def distance_of_neighbours(values: Tensor) -> Tensor:
     """A unit in the last place of bfloat16 (8 significant bits) at each value."""
     return torch.ldexp(torch.ones_like(values), values.abs().frexp().exponent - 8)
@@ -81,9 +88,7 @@ def test_the_expected_update_is_that_of_masters(weight_decay: float) -> None:
         parameter = start.to(dtype, copy=True).requires_grad_()
         optimizer = kind([parameter], settings)
         for gradient in gradients:
-            parameter.grad = gradient.to(dtype)
-            optimizer.collect_gradients()
-            optimizer.step(1e-3)
+            optimizer.step(sums_of(gradient.to(dtype)), 1e-3)
         return parameter.detach().float()
 
     exact, mean, runs = ended(MasterAdamW, torch.float32), torch.zeros(40, 50, dtype=torch.float64), 1000
@@ -102,9 +107,7 @@ def test_a_large_weight_is_updated_in_all_its_blocks() -> None:
     count = (1 << 22) + 5
     parameter = torch.ones(count, dtype=torch.bfloat16).requires_grad_()
     optimizer = RoundingAdamW([parameter], config())
-    parameter.grad = torch.ones_like(parameter)
-    optimizer.collect_gradients()
-    optimizer.step(0.25)
+    optimizer.step(sums_of(torch.ones_like(parameter)), 0.25)
     assert torch.equal(parameter.detach(), torch.full_like(parameter, 0.75))
 
 

@@ -1,7 +1,7 @@
 """Attention over slots: of decoding rows, one query a slot, and of chunks of prompts.
 
 Shapes: B decoding rows, K key heads, G query heads that share one, H = K * G, T positions, D head size, N rows of a
-chunk. Keys and values are views of the cache; nothing is gathered.
+chunk. Keys and values are views of the cache, which the compiled kernel reads in place; torch gathers what decodes.
 """
 
 from __future__ import annotations
@@ -60,16 +60,11 @@ class TorchAttention:
     def decode(
         self, queries_BHD: Tensor, keys_values: tuple[Tensor, Tensor], slots_B: Tensor, lengths_B: Tensor
     ) -> Tensor:
-        # All slots up to the highest, so that nothing is gathered. One that does not decode sees its first position,
-        # since a row of nothing but minus infinity is NaN.
-        span, longest = int(slots_B.max()) + 1, int(lengths_B.max())
-        keys, values = (each[:span, :, :longest] for each in keys_values)
-        queries = queries_BHD.new_zeros(span, *queries_BHD.shape[1:]).index_copy_(0, slots_B, queries_BHD)
-        seen = lengths_B.new_ones(span).index_copy_(0, slots_B, lengths_B)
-        mask = torch.arange(longest, device=seen.device) < seen[:, None, None, None]
-        grouped = queries.unflatten(1, (keys.shape[1], -1))
-        attended = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask)
-        return attended.flatten(1, 2)[slots_B]
+        longest = int(lengths_B.max())
+        keys, values = (each[slots_B, :, :longest] for each in keys_values)
+        mask = torch.arange(longest, device=lengths_B.device) < lengths_B[:, None, None, None]
+        grouped = queries_BHD.unflatten(1, (keys.shape[1], -1))
+        return F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask).flatten(1, 2)
 
     def chunk(self, queries_NHD: Tensor, keys_KTD: Tensor, values_KTD: Tensor) -> Tensor:
         count, length = len(queries_NHD), keys_KTD.shape[1]

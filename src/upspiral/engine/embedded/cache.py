@@ -116,24 +116,6 @@ class SlotCache:
         if self._versions[slot] != self.version:
             self._outdate(slot)
 
-    def swap(self, a: int, b: int) -> None:
-        """Exchanges two slots with everything they hold."""
-        count = int(max(self.lengths[a], self.lengths[b]))
-        first, second = self.keys_values[:, a, :, :count], self.keys_values[:, b, :, :count]
-        held = first.clone()
-        first.copy_(second)
-        second.copy_(held)
-        if self.routes is not None:
-            self.routes[[a, b], :count] = self.routes[[b, a], :count]
-        for column in (self.ids, self.lengths, self.planned, self._versions, self._last_used):
-            column[[a, b]] = column[[b, a]]
-        self._touched[[a, b]] = max(self._touched[a], self._touched[b])
-        self.owners[a], self.owners[b] = self.owners[b], self.owners[a]
-        for slot in (a, b):
-            owner = self.owners[slot]
-            if owner is not None:
-                owner.slot = slot
-
     def forget(self, version: int) -> None:
         """New weights: nothing computed so far may be continued. Sequences under way keep what they have."""
         self.version = version

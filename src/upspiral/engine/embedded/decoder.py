@@ -69,11 +69,12 @@ class DecoderForward:
         self._attention = slot_attention(
             one_head.expand(self._heads // self._kv_heads, -1, -1), one_head, exact=self.exact
         )
+        self._projections: list[Projection] = []
+        """What holds something beside the trainer's weights."""
         self._prepare()
 
     def _prepare(self) -> None:
         """Looks up the trainer's parameters once: walking the module costs a millisecond a step."""
-        self._projections: list[Projection] = []
         self._head = self._projection(self._model.module.lm_head.weight)
         self._dense = dense_layers(self._model.module, self._model.layers, self._projection)
         self._layers: list[TorchLayer] = []
@@ -82,13 +83,18 @@ class DecoderForward:
             self._layers = [TorchLayer.of(layer, fused, self._projection) for layer, fused in pairs]
 
     def _projection(self, weight: Tensor) -> Projection:
-        self._projections.append(Projection(weight))
+        self._projections.append(Projection(weight, exact=self.exact))
         return self._projections[-1]
 
     def refresh(self) -> None:
         """The weights have changed in place, or are new. Before the first batch and before the next one after it."""
         for projection in self._projections:
             projection.refresh()
+
+    def release(self) -> None:
+        """Gives back what is held beside the weights; `refresh` before the next batch."""
+        for projection in self._projections:
+            projection.release()
 
     def logits(self, batch: Batch) -> Tensor:
         """[S, V], in the dtype of the model, rows in the order of `batch.sampling`."""

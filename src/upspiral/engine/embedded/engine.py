@@ -294,6 +294,8 @@ class EmbeddedEngine:
             use_threads(self._threads)
         while self._await_work():
             if self._work:
+                self._forward.release()  # the work may be the trainer's, which needs the memory
+                self._weights_changed = True
                 self._work.popleft()()
                 continue
             try:

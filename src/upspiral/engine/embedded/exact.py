@@ -31,13 +31,11 @@ class ExactForward(DecoderForward):
 
     def _prepare(self) -> None:
         decoder: Any = self._model.module.model
-        self._dense = dense_layers(self._model.module, self._model.layers)
+        self._head = self._projection(self._model.module.lm_head.weight)
+        self._dense = dense_layers(self._model.module, self._model.layers, self._projection)
         self._modules = [(layer, exact_feed_forward(layer.mlp)) for layer in decoder.layers]
         if self._dense is None:
             _check_width(self._model)
-
-    def refresh(self) -> None:
-        """Nothing is held beside the trainer's weights."""
 
     def logits(self, batch: Batch) -> Tensor:
         """[S, V], in the dtype of the model, rows in the order of `batch.sampling`."""
@@ -45,7 +43,7 @@ class ExactForward(DecoderForward):
         hidden = at_least_some_rows(F.embedding(rows.ids_N, self._embedding))
         hidden = self._by_steps(self._dense, hidden, rows) if self._dense else self._by_modules(hidden, rows)
         sampled = at_least_some_rows(hidden[rows.sampled_S])
-        return F.linear(sampled, self._model.module.lm_head.weight)[: len(rows.sampled_S)]
+        return self._head(sampled)[: len(rows.sampled_S)]
 
     def _by_modules(self, hidden: Tensor, rows: Rows) -> Tensor:
         """All layers and the last norm by transformers' own modules, for what the compiled steps are not made for."""

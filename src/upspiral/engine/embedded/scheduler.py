@@ -12,8 +12,6 @@ _WORTH_COPYING_TOKENS = 16
 """A shorter prefix is computed again sooner than it is copied."""
 _WORTH_WAITING_TOKENS = 8
 """Wait for a sibling whose prefill will give this many tokens more than the cache has now."""
-_HOLES_ALLOWED = 0.25
-"""Decode attention runs over slots 0 .. highest decoding one; more idle slots than this share among them are closed."""
 
 
 class Scheduler:
@@ -38,8 +36,6 @@ class Scheduler:
         self.waiting.extend(arrived)
         self._drop_cancelled()
         self._admit()
-        self._close_holes()
-        self.decoding.sort(key=lambda sequence: sequence.slot)
         return Batch(tuple(self.decoding), tuple(self._chunks()))
 
     def advance(self, batch: Batch) -> None:
@@ -112,11 +108,3 @@ class Scheduler:
             count = min(len(sequence.prompt_ids) - start, budget)
             budget -= count
             yield Chunk(sequence, start, count)
-
-    def _close_holes(self) -> None:
-        slots = {sequence.slot for sequence in self.decoding}
-        allowed = int(len(slots) * (1 + _HOLES_ALLOWED)) + 1
-        while slots and max(slots) >= allowed:
-            high, low = max(slots), min(set(range(allowed)) - slots)
-            self._cache.swap(high, low)
-            slots = slots - {high} | {low}
