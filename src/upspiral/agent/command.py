@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 from upspiral.agent.base import AgentTask
 from upspiral.errors import AgentError, DeadlineError
-from upspiral.sandbox.base import Sandbox, SandboxSpec
+from upspiral.sandbox.base import Command, Sandbox, SandboxSpec
 
 GATEWAY_PORT = 8417
 """Loopback port inside the sandbox that leads to the gateway."""
@@ -45,7 +45,8 @@ async def answer_of(
     command: str, task: AgentTask, environment: Mapping[str, str], sandbox: Sandbox, timeout_s: float
 ) -> str:
     """What a command prints that gets the task's instruction on stdin. Raises what AgentRunner.run raises."""
-    result = await sandbox.exec(command, timeout_s=timeout_s, stdin=task.instruction.encode(), env=environment)
+    what = Command(command, stdin=task.instruction.encode(), env=environment)
+    result = await sandbox.exec(what, timeout_s=timeout_s)
     if result.timed_out:
         raise DeadlineError(f"the agent's command did not end within {timeout_s:g} s")
     if result.exit_code != 0:

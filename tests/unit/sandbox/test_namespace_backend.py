@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from upspiral.errors import CapabilityError, SandboxError
-from upspiral.sandbox.base import ExecResult, Limits, SandboxSpec
+from upspiral.sandbox.base import Command, ExecResult, Limits, SandboxSpec
 from upspiral.sandbox.namespace import NamespaceBackend
 from upspiral.sandbox.namespace.backend import NamespaceSandbox
 from upspiral.sandbox.namespace.workspace import Workspace
@@ -92,9 +92,9 @@ def test_exec(command: str, exit_code: int, stdout: bytes, root: Path) -> None:
 def test_files_stdin_environment_and_long_scripts(root: Path) -> None:
     async def check(sandbox: NamespaceSandbox) -> None:
         assert (await sandbox.exec("cat a/b.txt", timeout_s=TIMEOUT_S)).stdout == b"text"
-        done = await sandbox.exec("wc -c; echo $X$Y", timeout_s=TIMEOUT_S, stdin=b"z" * 300_000, env={"Y": "2"})
+        done = await sandbox.exec(Command("wc -c; echo $X$Y", b"z" * 300_000, {"Y": "2"}), timeout_s=TIMEOUT_S)
         assert done.stdout.split() == [b"300000", b"12"]
-        await sandbox.exec("true", timeout_s=TIMEOUT_S, stdin=b"z" * 300_000)
+        await sandbox.exec(Command("true", b"z" * 300_000), timeout_s=TIMEOUT_S)
         long = await sandbox.exec("# " + "x" * 500_000 + "\necho end", timeout_s=TIMEOUT_S)
         assert long.stdout == b"end\n"
         await sandbox.write("new/c.bin", b"\0" * 10)

@@ -10,11 +10,23 @@ import os
 import secrets
 import shutil
 import subprocess
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from pathlib import Path
 
-from upspiral.errors import CapabilityError, SandboxError
-from upspiral.sandbox.base import Capabilities, ExecResult, SandboxSpec
+from upspiral.errors import CapabilityError, SandboxError, SandboxGoneError
+from upspiral.sandbox.base import (
+    WORKSPACE,
+    ByteStream,
+    Capabilities,
+    Command,
+    Diff,
+    ExecResult,
+    Process,
+    Sandbox,
+    SandboxSpec,
+    Shell,
+    Snapshot,
+)
 from upspiral.sandbox.namespace import bubblewrap
 from upspiral.sandbox.namespace.bubblewrap import Identity, Places
 from upspiral.sandbox.namespace.process import Outcome, Program, run
@@ -31,6 +43,7 @@ class NamespaceSandbox:
     """A workspace that commands run in, one set of namespaces a command: what a command leaves running dies with it."""
 
     def __init__(self, backend: NamespaceBackend, spec: SandboxSpec, folder: Path):
+        self.id = folder.name
         self._spec = spec
         self._bwrap = backend.bwrap
         self._filter = backend.filter
@@ -47,18 +60,21 @@ class NamespaceSandbox:
         for path, content in spec.files.items():
             self._workspace.write(path, content)
 
-    async def exec(
-        self, command: str, *, timeout_s: float, stdin: bytes = b"", env: Mapping[str, str] | None = None
-    ) -> ExecResult:
+    async def exec(self, command: str | Command, *, timeout_s: float) -> ExecResult:
         """Runs a bash command line. `exit_code` follows the shell: 128 + the signal when a signal ended it."""
         self._check_live()
-        task = asyncio.ensure_future(self._exec(command, stdin, env or {}, timeout_s))
+        command = Command(command) if isinstance(command, str) else command
+        if command.cwd != WORKSPACE or command.op_id:
+            raise CapabilityError(
+                "this sandbox runs commands in the workspace only, and does not remember them by op_id"
+            )
+        task = asyncio.ensure_future(self._exec(command, timeout_s))
         self._running.add(task)
         try:
             outcome = await task
         except asyncio.CancelledError:
             if self._stopped and not _is_being_cancelled():
-                raise SandboxError("the sandbox was stopped while a command ran") from None
+                raise SandboxGoneError("the sandbox was stopped while a command ran") from None
             raise
         finally:
             self._running.discard(task)
@@ -67,18 +83,19 @@ class NamespaceSandbox:
             stdout=outcome.stdout,
             stderr=outcome.stderr,
             timed_out=outcome.return_code is None,
-            truncated=outcome.truncated,
+            dropped_bytes=outcome.dropped_bytes,
             wall_s=outcome.wall_s,
         )
 
-    async def _exec(self, command: str, stdin: bytes, env: Mapping[str, str], timeout_s: float) -> Outcome:
+    async def _exec(self, command: Command, timeout_s: float) -> Outcome:
         with contextlib.ExitStack() as open_files:
             status_reader, status_writer = os.pipe2(os.O_CLOEXEC)
             open_files.callback(os.close, status_reader)
             given = open_files.enter_context(contextlib.ExitStack())
             given.callback(os.close, status_writer)
-            script = _descriptor(given, command.encode())
-            options = [*self._arguments, *bubblewrap.environment(self._spec, env), *bubblewrap.script_arguments(script)]
+            script = _descriptor(given, command.script.encode())
+            options = [*self._arguments, *bubblewrap.environment(self._spec, command.env)]
+            options += bubblewrap.script_arguments(script)
             options += ["--json-status-fd", str(status_writer)]
             descriptors = [script, status_writer]
             if self._filter:
@@ -86,9 +103,9 @@ class NamespaceSandbox:
                 options += ["--seccomp", str(descriptors[-1])]
             descriptors.append(_descriptor(given, "".join(f"{option}\0" for option in options).encode()))
             argv = [str(self._bwrap), "--args", str(descriptors[-1]), "--", *self._command]
-            limit = self._spec.limits.output_bytes
+            limit = self._spec.limits.output_bytes if command.output_bytes is None else command.output_bytes
             try:
-                program = Program(argv, descriptors, stdin)
+                program = Program(argv, descriptors, command.stdin)
                 outcome = await run(program, timeout_s=timeout_s, output_bytes=limit, started=given.close)
             except OSError as error:
                 raise SandboxError(f"bubblewrap could not be started: {error}") from error
@@ -101,13 +118,44 @@ class NamespaceSandbox:
         self._check_live()
         return self._workspace.read(path, max_bytes)
 
-    async def write(self, path: str, content: bytes) -> None:
+    async def write(self, path: str, content: bytes, *, mode: int = 0o644) -> None:
         self._check_live()
+        if mode != 0o644:
+            raise CapabilityError("this sandbox writes files of mode 0644 only")
         self._workspace.write(path, content)
 
-    async def list_files(self) -> Sequence[str]:
+    async def list_files(self, path: str = WORKSPACE) -> Sequence[str]:
         self._check_live()
+        if path != WORKSPACE:
+            raise CapabilityError("this sandbox lists the files of its whole workspace only")
         return await asyncio.to_thread(self._workspace.list_files)
+
+    async def spawn(self, command: str | Command) -> Process:
+        raise CapabilityError("this sandbox cannot spawn programs")
+
+    async def shell(self) -> Shell:
+        raise CapabilityError("this sandbox has no shells that stay")
+
+    async def upload(self, archive: bytes, path: str = WORKSPACE) -> None:
+        raise CapabilityError("this sandbox takes no archives")
+
+    async def download(self, path: str = WORKSPACE, *, max_bytes: int = 1 << 28) -> bytes:
+        raise CapabilityError("this sandbox gives no archives")
+
+    async def diff(self) -> Diff:
+        raise CapabilityError("this sandbox cannot tell what was written")
+
+    async def snapshot(self) -> Snapshot:
+        raise CapabilityError("this sandbox cannot take a snapshot")
+
+    async def fork(self, count: int = 1) -> Sequence[Sandbox]:
+        raise CapabilityError("this sandbox cannot fork")
+
+    async def restore(self, snapshot: Snapshot) -> None:
+        raise CapabilityError("this sandbox cannot restore a snapshot")
+
+    async def connect(self, port: int) -> ByteStream:
+        raise CapabilityError("this sandbox cannot connect to a port inside")
 
     async def stop(self) -> None:
         self._stopped = True
@@ -118,7 +166,7 @@ class NamespaceSandbox:
 
     def _check_live(self) -> None:
         if self._stopped:
-            raise SandboxError("the sandbox was stopped")
+            raise SandboxGoneError("the sandbox was stopped")
 
 
 class NamespaceBackend:
@@ -147,10 +195,18 @@ class NamespaceBackend:
 
     @property
     def capabilities(self) -> Capabilities:
-        return Capabilities(isolation="namespace", network_none=True, forward_sockets=True)
+        return Capabilities(
+            isolation="namespace",
+            untrusted=True,
+            network_none=True,
+            forward_sockets=True,
+            mounts=True,
+            memory_limit="process",
+        )
 
     @contextlib.asynccontextmanager
     async def acquire(self, spec: SandboxSpec) -> AsyncIterator[NamespaceSandbox]:
+        self.capabilities.check(spec, backend="namespace")
         _check(spec)
         try:
             sandbox = NamespaceSandbox(self, spec, self._folder / str(next(self._numbers)))
@@ -162,6 +218,9 @@ class NamespaceBackend:
         finally:
             self._live.discard(sandbox)
             await asyncio.shield(sandbox.stop())
+
+    async def drop(self, snapshot: Snapshot) -> None:
+        raise CapabilityError("the namespace backend takes no snapshots")
 
     async def stop(self) -> None:
         await asyncio.gather(*(sandbox.stop() for sandbox in self._live))
@@ -203,8 +262,6 @@ class NamespaceBackend:
 
 
 def _check(spec: SandboxSpec) -> None:
-    if spec.network != "none":
-        raise CapabilityError(f'network = {spec.network!r}: the namespace sandbox has no network; use "none"')
     for port, path in spec.forward_sockets.items():
         if not 0 < port < 65536:
             raise CapabilityError(f"forward_sockets: {port} is not a port; use 1 to 65535")

@@ -17,7 +17,7 @@ class Outcome:
     """None when it was killed at the deadline; negative when a signal ended the program."""
     stdout: bytes
     stderr: bytes
-    truncated: bool
+    dropped_bytes: int
     wall_s: float
 
 
@@ -26,14 +26,14 @@ class _Kept:
 
     def __init__(self, limit: int):
         self.content = bytearray()
-        self.truncated = False
+        self.dropped_bytes = 0
         self._limit = limit
 
     async def fill(self, stream: asyncio.StreamReader) -> None:
         while chunk := await stream.read(_CHUNK_BYTES):
             room = self._limit - len(self.content)
             self.content += chunk[:room]
-            self.truncated = self.truncated or len(chunk) > room
+            self.dropped_bytes += max(0, len(chunk) - room)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +76,7 @@ async def run(
         return_code=None if timed_out else process.returncode,
         stdout=bytes(stdout.content),
         stderr=bytes(stderr.content),
-        truncated=stdout.truncated or stderr.truncated,
+        dropped_bytes=stdout.dropped_bytes + stderr.dropped_bytes,
         wall_s=time.monotonic() - begin,
     )
 
