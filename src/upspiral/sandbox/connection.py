@@ -24,8 +24,8 @@ SILENCE_S = 60.0
 """An agent that owes an answer and says nothing for so long is broken."""
 _CANCEL_TIMEOUT_S = 10.0
 _CLOSE_TIMEOUT_S = 5.0
-_MAX_CALLERS = 1024
-"""Of forwarded ports, at a time. The agent keeps to fewer for each."""
+_MAX_CALLERS = 512
+"""Of forwarded ports, at a time. Further ones are refused."""
 
 
 class Ended(msgspec.Struct, forbid_unknown_fields=True):
@@ -373,9 +373,13 @@ class Connection(asyncio.Protocol):
 
     def _serve_caller(self, number: int, asked: Asked) -> None:
         path = self._forward.get(asked.port) if asked.do == "forward" else None
-        if path is None or number < frames.INSIDE or number in self._calls or len(self._callers) >= _MAX_CALLERS:
+        if path is None or number < frames.INSIDE or number in self._calls:
             raise BrokenRuleError(f"it opened {asked.do!r} to port {asked.port}, which it must not")
         call = self._calls[number] = Call(self, number, None)
+        if len(self._callers) >= _MAX_CALLERS:
+            if self.is_full:
+                raise BrokenRuleError("it opens more than it reads answers of")
+            return call.answer(error="ConnectionRefusedError")
         self._keep_task(_relay(call, path))
 
     def _keep_task(self, work: Any) -> None:

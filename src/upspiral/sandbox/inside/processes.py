@@ -64,7 +64,7 @@ def signal_command(leader: int, number: int, leader_lives: bool) -> None:
         below = descendants(leader, processes) if leader_lives else []
         return below + [each for each in processes if each.session == leader]
 
-    if leader_lives:
+    if leader_lives and number == signal.SIGKILL:
         send(leader, number, group=True)
     _repeat(belonging, number)
 
