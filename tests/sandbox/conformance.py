@@ -54,7 +54,6 @@ _ABILITIES = {
 _PROCESS = {"commands", "lifetime"} | ({"robust_agent", "contained_files"} if os.geteuid() == 0 else set())
 
 
-
 @functools.cache
 def _why_no_namespaces() -> str:
     try:

@@ -69,7 +69,9 @@ def test_a_sandbox_begins_with_its_image(store: ImageStore) -> None:
     within(store, SandboxSpec(image="small"), check)
 
     async def check_again(sandbox: Sandbox) -> None:
-        assert await output(sandbox, "cat /etc/motto /srv/old/file; ls /usr/bin/new || echo none") == "small\nold\nnone\n"
+        assert (
+            await output(sandbox, "cat /etc/motto /srv/old/file; ls /usr/bin/new || echo none") == "small\nold\nnone\n"
+        )
 
     within(store, SandboxSpec(image=store.image("small").digest), check_again)
 

@@ -178,8 +178,9 @@ class Call:
         elif kind == frames.CONTROL:
             self._note(_notice.decode(body))
         elif kind == frames.RESULT and self.number < frames.INSIDE:
+            ended = _ended.decode(body)  # may raise; then the connection breaks, and this call with it
             self._connection.forget(self)
-            self.ended.set_result(_ended.decode(body))
+            self.ended.set_result(ended)
         else:
             raise BrokenRuleError(f"a frame of kind {kind} in an operation")
         self.wake()
