@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 
+from tests.sandbox.served import Remote
 from upspiral.errors import SandboxError
 from upspiral.sandbox.base import Capabilities, Command, ExecResult, Sandbox, SandboxBackend, SandboxSpec
 from upspiral.sandbox.fake import FakeBackend
@@ -68,6 +69,7 @@ BACKENDS = (
     Entry("fake", lambda root: FakeBackend(), frozenset()),
     Entry("process", lambda root: ProcessBackend(root, allow_network=True), frozenset(_PROCESS)),
     Entry("namespace", NamespaceBackend, frozenset(_ABILITIES), _no_namespaces),
+    Entry("remote", lambda root: Remote(NamespaceBackend(root)), frozenset(_ABILITIES), _no_namespaces),
 )
 
 

@@ -30,6 +30,7 @@ from upspiral.sandbox.pool import PoolLimits
 from upspiral.sandbox.process import ProcessBackend
 from upspiral.sandbox.registry import make_backend
 from upspiral.sandbox.remote import RemoteBackend
+from upspiral.sandbox.server.relay import MOST_OPERATIONS
 from upspiral.sandbox.server.session import MISBEHAVED
 
 SPEC = SandboxSpec()
@@ -359,12 +360,36 @@ def test_hostile_frames_end_their_line_and_nothing_else(root: Path) -> None:
 
 def test_too_many_operations_are_refused_one_by_one(root: Path) -> None:
     async def check(live: LiveServer) -> None:
-        async with remote(live.url) as backend, backend.acquire(SPEC) as sandbox:
-            ended = await asyncio.gather(
-                *(sandbox.exec("sleep 1", timeout_s=TIMEOUT_S) for _ in range(70)), return_exceptions=True
-            )
-            refused = [each for each in ended if isinstance(each, SandboxError)]
-            assert len(refused) == 6 and "64 operations are under way" in str(refused[0])
+        async with remote(live.url) as backend, backend.acquire(SPEC) as sandbox, live.client() as client:
+            path = f"/sandboxes/{sandbox.id}/frames?session=session-many"
+            async with client.ws_connect(path) as websocket:
+                # Commands whose scripts never end.
+                waiting = b"".join(opening(number, b'{"do": "exec"}') for number in range(1, MOST_OPERATIONS + 7))
+                await websocket.send_bytes(header() + waiting)
+                decoder, results = frames.Decoder(), list[bytes]()
+                while len(results) < 6:
+                    message = await websocket.receive_bytes(timeout=TIMEOUT_S)
+                    results += [body for kind, _, body in decoder.feed(message[8:]) if kind == frames.RESULT]
+                assert all(b"1024 operations are under way" in result for result in results)
+            assert (await sandbox.exec("echo alive", timeout_s=TIMEOUT_S)).stdout == b"alive\n"
+
+    run(check, root)
+
+
+def test_a_client_that_does_not_read_loses_its_line(root: Path) -> None:
+    async def check(live: LiveServer) -> None:
+        async with remote(live.url) as backend, backend.acquire(SPEC) as sandbox, live.client() as client:
+            await sandbox.write("big", bytes(1 << 20))
+            path = f"/sandboxes/{sandbox.id}/frames?session=session-deaf"
+            reading = b'{"do": "read", "path": "/work/big", "max_bytes": 1048576}'
+            asked = [opening(number, reading) + frames.frame(frames.END, number) for number in range(1, 200)]
+            async with client.ws_connect(path) as deaf:
+                await deaf.send_bytes(header() + b"".join(asked))
+                # Not a word of confirmation, whatever comes.
+                async with asyncio.timeout(TIMEOUT_S):
+                    async for _ in deaf:
+                        pass
+                assert deaf.close_code == MISBEHAVED
             assert (await sandbox.exec("echo alive", timeout_s=TIMEOUT_S)).stdout == b"alive\n"
 
     run(check, root)

@@ -56,30 +56,35 @@ class Api:
 
     async def create(self, body: object, key: str, answer: type[Answer]) -> Answer:
         """Under a key that the caller knows, so that it can cancel what it does not wait for."""
-        return msgspec.json.decode(await self._ask("POST", "/sandboxes", body, CREATE_S, key), type=answer)
+        return msgspec.json.decode(await self._ask("POST", "/sandboxes", body, CREATE_S, key=key), type=answer)
 
-    async def delete(self, path: str, *, timeout_s: float = ANSWER_S) -> None:
-        await self._ask("DELETE", path, None, timeout_s)
+    async def delete(self, path: str, *, repeat_s: float = ANSWER_S) -> None:
+        """Asks again for `repeat_s` when connections are lost; an answer may take longer."""
+        await self._ask("DELETE", path, None, ANSWER_S, repeat_s=repeat_s)
 
     async def close(self) -> None:
         if self._session is not None:
             await self._session.close()
 
-    async def _ask(self, method: str, path: str, body: object, timeout_s: float, key: str = "") -> bytes:
+    async def _ask(
+        self, method: str, path: str, body: object, timeout_s: float, *, key: str = "", repeat_s: float | None = None
+    ) -> bytes:
         headers = {KEY_HEADER: key or secrets.token_hex(16)} if method == "POST" else {}
         content = None if body is None else write_body(body)
         loop = asyncio.get_running_loop()
         ends_at = loop.time() + timeout_s
+        gives_up_at = ends_at if repeat_s is None else loop.time() + repeat_s
         pause_s = _FIRST_PAUSE_S
         while True:
             try:
                 return await self._attempt(method, path, content, headers, min(_ATTEMPT_S, ends_at - loop.time()))
             except _LOST as error:
                 pause_s = min(_LONGEST_PAUSE_S, pause_s * 2) * random.uniform(0.5, 1.0)
-                if loop.time() + pause_s >= ends_at:
+                if loop.time() + pause_s >= gives_up_at:
+                    waited_s = timeout_s - (ends_at - loop.time())
                     raise SandboxError(
                         f"the server of sandboxes at {self.url} gave no answer to {method} {path} within "
-                        f"{timeout_s:g} s: {error!r}"
+                        f"{waited_s:.0f} s: {error!r}"
                     ) from error
                 await asyncio.sleep(pause_s)
 

@@ -25,7 +25,7 @@ from upspiral.sandbox.server.wire import (
 PATIENCE_S = 30.0
 DEFAULT_LIMITS = Limits()
 _FAREWELL_S = 3.0
-"""For telling the server that something is not wanted any more; it finds out by itself, if later."""
+"""How long a server that cannot be reached is told that something is not wanted any more; it finds out by itself."""
 _BEATS = 4
 """Heartbeats in the time after which the server would give its sandboxes up."""
 _LOG = logging.getLogger(__name__)
@@ -124,7 +124,7 @@ class RemoteBackend:
 
     async def _farewell(self, path: str) -> None:
         try:
-            await self._api.delete(path, timeout_s=_FAREWELL_S)
+            await self._api.delete(path, repeat_s=_FAREWELL_S)
         except SandboxError as error:
             _LOG.warning("%s", error)
 

@@ -142,7 +142,7 @@ class SandboxServer:
         return _json(_answer(await self._leases.create(tenant, key, spec)), 201)
 
     async def _cancel_creation(self, tenant: Tenant, request: Request) -> Response:
-        self._leases.cancel_creation(tenant, request.path_params["key"][:LONGEST_KEY])
+        await self._leases.cancel_creation(tenant, request.path_params["key"][:LONGEST_KEY])
         return Response(status_code=204)
 
     async def _heartbeat(self, tenant: Tenant, request: Request) -> Response:
@@ -155,7 +155,7 @@ class SandboxServer:
     async def _delete(self, tenant: Tenant, request: Request) -> Response:
         """Stopping twice is harmless, so that a client may repeat it when an answer was lost."""
         with suppress(SandboxGoneError):
-            self._lease(tenant, request).end(DELETED)
+            await self._leases.end(self._lease(tenant, request), DELETED)
         return Response(status_code=204)
 
     async def _diff(self, tenant: Tenant, request: Request) -> Response:

@@ -37,6 +37,8 @@ class Lease:
     operations: Once = field(default_factory=Once)
     why_over: str = ""
     """Why it has ended, "" while it has not."""
+    stopped: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set once nothing of the sandbox is left."""
     _sessions: dict[str, Session] = field(default_factory=dict)
     """The one that was opened last stands last."""
     _over: asyncio.Event = field(default_factory=asyncio.Event)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Coroutine, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,6 +20,8 @@ from upspiral.sandbox.server.tenants import Tenant, Usage
 _MOST_REMEMBERED = 10_000
 """Ended leases, and creations that are over, of which one can still learn what became of them."""
 _DRAIN_RETRY_S = 10.0
+_STOP_S = 25.0
+"""How long a client is kept waiting for the end of its sandbox."""
 
 
 class UnknownSandboxError(RequestError):
@@ -110,7 +112,14 @@ class Leases:
         lease.check()
         return lease
 
-    def cancel_creation(self, tenant: Tenant, key: str) -> None:
+    async def end(self, lease: Lease, why: str) -> None:
+        """Returns when nothing of the sandbox is left, or after a while all the same: its end goes on by itself."""
+        lease.end(why)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_STOP_S):
+                await lease.stopped.wait()
+
+    async def cancel_creation(self, tenant: Tenant, key: str) -> None:
         """Nothing is made, or stays, of what was or will be asked for under this key."""
         creation = self._creations.get((tenant.name, key)) or self._remember(tenant, key, None)
         if not creation.lease.done():
@@ -118,7 +127,7 @@ class Leases:
             if creation.holder is not None:
                 creation.holder.cancel()
         elif creation.lease.exception() is None:
-            creation.lease.result().end(DELETED)
+            await self.end(creation.lease.result(), DELETED)
 
     async def fork(self, lease: Lease, count: int) -> Sequence[Lease]:
         """Leases like this one, of sandboxes with the same files."""
@@ -162,6 +171,7 @@ class Leases:
     async def _hold(self, tenant: Tenant, key: str, spec: SandboxSpec, creation: _Creation) -> None:
         labels = {**spec.labels, TENANT_LABEL: tenant.name}
         memory_mb = spec.limits.memory_mb
+        lease: Lease | None = None
         try:
             self._usage.take(tenant, memory_mb)
             try:
@@ -173,6 +183,8 @@ class Leases:
                         await lease.until_over()
             finally:
                 self._usage.give_back(tenant, memory_mb)
+                if lease is not None:
+                    lease.stopped.set()
         except Exception as error:
             # Whatever it was, whoever waits is told; the next try with this key is a new one.
             if creation.lease.done():
@@ -189,6 +201,7 @@ class Leases:
                 await lease.sandbox.stop()
             finally:
                 self._usage.give_back(lease.tenant, lease.spec.limits.memory_mb)
+                lease.stopped.set()
 
     def _lease(self, tenant: Tenant, spec: SandboxSpec, sandbox: Sandbox) -> Lease:
         return Lease(tenant, spec, sandbox, self.heartbeat_s, self._pool.metrics.exec_s.observe)

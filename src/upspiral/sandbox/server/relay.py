@@ -15,8 +15,8 @@ from upspiral.sandbox.inside import frames
 from upspiral.sandbox.inside.frames import FrameError
 from upspiral.sandbox.pool.pooled import PooledSandbox
 
-MOST_OPERATIONS = 64
-"""Of one client in one sandbox at a time."""
+MOST_OPERATIONS = 1024
+"""On one line at a time."""
 _FROM_CLIENT = (frames.OPEN, frames.DATA, frames.END, frames.ACK, frames.CONTROL)
 _CANCEL = json.dumps({"cancel": True}).encode()
 _LONGEST_WHY = 500

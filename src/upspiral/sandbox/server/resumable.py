@@ -49,6 +49,10 @@ class Resumable:
         return _RECEIVED.unpack_from(message)[0]
 
     @property
+    def unconfirmed_bytes(self) -> int:
+        return len(self._kept)
+
+    @property
     def is_full(self) -> bool:
         return len(self._kept) >= UNCONFIRMED_BYTES
 

@@ -17,6 +17,8 @@ from upspiral.sandbox.server.resumable import MOST_MESSAGE_BYTES, Resumable, Res
 GONE, REPLACED, MISBEHAVED = 4410, 4409, 4400
 """Why the server closes a WebSocket: the sandbox is gone; the client has opened another; the client broke the rules.
 After anything else it may come back."""
+MOST_UNREAD_BYTES = 64 << 20
+"""What may wait for a client, of all its operations on one line."""
 _LONGEST_REASON = 120
 """Bytes; a WebSocket closes with no longer one."""
 _RETURN_S = 120.0
@@ -140,3 +142,5 @@ class Session:
     def _deliver(self, frame: bytes) -> None:
         self._stream.write(frame)
         self._news.set()
+        if self._stream.unconfirmed_bytes > MOST_UNREAD_BYTES:
+            self.close(MISBEHAVED, f"{MOST_UNREAD_BYTES >> 20} MiB wait for a client that does not read")
