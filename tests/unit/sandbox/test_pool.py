@@ -146,6 +146,22 @@ def test_a_small_run_does_not_wait_for_a_large_one_and_scoring_goes_first() -> N
     run_in_virtual_time(play())
 
 
+def test_whoever_has_the_fewest_is_next() -> None:
+    async def play() -> None:
+        order: list[str] = []
+        async with closing(Pool(FakeBackend(), PoolLimits(live=8, warm_max=0, wait_s=500.0))) as pool:
+            held = [asyncio.create_task(use(pool, of_run("large"), 400.0)) for _ in range(7)]
+            await asyncio.sleep(0.1)
+            large = [asyncio.create_task(use(pool, of_run("large"), 1.0, order)) for _ in range(20)]
+            await asyncio.sleep(0.1)
+            small = [asyncio.create_task(use(pool, of_run("small"), 1.0, order)) for _ in range(5)]
+            await asyncio.gather(*large, *small)
+            assert order == ["large", *["small"] * 5, *["large"] * 19]
+            await asyncio.gather(*held)
+
+    run_in_virtual_time(play())
+
+
 def test_who_waits_too_long_or_behind_too_many_is_told_to_come_back() -> None:
     async def play() -> None:
         async with closing(Pool(FakeBackend(), PoolLimits(live=1, queued=2, wait_s=30.0))) as pool:
