@@ -174,7 +174,7 @@ async def measure(live: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
     parser.add_argument("--live", type=int, default=2000)
     parser.add_argument("--save", action="store_true")
     options = parser.parse_args()

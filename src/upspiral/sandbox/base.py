@@ -110,7 +110,7 @@ class ExecResult:
     cpu_s: float = 0.0
     """Of the command and all that it waited for."""
     peak_mb: float = 0.0
-    """Resident memory of its largest process."""
+    """Resident memory of its largest process, in which an agent's own may be counted (some 15 MB)."""
 
     @property
     def truncated(self) -> bool:
@@ -199,7 +199,7 @@ class Capabilities:
             'network = "none"': spec.network != "none" or self.network_none,
             "an egress allow-list": spec.network == "none" or self.egress,
             "forward_sockets": not spec.forward_sockets or self.forward_sockets,
-            f"image {spec.image!r}": self.images or spec.image == HOST_IMAGE or isinstance(spec.image, Snapshot),
+            f"image {spec.image!r}": not isinstance(spec.image, str) or spec.image == HOST_IMAGE or self.images,
             "a snapshot as image": not isinstance(spec.image, Snapshot) or self.snapshot,
             "mounts": not spec.mounts or self.mounts,
             "limits.cpus": spec.limits.cpus is None or self.cpu_limit,

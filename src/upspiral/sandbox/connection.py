@@ -28,8 +28,8 @@ _SLOWEST_BYTES_PER_S = 64 << 10
 """What an operation takes in and gives out has that time, beside its own."""
 _MAX_STRAY_BYTES = 512 << 20
 """Of operations that were given up, on their way at a time."""
-_MAX_CALLERS = 1024
-"""Of forwarded ports, at a time. The agent keeps to fewer for each."""
+_MAX_CALLERS = 512
+"""Of forwarded ports, at a time. Further ones are refused."""
 
 
 class Ended(msgspec.Struct, forbid_unknown_fields=True):
@@ -212,8 +212,9 @@ class Call:
         elif kind == frames.CONTROL:
             self._note(_notice.decode(body))
         elif kind == frames.RESULT and self.number < frames.INSIDE:
+            ended = _ended.decode(body)  # may raise; then the connection breaks, and this call with it
             self._connection.forget(self)
-            self.ended.set_result(_ended.decode(body))
+            self.ended.set_result(ended)
         else:
             raise BrokenRuleError(f"a frame of kind {kind} in an operation")
         self.wake()
@@ -435,9 +436,13 @@ class Connection(asyncio.Protocol):
 
     def _serve_caller(self, number: int, asked: Asked) -> None:
         path = self._forward.get(asked.port) if asked.do == "forward" else None
-        if path is None or number < frames.INSIDE or number in self._calls or len(self._callers) >= _MAX_CALLERS:
+        if path is None or number < frames.INSIDE or number in self._calls:
             raise BrokenRuleError(f"it opened {asked.do!r} to port {asked.port}, which it must not")
         call = self._calls[number] = Call(self, None, number)
+        if len(self._callers) >= _MAX_CALLERS:
+            if self.is_full:
+                raise BrokenRuleError("it opens more than it reads answers of")
+            return call.answer(error="ConnectionRefusedError")
         self._keep_task(_relay(call, path))
 
     def _keep_task(self, work: Any) -> None:

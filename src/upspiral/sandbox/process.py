@@ -70,6 +70,12 @@ class ProcessSandbox(ConnectedSandbox):
         except SandboxError as error:
             log = (self._folder / "agent.log").read_bytes()[-_LAST_WORDS_BYTES:].decode(errors="replace").strip()
             raise SandboxError(f"the sandbox's agent did not start: {log or error}") from error
+        trial = await self.exec("true", timeout_s=_START_TIMEOUT_S)
+        if trial.exit_code != 0:
+            said = trial.stderr.decode(errors="replace").strip()
+            raise SandboxError(
+                f"no command can be run in {self._folder}: {said}; every user must be able to pass there"
+            )
         await self.lay_out(spec.files)
 
     async def _dispose(self) -> None:

@@ -4,6 +4,7 @@ SOCKET is the number of an inherited descriptor of a connected socket, the path 
 and the path of one to connect to. The first frame on a connection has the settings; those of a second are not heeded.
 """
 
+import contextlib
 import os
 import socket
 import sys
@@ -11,6 +12,8 @@ import types
 from importlib import import_module
 
 _TO = "to:"
+_FIRST_CONNECTION_S = 120.0
+"""Whoever started it connects within that time, or has gone."""
 
 
 def main(where: str) -> None:
@@ -23,11 +26,15 @@ def main(where: str) -> None:
         connection = socket.socket(socket.AF_UNIX)
         connection.connect(where[len(_TO) :])
     else:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(where)
         listener = socket.socket(socket.AF_UNIX)
+        listener.settimeout(_FIRST_CONNECTION_S)
         listener.bind(where)
         os.chmod(where, 0o666)  # who gets here is a matter of the folder it is in
         listener.listen(8)
         connection, _ = listener.accept()
+        connection.settimeout(None)
     settings = settings_module.Settings.from_json(frames.first_settings(connection))
     if settings.confinement or (settings.is_init and os.getpid() != 1):
         confine = import_module("inside.confine")

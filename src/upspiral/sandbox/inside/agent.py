@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import resource
 import socket
 
 from .command import Execution, Program
@@ -28,11 +29,12 @@ def serve(connection: socket.socket, settings: Settings, listener: socket.socket
 
     Takes over the process: SIGCHLD, every child, and the descriptors of `settings`.
     """
-    gc.collect()
-    gc.freeze()  # pages that are shared with a keeper stay so
+    gc.freeze()  # a collection would write to every page that is shared with a keeper, which should have made one
     os.umask(0o022)
     with contextlib.suppress(OSError):  # commands will say so
         os.makedirs(settings.workspace, exist_ok=True)
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # each command that left something behind holds two
     agent = Agent(settings, OPERATIONS, listener)
     listeners = [Listener(agent, port) for port in settings.forward_ports]
     agent.attach(connection)

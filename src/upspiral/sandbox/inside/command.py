@@ -209,6 +209,8 @@ class Inlet:
         os.set_blocking(writer, False)
 
     def put(self, content: bytes) -> None:
+        if self._writer < 0:
+            return self._operation.used(len(content))
         self._waiting.append(content)
         self._write()
 

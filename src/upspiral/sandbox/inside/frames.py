@@ -74,16 +74,17 @@ class Decoder:
         """(kind, operation, body) of every frame that is complete by now. Raises FrameError for anything else."""
         self._held += received
         held, position, found = self._held, 0, []
-        while len(held) - position >= HEADER.size:
-            length, operation, kind = HEADER.unpack_from(held, position)
-            if length > MAX_BODY_BYTES:
-                raise FrameError(f"a frame of {length} bytes; at most {MAX_BODY_BYTES} are allowed")
-            if not SETTINGS <= kind <= RESULT:
-                raise FrameError(f"a frame of kind {kind}; there are {SETTINGS} to {RESULT}")
-            end = position + HEADER.size + length
-            if end > len(held):
-                break
-            found.append((kind, operation, bytes(held[position + HEADER.size : end])))
-            position = end
+        with memoryview(held) as view:
+            while len(held) - position >= HEADER.size:
+                length, operation, kind = HEADER.unpack_from(held, position)
+                if length > MAX_BODY_BYTES:
+                    raise FrameError(f"a frame of {length} bytes; at most {MAX_BODY_BYTES} are allowed")
+                if not SETTINGS <= kind <= RESULT:
+                    raise FrameError(f"a frame of kind {kind}; there are {SETTINGS} to {RESULT}")
+                start, end = position + HEADER.size, position + HEADER.size + length
+                if end > len(held):
+                    break
+                found.append((kind, operation, bytes(view[start:end])))
+                position = end
         del held[:position]
         return found

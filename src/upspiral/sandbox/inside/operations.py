@@ -15,7 +15,7 @@ from typing import Any
 
 from . import frames
 from .launch import Launcher
-from .loop import READABLE, WRITABLE, Loop
+from .loop import READABLE, WRITABLE, Loop, Timer
 from .results import Results
 from .settings import Settings
 
@@ -41,14 +41,18 @@ class Agent:
         self._outgoing: deque[bytes] = deque()
         self._outgoing_bytes = 0
         self._starving: dict[int, Operation] = {}
+        self._farewell: Timer | None = None
         self._awaited = 0
         self._next_number = frames.INSIDE
         self._oom_fd = settings.oom_fd if settings.oom_fd is not None else _first_open(settings.oom_paths)
         if listener:
+            listener.setblocking(False)
             self.loop.watch(listener.fileno(), READABLE, self._accept)
 
     def attach(self, connection: socket.socket) -> None:
         connection.setblocking(False)
+        if self._farewell:
+            self._farewell.cancel()
         self._socket, self._decoder = connection, frames.Decoder()
         self._awaited = 0
         self._await_socket(READABLE)
@@ -139,23 +143,24 @@ class Agent:
         elif kind == frames.RESULT:
             self.operations.pop(number)
             operation.let_go()
-        elif not operation.finished:
+        else:
             self._input(operation, kind, body)
 
     def _input(self, operation: Operation, kind: int, body: bytes) -> None:
         """What the operation cannot do for want of something inside is its result."""
         try:
-            if kind == frames.DATA:
+            message = json.loads(body) if kind == frames.CONTROL else {}
+            if message.get("cancel"):
+                operation.let_go()
+                self.close(operation, {"error": "cancelled"})
+            elif operation.finished:
+                return  # all that is left of it is output that waits for its turn
+            elif kind == frames.DATA:
                 operation.data(body)
             elif kind == frames.END:
                 operation.end()
             elif kind == frames.CONTROL:
-                message = json.loads(body)
-                if message.get("cancel"):
-                    operation.let_go()
-                    self.close(operation, {"error": "cancelled"})
-                else:
-                    operation.control(message)
+                operation.control(message)
         except OSError as error:
             operation.fail(type(error).__name__, error.strerror or str(error))
 
@@ -204,11 +209,7 @@ class Agent:
             return self.loop.stop()
         for operation in operations:
             operation.lose()
-        self.loop.after(self.settings.orphan_s, self._end_if_lonely)
-
-    def _end_if_lonely(self) -> None:
-        if not self._socket:
-            self.loop.stop()
+        self._farewell = self.loop.after(self.settings.orphan_s, self.loop.stop)
 
 
 class Operation:
@@ -287,7 +288,8 @@ class Operation:
         self.finish(error=error, message=message)
 
     def give_up(self) -> None:
-        """Nobody waits for it any more."""
+        """Nobody waits for it any more, nor for its output."""
+        self._waiting.clear()
         if not self.finished:
             self.finished = True
             self.release()
@@ -308,7 +310,10 @@ class Operation:
         """Something that output may have waited for has come."""
         self._flush()
         if not self.finished and self.has_room:
-            self.produce()
+            try:
+                self.produce()
+            except OSError as error:
+                self.fail(type(error).__name__, error.strerror or str(error))
 
     def _flush(self) -> None:
         while self._waiting and self._credit > 0 and self.agent.has_room:

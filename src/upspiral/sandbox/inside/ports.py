@@ -48,6 +48,8 @@ class Stream(Operation):
 
     def let_go(self) -> None:
         """What the host has sent before still gets there."""
+        if self.finished:
+            return self.give_up()
         self._input_ended = self._output_ended = True
         self._send()
 
@@ -58,8 +60,11 @@ class Stream(Operation):
     def _ready(self, events: int) -> None:
         if events & WRITABLE:
             self._send()
-        if events & READABLE and not self._output_ended and self.has_room and self._socket:
-            self._receive(self._socket)
+        if events & READABLE and not self._output_ended and self._socket:
+            if self.has_room:
+                self._receive(self._socket)
+            else:
+                self._await()
 
     def _receive(self, connection: socket.socket) -> None:
         try:

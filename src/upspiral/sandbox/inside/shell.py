@@ -19,6 +19,7 @@ from .loop import READABLE, Timer
 from .operations import Agent, Operation
 from .output import Outlet
 from .processes import all_processes, descendants, send, signal_command, ticks_now
+from .running import not_started
 
 _INTERRUPT_EVERY_S = 0.05
 _MAX_INTERRUPTS = 20
@@ -50,9 +51,9 @@ class Bash:
             self.close()
             raise
         finally:
-            os.set_inheritable(self._script, False)
             os.close(commands)
             os.close(self._status_writer)
+        os.set_inheritable(self._script, False)
         for outlet in self._outlets:
             outlet.begin()
         self._loop.child(self._pid, lambda code, _usage: shell.ended(self, code))
@@ -151,14 +152,21 @@ class Shell(Operation):
 
     def evaluate(self, run: ShellRun, script: bytes) -> None:
         """Raises OSError when another bash is needed and cannot be started."""
-        if self._bash is None:
-            self._bash = Bash(self, self.request)
-            self._complaint = _NEW_SHELL
-        run.cpu_before_s = self._bash.cpu_s()
-        self._bash.evaluate(script)
+        bash = self._bash or self._another()
+        run.cpu_before_s = bash.cpu_s()
+        try:
+            bash.evaluate(script)
+        except BrokenPipeError:  # it has died, and nobody told yet
+            self.ended(bash, 0)
+            self._another().evaluate(script)
         self._run = run
         run.take(frames.ERRORS, memoryview(self._complaint))
         self._complaint = b""
+
+    def _another(self) -> Bash:
+        self._bash = Bash(self, self.request)
+        self._complaint = _NEW_SHELL
+        return self._bash
 
     def take(self, kind: int, content: memoryview) -> None:
         """What is written while nothing is evaluated is nobody's."""
@@ -227,7 +235,12 @@ class ShellRun(Operation):
         if not isinstance(shell, Shell):
             return self.fail("the shell was closed")
         self._begin_s, self._begin_ticks = time.monotonic(), ticks_now()
-        shell.evaluate(self, bytes(self._script))
+        try:
+            shell.evaluate(self, bytes(self._script))
+        except OSError as error:
+            result = not_started(error)
+            self.put(result.pop("stderr").encode(), frames.ERRORS)
+            return self.finish(**result)
         self._shell = shell
         self._timer = self.agent.loop.after(self.request["timeout_s"], self._overrun)
 

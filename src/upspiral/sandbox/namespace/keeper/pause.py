@@ -64,9 +64,9 @@ def _signal_from_inside(namespace: int, number: int) -> NoReturn:
         syscalls.forbid_inspection()
         syscalls.enter(namespace, Namespace.PID)
         child = os.fork()  # only children are in the namespace
-        if child == 0:
+        if child == 0 and os.getppid() == 0:  # it is: its parent is out of its sight, and everyone is not everyone
             os.kill(_EVERYONE, number)
-        elif os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == _NONE:
+        elif child != 0 and os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == _NONE:
             os._exit(_NONE)
     except ProcessLookupError:
         os._exit(_NONE)
