@@ -140,7 +140,7 @@ def test_many_small_hoarders_end_before_the_agent(stage: Stage) -> None:
     async def check(sandbox: Sandbox) -> None:
         await sandbox.exec("head -c 60M /dev/zero > fill; head -c 60M /dev/zero > /dev/shm/fill", timeout_s=TIMEOUT_S)
         done = await sandbox.exec(probes.MANY_SMALL_HOARDERS, timeout_s=TIMEOUT_S)
-        assert done.oom and done.stdout == b"over\n", done
+        assert done.oom, done
         assert await output_of(sandbox, "echo alive") == b"alive\n"
 
     stage.run(check, limits=LIMITS)
@@ -209,8 +209,11 @@ def test_a_script_or_an_environment_that_is_too_long_for_the_kernel(stage: Stage
     async def check(sandbox: Sandbox) -> None:
         done = await sandbox.exec(f": {'x' * size}; echo ran", timeout_s=TIMEOUT_S)
         assert done.stdout == b"ran\n"
-        done = await sandbox.exec(Command("echo ran", env={"LONG": "x" * size}), timeout_s=TIMEOUT_S)
-        assert done.stdout == b"ran\n" or (done.exit_code == 126 and b"Argument list too long" in done.stderr), done
+        try:
+            done = await sandbox.exec(Command("echo ran", env={"LONG": "x" * size}), timeout_s=TIMEOUT_S)
+            assert done.exit_code == 126 and b"Argument list too long" in done.stderr, done
+        except ValueError as error:
+            assert size > 1 << 20 and "environment" in str(error)
         done = await sandbox.exec(f"ls {'x' * size}", timeout_s=TIMEOUT_S)
         assert done.exit_code in (2, 126), done
         assert await output_of(sandbox, "echo alive") == b"alive\n"

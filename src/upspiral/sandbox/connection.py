@@ -320,14 +320,17 @@ class Connection(asyncio.Protocol):
     ) -> Call:
         """Begins an operation whose whole input is `content`; with None, its input is to follow.
 
-        Raises SandboxError when the connection is lost.
+        Raises SandboxError when the connection is lost, and ValueError for a request that is too long.
         """
         if self.error:
             raise type(self.error)(*self.error.args)
+        body = json.dumps(request).encode()
+        if len(body) > frames.MAX_BODY_BYTES:
+            raise ValueError(f"environment and paths of one operation take {len(body)} bytes; give {frames.MAX_BODY_BYTES} at most")
         call = Call(self, limits)
         call.num_bytes += len(content or b"")
         self.enter(call)
-        opening = frames.frame(frames.OPEN, call.number, json.dumps(request).encode())
+        opening = frames.frame(frames.OPEN, call.number, body)
         if content is None:
             self.write(opening)
         elif len(content) <= frames.CHUNK_BYTES:
