@@ -71,12 +71,12 @@ class DecoderForward:
         )
         self._projections: list[Projection] = []
         """What holds something beside the trainer's weights."""
+        self._head = self._projection(model.module.lm_head.weight)
+        self._dense = dense_layers(model.module, model.layers, self._projection)
         self._prepare()
 
     def _prepare(self) -> None:
-        """Looks up the trainer's parameters once: walking the module costs a millisecond a step."""
-        self._head = self._projection(self._model.module.lm_head.weight)
-        self._dense = dense_layers(self._model.module, self._model.layers, self._projection)
+        """Looks up once what stands in for the compiled steps: walking the module costs a millisecond a step."""
         self._layers: list[TorchLayer] = []
         if self._dense is None:
             pairs = zip(cast(Any, self._model.module.model.layers), self._model.layers, strict=True)

@@ -17,7 +17,6 @@ from upspiral.engine.embedded.decoder import DecoderForward, Rows, half_turned
 from upspiral.engine.embedded.feed_forward import exact_feed_forward
 from upspiral.engine.embedded.sequence import Batch
 from upspiral.errors import ConfigError
-from upspiral.kernel.layer import dense_layers
 from upspiral.weights.exact import at_least_some_rows
 from upspiral.weights.experts import expert_layers
 from upspiral.weights.load import LoadedModel
@@ -31,8 +30,6 @@ class ExactForward(DecoderForward):
 
     def _prepare(self) -> None:
         decoder: Any = self._model.module.model
-        self._head = self._projection(self._model.module.lm_head.weight)
-        self._dense = dense_layers(self._model.module, self._model.layers, self._projection)
         self._modules = [(layer, exact_feed_forward(layer.mlp)) for layer in decoder.layers]
         if self._dense is None:
             _check_width(self._model)
