@@ -44,7 +44,9 @@ IN_FLIGHT = 8
 FORKS = 64
 SPEC = SandboxSpec()
 ROOMY = SandboxSpec(limits=Limits(memory_mb=1024, disk_mb=512, inodes=100_000))
-WORKSPACE_100_MB = "for i in {1..20}; do mkdir $i; head -c 5120000 /dev/urandom | split -a 3 -b 51200 - $i/; done; ls */* | wc -l"
+WORKSPACE_100_MB = (
+    "for i in {1..20}; do mkdir $i; head -c 5120000 /dev/urandom | split -a 3 -b 51200 - $i/; done; ls */* | wc -l"
+)
 TARGETS = {
     "create_ms.p50": 10.0, "warm_acquire_ms.p50": 1.0, "exec_ms.p50": 2.0, "exec_http_ms.p50": 5.0, "creates_per_s": 150,
     "execs_per_s": 600, "fork_ready_ms.p50": 15.0, "fork64_s": 0.7, "create_vs_docker": 20, "exec_vs_docker": 15,

@@ -117,7 +117,9 @@ def resident_mb() -> float:
 
 
 def labelled_groups() -> int:
-    return sum(f"-{os.getpid()}-" in name for _, below, _ in os.walk("/sys/fs/cgroup") for name in below if "upspiral-" in name)
+    return sum(
+        f"-{os.getpid()}-" in name for _, below, _ in os.walk("/sys/fs/cgroup") for name in below if "upspiral-" in name
+    )
 
 
 def labelled_folders() -> int:

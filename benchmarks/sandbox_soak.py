@@ -141,7 +141,9 @@ class Soak:
         if server is not None:
             arguments += [server.url, server.token]
         program = str(Path(__file__).with_name("sandbox_soak_owner.py"))
-        process = subprocess.Popen([sys.executable, program, *arguments], stdout=subprocess.PIPE, env=environment, text=True)
+        process = subprocess.Popen(
+            [sys.executable, program, *arguments], stdout=subprocess.PIPE, env=environment, text=True
+        )
         self._owners.add(process.pid)
         return Life(process, server)
 

@@ -29,6 +29,7 @@ from upspiral.sandbox.base import Capabilities, SandboxSpec, Snapshot
 from upspiral.sandbox.connected import ConnectedSandbox, settings_for
 from upspiral.sandbox.connection import Connection
 from upspiral.sandbox.inside.settings import Confinement, Settings
+from upspiral.sandbox.open_files import allow_many, enough_for_a_sandbox
 from upspiral.sandbox.owner import Owner, left_over_folders, make_folder, remove_tree
 
 _KIND = "process"
@@ -97,6 +98,7 @@ class ProcessBackend:
     """
 
     def __init__(self, root: Path | None = None, *, allow_network: bool = False):
+        allow_many()
         sweep(root)
         self._folder = make_folder(root, Owner.this_process().label(_KIND))
         self._folder.chmod(0o711)
@@ -137,19 +139,22 @@ class ProcessBackend:
 
     async def _start(self, spec: SandboxSpec) -> ProcessSandbox:
         folder = self._folder / str(next(self._numbers))
-        ours, theirs = socket.socketpair()
+        with enough_for_a_sandbox():
+            ours, theirs = socket.socketpair()
         try:
             settings = self._prepare(folder, spec)
-            with open(folder / "agent.log", "wb") as log:
+            with enough_for_a_sandbox(), open(folder / "agent.log", "wb") as log:
                 agent = await asyncio.create_subprocess_exec(
                     sys.executable, "-I", "-S", *inside.__path__, str(theirs.fileno()),
                     pass_fds=[theirs.fileno()], stdin=asyncio.subprocess.DEVNULL, stdout=log, stderr=log, env={},
                     cwd=folder / "work", start_new_session=True,
                 )  # fmt: skip
-        except OSError as error:
+        except BaseException as error:
             ours.close()
-            await asyncio.to_thread(remove_tree, folder)
-            raise SandboxError(f"no sandbox could be made below {self._folder}: {error}") from error
+            await asyncio.shield(asyncio.to_thread(remove_tree, folder))
+            if isinstance(error, OSError):
+                raise SandboxError(f"no sandbox could be made below {self._folder}: {error}") from error
+            raise
         finally:
             theirs.close()
         sandbox = ProcessSandbox(folder, agent, await Connection.over(ours, settings), spec)
