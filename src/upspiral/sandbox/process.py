@@ -19,6 +19,7 @@ import os
 import secrets
 import socket
 import sys
+import time
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
@@ -207,8 +208,12 @@ def sweep(root: Path | None) -> list[Path]:
 
 
 def _end_remains(folder: Path) -> None:
-    """Kills what still has the folder in its environment. Only for what a killed agent left."""
-    for path in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            if f"={folder}/".encode() in (path / "environ").read_bytes():
-                os.kill(int(path.name), 9)
+    """Kills what still has the folder in its environment, until there is nothing. Only for what a killed agent left."""
+    deadline, found = time.monotonic() + _STOP_TIMEOUT_S, True
+    while found and time.monotonic() < deadline:
+        found = False
+        for path in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                if f"={folder}/".encode() in (path / "environ").read_bytes():
+                    found = True
+                    os.kill(int(path.name), 9)

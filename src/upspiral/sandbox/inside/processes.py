@@ -7,6 +7,7 @@ import itertools
 import os
 import resource
 import signal
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -15,6 +16,7 @@ _RLIMIT_LOCKS, _LOCKS_LINE = 10, b"Max file locks"
 _FIRST_MARK = 1 << 62
 _MAX_ROUNDS = 20
 _EVERYONE = -1
+_DEATH_TIMEOUT_S = 5.0
 
 
 class Seen(NamedTuple):
@@ -83,9 +85,14 @@ def descendants(roots: Sequence[int], processes: Sequence[Seen]) -> list[Seen]:
 
 
 def end_descendants() -> None:
-    """Of this process; for an agent whose end does not take everything down by itself."""
-    me = os.getpid()
+    """Of this process; for an agent whose end does not take everything down by itself. Returns when they are gone: who
+    loses its parent is a child of this process then."""
+    me, deadline = os.getpid(), time.monotonic() + _DEATH_TIMEOUT_S
     _signal_all(lambda: descendants([me], all_processes()), signal.SIGKILL)
+    with contextlib.suppress(ChildProcessError):
+        while time.monotonic() < deadline:
+            if os.waitpid(-1, os.WNOHANG)[0] == 0:
+                time.sleep(0.001)
 
 
 def send(pid: int, number: int, group: bool = False) -> None:
