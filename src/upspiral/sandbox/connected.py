@@ -23,7 +23,7 @@ from upspiral.sandbox.base import (
     SandboxSpec,
     Snapshot,
 )
-from upspiral.sandbox.connection import SILENCE_S, Call, Connection, Ended
+from upspiral.sandbox.connection import Call, Connection, Ended
 from upspiral.sandbox.inside import frames
 from upspiral.sandbox.inside.settings import Settings
 
@@ -31,7 +31,7 @@ GRACE_S = 15.0
 """So long after a command's deadline its agent has to say how it ended."""
 _REPLAY_TIMEOUT_S = 60.0
 """Of one command of a shell that is made again."""
-_MAX_LIST_BYTES = 256 << 20
+_MAX_LIST_BYTES = 64 << 20
 _FILE_ERRORS = {
     error.__name__: error
     for error in (OSError, FileNotFoundError, FileExistsError, PermissionError, NotADirectoryError, IsADirectoryError,
@@ -100,7 +100,8 @@ class ConnectedSandbox:
         command = _checked(command)
         script = _script(command)
         call = self._connection.call(_request("spawn", command, script), None)
-        await call.send(script, silence_s=SILENCE_S)
+        with call.bounded(len(script)):
+            await call.send(script)
         await call.start()
         process = ConnectedProcess(call)
         if command.stdin:
@@ -154,10 +155,11 @@ class ConnectedSandbox:
         call = self._connection.call({"do": "pack", "path": _path(path)})
         archive = bytearray()
         try:
-            while received := await call.receive(silence_s=SILENCE_S):
-                archive += received[1]
-                if len(archive) > max_bytes:
-                    raise OSError(f"{path}: as a tar it is larger than {max_bytes} bytes")
+            with call.bounded(max_bytes):
+                while received := await call.receive():
+                    archive += received[1]
+                    if len(archive) > max_bytes:
+                        raise OSError(f"{path}: as a tar it is larger than {max_bytes} bytes")
         except BaseException:
             await call.cancel()
             raise

@@ -9,9 +9,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import math
 import socket
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 import msgspec
@@ -107,16 +108,26 @@ class Call:
         self._credit = frames.WINDOW_BYTES
         self._changed: asyncio.Future[None] | None = None
         self._heard_s = loop.time()
+        self._latest_s = math.inf
         self.num_bytes = sum((limits or {}).values())
         """How much may go either way, where that is known."""
 
-    async def send(self, content: bytes, *, silence_s: float | None = None) -> None:
-        """Input, as the agent takes it. Ends early when the operation does. `silence_s`: how long the agent may take
-        nothing of it; None: for ever, as a pipe whose reader does not read."""
+    @contextlib.contextmanager
+    def bounded(self, num_bytes: int) -> Iterator[None]:
+        """Meanwhile `send` and `receive` break the connection with an agent that is silent, or needs longer than so many
+        bytes take on a slow line. Otherwise they wait for ever, as at a pipe whose other end is idle."""
+        self._latest_s = asyncio.get_running_loop().time() + SILENCE_S + num_bytes / _SLOWEST_BYTES_PER_S
+        try:
+            yield
+        finally:
+            self._latest_s = math.inf
+
+    async def send(self, content: bytes) -> None:
+        """Input, as the agent takes it. Ends early when the operation does."""
         view = memoryview(content)
         while view and not self.ended.done() and not self.input_closed:
             if self._credit <= 0 or self._connection.is_full:
-                await self._change(silence_s)
+                await self._change()
                 continue
             size = min(len(view), self._credit, frames.CHUNK_BYTES)
             self._connection.write(frames.frame(frames.DATA, self.number, bytes(view[:size])))
@@ -139,22 +150,21 @@ class Call:
             self._connection.forget(self)
             self.ended.set_result(Ended())
 
-    async def receive(self, *, silence_s: float | None = None) -> tuple[int, bytes] | None:
-        """Some output and its kind; None at the end. Raises what the connection broke with, as it does when there is no
-        output for `silence_s`."""
+    async def receive(self) -> tuple[int, bytes] | None:
+        """Some output and its kind; None at the end. Raises what the connection broke with."""
         while not self._arrived:
             if self._output_ended or self.ended.done():
                 if self.ended.done():
                     self.ended.result()
                 return None
-            await self._change(silence_s)
+            await self._change()
         kind, content = self._arrived.popleft()
         self._unused -= len(content)
         self._acknowledge(len(content))
         return kind, content
 
     async def start(self) -> None:
-        """Returns when it is under way, or has ended already."""
+        """Returns when it is under way, or has ended already. Raises what the connection broke with."""
         try:
             done, _ = await asyncio.wait(
                 [self.started, self.ended], timeout=SILENCE_S, return_when=asyncio.FIRST_COMPLETED
@@ -164,11 +174,14 @@ class Call:
             raise
         if not done:
             self._connection.lose(SandboxError(f"the sandbox's agent was silent for {SILENCE_S:g} s"))
+        if self.ended.done():
+            self.ended.result()
 
-    async def result(self, *, silence_s: float = SILENCE_S) -> Ended:
-        """How it ended. When the agent says nothing of it for so long, or speaks on for longer than all that may be
-        said can take, the connection is broken. Cancelled, it cancels the operation and waits until that is done."""
-        loop = asyncio.get_running_loop()
+    async def result(self, *, silence_s: float | None = None) -> Ended:
+        """How it ended. When the agent says nothing of it for so long (SILENCE_S), or speaks on for longer than all
+        that may be said can take, the connection is broken. Cancelled, it cancels the operation and waits until that
+        is done."""
+        loop, silence_s = asyncio.get_running_loop(), SILENCE_S if silence_s is None else silence_s
         latest_s = loop.time() + silence_s + self.num_bytes / _SLOWEST_BYTES_PER_S
         try:
             while True:
@@ -261,11 +274,15 @@ class Call:
             self._connection.write(frames.frame(frames.ACK, self.number, frames.COUNT.pack(self._used)))
             self._used = 0
 
-    async def _change(self, silence_s: float | None = None) -> None:
-        self._changed = self._changed or asyncio.get_running_loop().create_future()
-        done, _ = await asyncio.wait([self._changed], timeout=silence_s)
+    async def _change(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._changed = self._changed or loop.create_future()
+        left_s = self._latest_s - loop.time()
+        timeout_s = None if left_s == math.inf else max(0.0, min(SILENCE_S, left_s))
+        done, _ = await asyncio.wait([self._changed], timeout=timeout_s)
         if not done:
-            self._connection.lose(SandboxError(f"the sandbox's agent was silent for {silence_s:g} s"))
+            what = "was silent" if left_s >= SILENCE_S else "brought an operation to no end"
+            self._connection.lose(SandboxError(f"the sandbox's agent {what} ({timeout_s:g} s)"))
 
 
 def _number(body: bytes) -> int:
