@@ -10,7 +10,6 @@ import pytest
 
 from tests.sandbox.conformance import BACKENDS, Entry, Stage, stage_of
 
-
 PARAMS = [pytest.param(each, marks=pytest.mark.slow if each.is_slow else (), id=each.name) for each in BACKENDS]
 
 

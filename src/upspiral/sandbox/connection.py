@@ -114,8 +114,8 @@ class Call:
 
     @contextlib.contextmanager
     def bounded(self, num_bytes: int) -> Iterator[None]:
-        """Meanwhile `send` and `receive` break the connection with an agent that is silent, or needs longer than so many
-        bytes take on a slow line. Otherwise they wait for ever, as at a pipe whose other end is idle."""
+        """Meanwhile `send` and `receive` break the connection with an agent that is silent, or needs longer than so
+        many bytes take on a slow line. Otherwise they wait for ever, as at a pipe whose other end is idle."""
         self._latest_s = asyncio.get_running_loop().time() + SILENCE_S + num_bytes / _SLOWEST_BYTES_PER_S
         try:
             yield

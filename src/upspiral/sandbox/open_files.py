@@ -33,6 +33,6 @@ def enough_for_a_sandbox() -> Iterator[None]:
 def too_many(who: str) -> SandboxBusyError:
     return SandboxBusyError(
         f"there are no open files left for another sandbox: {who}, the limit (RLIMIT_NOFILE). Raise its hard limit, "
-        "by `ulimit -Hn`, LimitNOFILE= of systemd or --ulimit nofile= of a container, or have fewer sandboxes at a time",
+        "by `ulimit -Hn`, LimitNOFILE= of systemd or --ulimit nofile= of a container, or have fewer sandboxes",
         retry_after_s=_RETRY_S,
     )

@@ -1,4 +1,4 @@
-"""The process backend: what it refuses, what it keeps commands from, what is left of it. `tests/sandbox` has the rest."""
+"""The process backend: what it refuses, what it keeps commands from, what is left of it; `tests/sandbox` has more."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from upspiral.sandbox.registry import make_backend, sweep
 
 
 def test_a_name_that_there_is_not_is_refused_with_those_that_there_are() -> None:
-    with pytest.raises(ConfigError, match="no-such.*namespace, process, docker, podman"):
+    with pytest.raises(ConfigError, match=r"no-such.*namespace, process, docker, podman"):
         make_backend("no-such")
 
 

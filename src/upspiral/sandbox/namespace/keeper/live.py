@@ -16,7 +16,6 @@ from upspiral.sandbox.namespace.keeper.merged import FOLDER_FLAGS
 from upspiral.sandbox.namespace.keeper.order import Order
 from upspiral.sandbox.namespace.keeper.stack import Stack
 
-
 LAST_WORDS, LAST_WORDS_BYTES = "last_words", 4096
 """A file on a sandbox's disk that nothing inside sees, beside what is seen."""
 
