@@ -326,7 +326,9 @@ class Connection(asyncio.Protocol):
             raise type(self.error)(*self.error.args)
         body = json.dumps(request).encode()
         if len(body) > frames.MAX_BODY_BYTES:
-            raise ValueError(f"environment and paths of one operation take {len(body)} bytes; give {frames.MAX_BODY_BYTES} at most")
+            raise ValueError(
+                f"environment and paths of one operation take {len(body)} bytes; give {frames.MAX_BODY_BYTES} at most"
+            )
         call = Call(self, limits)
         call.num_bytes += len(content or b"")
         self.enter(call)
