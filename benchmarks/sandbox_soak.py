@@ -42,7 +42,7 @@ import urllib.request
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,7 @@ IN_FLIGHT = 8
 GONE_TIMEOUT_S = 60.0
 LIFE_TIMEOUT_S = 3600.0
 HEARTBEAT_S = 5.0
-AFTER_SERVER_S = 3.0
+AFTER_SERVER_S = 5.0
 """So long an owner goes on without its server: what it was at then fails, and has to say so."""
 TARGETS = {"left_over": 0, "wrong": 0, "unexplained": 0, "hung": 0, "crashed": 0, "gone_s.worst": 5.0}
 _PR_SET_CHILD_SUBREAPER = 36
@@ -88,7 +88,7 @@ class Tally:
         """Whole or not at all."""
         if path is not None:
             draft = path.with_suffix(".draft")
-            draft.write_text(json.dumps(asdict(self)))
+            draft.write_text(json.dumps(vars(self)))
             draft.rename(path)
 
     def figures(self) -> dict[str, Any]:

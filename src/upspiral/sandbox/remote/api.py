@@ -84,7 +84,8 @@ class Api:
                     waited_s = timeout_s - (ends_at - loop.time())
                     raise SandboxError(
                         f"the server of sandboxes at {self.url} gave no answer to {method} {path} within "
-                        f"{waited_s:.0f} s ({error!r}); does it run there (`upspiral sandbox serve`)?"
+                        f"{waited_s:.0f} s: {str(error) or type(error).__name__}; does it run there "
+                        "(`upspiral sandbox serve`)?"
                     ) from error
                 await asyncio.sleep(pause_s)
 
