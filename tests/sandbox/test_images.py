@@ -78,9 +78,12 @@ def test_a_sandbox_begins_with_its_image(store: ImageStore) -> None:
     within(store, SandboxSpec(image=store.image("small").digest), check_again)
 
 
-def test_giving_files_away_succeeds_without_effect(store: ImageStore) -> None:
+def test_giving_files_and_groups_away_succeeds_without_effect(store: ImageStore) -> None:
+    """As installers of packages do it, and programs such as xterm that start others with the groups of their user."""
+
     async def check(sandbox: Sandbox) -> None:
         assert await output(sandbox, "chown -R 5:6 /etc && stat -c %u:%g /etc/motto") == "0:0\n"
+        assert await output(sandbox, "setpriv --groups 5,6 id -G") == "0\n"
 
     within(store, SandboxSpec(image="small"), check)
 
