@@ -17,7 +17,6 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from tests.fixtures.recording_engine import EngineCall, RecordingEngine
 from tests.fixtures.tiny_model import make_tokenizer
-from upspiral.agent.command import GATEWAY_PORT
 from upspiral.agent.launched import LaunchedAgent
 from upspiral.agent.packages import cached_agent
 from upspiral.algorithm.base import ScoredRollout
@@ -176,7 +175,7 @@ class _Door:
 async def _run(gateway: Gateway, store: TrajectoryStore, folder: Path, agent: str, terms: Terms) -> Rollout:
     sandboxes = NamespaceBackend()
     stage = Stage(gateway, ToolServer(()), sandboxes, LaunchedAgent(agent), Files(), store)
-    addresses = Addresses("", "", "tiny", ((GATEWAY_PORT, str(folder / SOCKET)),), terms.context_length)
+    addresses = Addresses("", "", "tiny", str(folder / SOCKET), terms.context_length)
     rollout = Rollout("r1", terms.task.id, "g1", instruction=terms.task.instruction)
     try:
         runner = RolloutRunner(stage, addresses, Limits(1, terms.timeout_s, 5.0))

@@ -16,7 +16,7 @@ from starlette.routing import Mount
 
 from tests.fixtures.live_gateway import LiveGateway, live_gateway
 from upspiral.agent.base import AgentRunner
-from upspiral.agent.command import GATEWAY_PORT, CommandAgent
+from upspiral.agent.command import CommandAgent
 from upspiral.agent.pool import WorkerPool
 from upspiral.config.models import EnvConfig
 from upspiral.env.shell.environment import ShellEnvironment
@@ -58,7 +58,7 @@ async def scene(
         async with serve_app(app) as url, serve_app(app, unix_socket=socket):
             await agents.start()
             try:
-                addresses = Addresses(f"{url}/v1", f"{url}/agent/tools", "tiny", ((GATEWAY_PORT, str(socket)),))
+                addresses = Addresses(f"{url}/v1", f"{url}/agent/tools", "tiny", str(socket))
                 yield Scene(live, RolloutRunner(stage, addresses, Limits(4, timeout_s, 5.0)))
             finally:
                 await agents.stop()

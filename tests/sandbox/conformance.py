@@ -14,12 +14,13 @@ import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.sandbox import container_engines
 from tests.sandbox.served import Remote
 from upspiral.errors import SandboxError
 from upspiral.sandbox.base import Capabilities, Command, ExecResult, Sandbox, SandboxBackend, SandboxSpec
@@ -31,6 +32,8 @@ from upspiral.sandbox.process import ProcessBackend
 TIMEOUT_S = 60.0
 """Of one command. Generous: the machine may be busy, and nothing here comes near it."""
 TEST_TIMEOUT_S = 200.0
+SLEEP = f"sleep 27{os.getpid()}"
+"""Nobody else on this machine sleeps so long."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +47,8 @@ class Entry:
     """What it can do that `Capabilities` has no field for; see `_ABILITIES`."""
     unavailable: Callable[[], str] = str
     """Why it cannot run on this machine; empty when it can."""
+    is_slow: bool = False
+    """Each sandbox takes it a second or so: only with --slow."""
 
 
 _ABILITIES = {
@@ -70,6 +75,8 @@ BACKENDS = (
     Entry("process", lambda root: ProcessBackend(root, allow_network=True), frozenset(_PROCESS)),
     Entry("namespace", NamespaceBackend, frozenset(_ABILITIES), _no_namespaces),
     Entry("remote", lambda root: Remote(NamespaceBackend(root)), frozenset(_ABILITIES), _no_namespaces),
+    Entry("docker", container_engines.docker_backend, frozenset(_ABILITIES), container_engines.why_no_docker, True),
+    Entry("podman", container_engines.podman_backend, frozenset(_ABILITIES), container_engines.why_no_podman, True),
 )
 
 
@@ -80,13 +87,9 @@ class Stage:
         self.entry = entry
         self.root = root
 
-    @cached_property
+    @property
     def capabilities(self) -> Capabilities:
-        backend = self.entry.make(self.root)
-        try:
-            return backend.capabilities
-        finally:
-            asyncio.run(backend.stop())
+        return _capabilities_of(self.entry)
 
     def needs(self, *names: str) -> None:
         """Skips the test when the backend lacks one of these: abilities, or fields of Capabilities."""
@@ -129,6 +132,17 @@ class Stage:
         return results[0]
 
 
+@cache
+def _capabilities_of(entry: Entry) -> Capabilities:
+    """It takes a backend to tell them, and each is the same."""
+    with tempfile.TemporaryDirectory(prefix="conformance-") as root:
+        backend = entry.make(Path(root))
+        try:
+            return backend.capabilities
+        finally:
+            asyncio.run(backend.stop())
+
+
 @contextmanager
 def stage_of(entry: Entry) -> Iterator[Stage]:
     if reason := entry.unavailable():
@@ -166,6 +180,11 @@ def processes_with(text: str) -> list[int]:
         if text.encode() in content and int(path.name) != os.getpid():
             found.append(int(path.name))
     return found
+
+
+def sleepers() -> list[int]:
+    """Those that run SLEEP."""
+    return processes_with(SLEEP.replace(" ", "\0") + "\0")
 
 
 def with_limits(spec: SandboxSpec, **limits: Any) -> SandboxSpec:

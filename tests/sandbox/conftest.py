@@ -11,7 +11,10 @@ import pytest
 from tests.sandbox.conformance import BACKENDS, Entry, Stage, stage_of
 
 
-@pytest.fixture(params=BACKENDS, ids=lambda entry: entry.name)
+PARAMS = [pytest.param(each, marks=pytest.mark.slow if each.is_slow else (), id=each.name) for each in BACKENDS]
+
+
+@pytest.fixture(params=PARAMS)
 def stage(request: pytest.FixtureRequest) -> Iterator[Stage]:
     entry: Entry = request.param
     with stage_of(entry) as made:

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.sandbox import probes
-from tests.sandbox.conformance import TIMEOUT_S, Stage, output_of
+from tests.sandbox.conformance import SLEEP, TIMEOUT_S, Stage, output_of, sleepers
 from tests.sandbox.probes import python
 from upspiral.errors import SandboxGoneError
 from upspiral.sandbox.base import Sandbox, SandboxBackend, SandboxSpec
@@ -296,20 +296,12 @@ def test_nothing_is_left_to_run_when_a_sandbox_is_stopped_amid_an_escape(stage: 
     needs_containment(stage)
 
     async def check(sandbox: Sandbox) -> None:
-        bomb = "bomb() { setsid bash -c \"$(declare -f bomb); bomb\" & (trap '' TERM HUP INT; sleep 31416) & }; bomb; sleep 31416"
+        bomb = f"bomb() {{ setsid bash -c \"$(declare -f bomb); bomb\" & (trap '' TERM HUP INT; {SLEEP}) & }}; bomb; {SLEEP}"
         running = asyncio.create_task(sandbox.exec(bomb, timeout_s=TIMEOUT_S))
         await asyncio.sleep(0.5)
         await sandbox.stop()
         with pytest.raises(SandboxGoneError):
             await running
-        left = [path for path in Path("/proc").glob("[0-9]*/cmdline") if _reads(path, b"sleep\00031416")]
-        assert left == []
+        assert sleepers() == []
 
     stage.run(check)
-
-
-def _reads(path: Path, text: bytes) -> bool:
-    try:
-        return text in path.read_bytes()
-    except OSError:
-        return False

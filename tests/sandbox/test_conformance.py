@@ -7,7 +7,8 @@ import os
 
 import pytest
 
-from tests.sandbox.conformance import TIMEOUT_S, Stage, eventually, output_of, processes_with
+from tests.sandbox.conformance import SLEEP, TIMEOUT_S, Stage, eventually, output_of, sleepers
+from tests.sandbox.probes import python
 from upspiral.errors import CapabilityError, SandboxError, SandboxGoneError
 from upspiral.sandbox.base import Allow, Command, Limits, Sandbox, SandboxBackend, SandboxSpec, Snapshot
 
@@ -230,6 +231,30 @@ def test_a_deadline_ends_one_command_and_not_what_others_left(stage: Stage) -> N
     stage.run(check)
 
 
+RUN_AWAY = "import os\nwhile True:\n    os.fork() and os._exit(0)\n    os.setsid()\n    print(file=open('log', 'a'))"
+
+
+@pytest.mark.parametrize(
+    "run_away",
+    [python(RUN_AWAY), "while :; do (setsid bash -c 'while :; do echo >> log; sleep 0.01; done' &); done"],
+    ids=["from generation to generation", "into many sessions"],
+)
+def test_a_deadline_ends_what_runs_away_from_it(stage: Stage, run_away: str) -> None:
+    """Into sessions of its own, and from parents that have ended."""
+    stage.needs("commands")
+
+    async def check(sandbox: Sandbox) -> None:
+        other = "(setsid bash -c 'while :; do echo >> other; sleep 0.01; done' >/dev/null 2>&1 &)"
+        await output_of(sandbox, other)
+        assert (await sandbox.exec(f"{run_away} & sleep 1000", timeout_s=1.0)).timed_out
+        log, before = await sandbox.read("log"), len(await sandbox.read("other"))
+        await asyncio.sleep(0.5)
+        assert log and await sandbox.read("log") == log
+        assert len(await sandbox.read("other")) > before, "what an earlier command left goes on"
+
+    stage.run(check)
+
+
 def test_what_runs_in_the_background_holds_nobody(stage: Stage) -> None:
     stage.needs("commands")
 
@@ -287,9 +312,14 @@ def test_many_sandboxes_at_once(stage: Stage) -> None:
                 await asyncio.sleep(0.1)
                 assert await sandbox.read("n") == str(number).encode()
 
-        open_before = len(os.listdir("/proc/self/fd"))
-        await asyncio.gather(*(one(number) for number in range(12)))
-        assert len(os.listdir("/proc/self/fd")) <= open_before + 1
+        async def open_after_a_round() -> int:
+            await asyncio.gather(*(one(number) for number in range(12)))
+            return len(os.listdir("/proc/self/fd"))
+
+        open_before = await open_after_a_round()
+        for _ in range(3):
+            open_after = await open_after_a_round()
+        assert open_after <= open_before + 12, "connections to a server may be kept, but not one for each sandbox"
 
     stage.run_backend(check)
 
@@ -328,10 +358,10 @@ def test_cancelling_ends_what_runs(stage: Stage) -> None:
     async def check(sandbox: Sandbox) -> None:
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.5):
-                await sandbox.exec("setsid sleep 31415 & sleep 31415", timeout_s=2000)
+                await sandbox.exec(f"setsid {SLEEP} & {SLEEP}", timeout_s=2000)
 
         async def gone() -> bool:
-            return processes_with("sleep\00031415") == []
+            return sleepers() == []
 
         await eventually(gone, "the command is gone")
         assert (await sandbox.exec("echo alive", timeout_s=TIMEOUT_S)).stdout == b"alive\n"

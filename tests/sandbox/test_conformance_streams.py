@@ -13,7 +13,7 @@ import pytest
 
 from tests.sandbox.conformance import TIMEOUT_S, Stage, eventually, output_of
 from upspiral.errors import DeadlineError, SandboxGoneError
-from upspiral.sandbox.base import ByteStream, Command, Limits, Process, Sandbox, SandboxSpec
+from upspiral.sandbox.base import ByteStream, Command, Limits, Process, Sandbox, SandboxSpec, Shell
 
 ECHO = (
     "import socket, sys\n"
@@ -199,6 +199,32 @@ def test_a_shell_that_ends_is_followed_by_another(stage: Stage, end: str) -> Non
     stage.run(check)
 
 
+def test_a_fork_has_the_shells_of_its_parent(stage: Stage) -> None:
+    stage.needs("commands", "snapshot", "shell_fork")
+
+    async def said(shell: Shell, command: str) -> bytes:
+        return (await shell.run(command, timeout_s=TIMEOUT_S)).stdout
+
+    async def check(sandbox: Sandbox) -> None:
+        first, second, closed = [await sandbox.shell() for _ in range(3)]
+        await closed.close()
+        await said(first, "X=first; mkdir -p a; cd a; f() { echo $X in ${PWD##*/}; }")
+        await said(second, "X=second")
+        (fork,) = await sandbox.fork()
+        await said(first, "X=changed")
+        taken = await fork.shell()
+        assert (taken.restored, await said(taken, "f")) == ("replayed", b"first in a\n")
+        await said(taken, "X=forked")
+        (grandchild,) = await fork.fork()
+        shells = [await grandchild.shell() for _ in range(3)]
+        assert [shell.restored for shell in shells] == ["replayed", "replayed", "new"]
+        assert [await said(shell, "echo $X") for shell in shells] == [b"forked\n", b"second\n", b"\n"]
+        for each in (fork, grandchild):
+            await each.stop()
+
+    stage.run(check)
+
+
 async def _exchange(stream: ByteStream, content: bytes) -> bytes:
     received = b""
     await stream.write(content)
@@ -214,11 +240,12 @@ def test_connect_reaches_a_port_inside(stage: Stage) -> None:
 
     async def check(sandbox: Sandbox) -> None:
         for port, address in ((8431, ""), (8432, "::1")):
-            server = await sandbox.spawn(f"python3 -u echo.py {port} {address}")
+            server = await sandbox.spawn(f"python3 echo.py {port} {address}")
             output = server.output()
-            first = await anext(output, None)
-            if first != ("stdout", b"ready\n"):
-                pytest.skip(f"there is no Python or no {address or 'IPv4'} inside")
+            kind, said = await anext(output)
+            if kind == "stderr":
+                pytest.skip(f"there is no Python or no {address or 'IPv4'} inside: {said.decode()[-100:]}")
+            assert said == b"ready\n"
             for _ in range(3):
                 stream = await sandbox.connect(port)
                 assert await _exchange(stream, b"hello") == b"HELLO"

@@ -7,6 +7,7 @@ UPSPIRAL_INSTRUCTION (and on stdin). What it prints to stdout is its answer. Its
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from upspiral.agent.base import AgentTask
 from upspiral.errors import AgentError, DeadlineError
@@ -17,13 +18,13 @@ GATEWAY_PORT = 8417
 
 
 class CommandAgent:
-    """Satisfies AgentRunner. The sandbox must forward GATEWAY_PORT to the gateway's unix socket."""
+    """Satisfies AgentRunner."""
 
     def __init__(self, command: str) -> None:
         self._command = command
 
-    def furnish(self, spec: SandboxSpec) -> SandboxSpec:
-        return spec
+    def furnish(self, spec: SandboxSpec, gateway_socket: str) -> SandboxSpec:
+        return with_gateway(spec, gateway_socket)
 
     async def start(self) -> None:
         return
@@ -39,6 +40,11 @@ class CommandAgent:
             "UPSPIRAL_INSTRUCTION": task.instruction,
         }
         return await answer_of(self._command, task, environment, sandbox, timeout_s)
+
+
+def with_gateway(spec: SandboxSpec, gateway_socket: str) -> SandboxSpec:
+    """Adds the port that leads to the gateway."""
+    return replace(spec, forward_sockets={**spec.forward_sockets, GATEWAY_PORT: gateway_socket})
 
 
 async def answer_of(

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from upspiral.agent.base import AgentTask
-from upspiral.agent.command import answer_of
+from upspiral.agent.command import answer_of, with_gateway
 from upspiral.agent.launchers.base import AGENT_LIMITS, FOLDER
 from upspiral.agent.launchers.registry import launcher_of
 from upspiral.agent.packages import require_agent
@@ -21,7 +21,7 @@ _HOME = "/tmp/home"
 
 
 class LaunchedAgent:
-    """Satisfies AgentRunner. The sandbox must forward GATEWAY_PORT to the gateway's unix socket.
+    """Satisfies AgentRunner.
 
     Raises AgentError when there is no agent of that name or its packages are not in the cache.
     """
@@ -30,9 +30,9 @@ class LaunchedAgent:
         self._launcher = launcher_of(name)
         self._packages = require_agent(name)
 
-    def furnish(self, spec: SandboxSpec) -> SandboxSpec:
+    def furnish(self, spec: SandboxSpec, gateway_socket: str) -> SandboxSpec:
         mounts = {**spec.mounts, str(self._packages): FOLDER, **_interpreter(self._packages)}
-        return replace(spec, mounts=mounts, limits=AGENT_LIMITS)
+        return replace(with_gateway(spec, gateway_socket), mounts=mounts, limits=AGENT_LIMITS)
 
     async def start(self) -> None:
         return

@@ -12,7 +12,7 @@ from starlette.applications import Starlette
 from starlette.routing import Mount
 
 from upspiral.agent.base import AgentRunner
-from upspiral.agent.command import GATEWAY_PORT, CommandAgent
+from upspiral.agent.command import CommandAgent
 from upspiral.agent.launched import LaunchedAgent
 from upspiral.agent.pool import WorkerPool
 from upspiral.config.models import RunConfig
@@ -122,9 +122,7 @@ async def _serve(config: RunConfig, folder: RunFolder, stage: Stage, stack: Asyn
     stack.enter_context(seldom_collected())
     app = Starlette(routes=[Mount("/agent", app=stage.tools.app), Mount("/", app=stage.gateway.app)])
     url = await stack.enter_async_context(serve_app(app, host="127.0.0.1", port=0))
-    sockets: tuple[tuple[int, str], ...] = ()
     if config.agent.file is None:
         await stack.enter_async_context(serve_app(app, unix_socket=folder.gateway_socket))
-        sockets = ((GATEWAY_PORT, str(folder.gateway_socket)),)
-    window = config.engine.context_length
-    return Addresses(f"{url}/v1", f"{url}/agent/tools", config.model.path, sockets, window)
+    socket, window = str(folder.gateway_socket), config.engine.context_length
+    return Addresses(f"{url}/v1", f"{url}/agent/tools", config.model.path, socket, window)

@@ -29,6 +29,8 @@ from upspiral.sandbox.inside.settings import Settings
 
 GRACE_S = 15.0
 """So long after a command's deadline its agent has to say how it ended."""
+_REPLAY_TIMEOUT_S = 60.0
+"""Of one command of a shell that is made again."""
 _MAX_LIST_BYTES = 256 << 20
 _FILE_ERRORS = {
     error.__name__: error
@@ -60,6 +62,9 @@ class ConnectedSandbox:
         self._id = identity
         self._connection = connection
         self._limits = limits
+        self._shells: list[ConnectedShell] = []
+        self._inherited: Sequence[Sequence[str]] = ()
+        """In a fork: the commands of shells that `shell` gives out first."""
         self._stopping: asyncio.Future[None] | None = None
         self._lifetime = asyncio.get_running_loop().call_later(limits.lifetime_s, self._expire)
 
@@ -107,11 +112,26 @@ class ConnectedSandbox:
         return process
 
     async def shell(self) -> ConnectedShell:
+        """In a fork first one for each that was open, in the order in which these were opened: the commands that had
+        been run in it are run again, on the files that the fork began with."""
         call = self._connection.call({"do": "shell", "env": {}, "cwd": WORKSPACE})
         await call.start()
         if call.ended.done():
             _raise_broken(call.ended.result())
-        return ConnectedShell(self._connection, call, self._limits.output_bytes)
+        shell = ConnectedShell(self._connection, call, self._limits.output_bytes)
+        if self._inherited:
+            commands, *self._inherited = self._inherited
+            await shell.replay(commands)
+        self._shells = [*(each for each in self._shells if each.is_open), shell]
+        return shell
+
+    def shells_to_inherit(self) -> Sequence[Sequence[str]]:
+        """The commands of each shell that is open, for forks."""
+        return [*(tuple(shell.commands) for shell in self._shells if shell.is_open), *self._inherited]
+
+    def inherit_shells(self, commands: Sequence[Sequence[str]]) -> None:
+        """In a fork of a sandbox that had these; in one that was put back to a snapshot there are none."""
+        self._shells, self._inherited = [], commands
 
     async def read(self, path: str, *, max_bytes: int = 1 << 20) -> bytes:
         call = self._connection.call(
@@ -242,6 +262,11 @@ class ConnectedShell:
             request = {"do": "run", "shell": self._call.number, "timeout_s": timeout_s}
             call = self._connection.call(request, script, self._limits)
             return _result(await call.result(silence_s=timeout_s + GRACE_S), call)
+
+    async def replay(self, commands: Sequence[str]) -> None:
+        for command in commands:
+            await self.run(command, timeout_s=_REPLAY_TIMEOUT_S)
+        self.restored = "replayed"
 
     @property
     def is_open(self) -> bool:

@@ -19,6 +19,7 @@ import os
 import secrets
 import socket
 import sys
+import time
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +30,7 @@ from upspiral.sandbox.base import Capabilities, SandboxSpec, Snapshot
 from upspiral.sandbox.connected import ConnectedSandbox, settings_for
 from upspiral.sandbox.connection import Connection
 from upspiral.sandbox.inside.settings import Confinement, Settings
+from upspiral.sandbox.open_files import allow_many, enough_for_a_sandbox
 from upspiral.sandbox.owner import Owner, left_over_folders, make_folder, remove_tree
 
 _KIND = "process"
@@ -97,6 +99,7 @@ class ProcessBackend:
     """
 
     def __init__(self, root: Path | None = None, *, allow_network: bool = False):
+        allow_many()
         sweep(root)
         self._folder = make_folder(root, Owner.this_process().label(_KIND))
         self._folder.chmod(0o711)
@@ -137,19 +140,22 @@ class ProcessBackend:
 
     async def _start(self, spec: SandboxSpec) -> ProcessSandbox:
         folder = self._folder / str(next(self._numbers))
-        ours, theirs = socket.socketpair()
+        with enough_for_a_sandbox():
+            ours, theirs = socket.socketpair()
         try:
             settings = self._prepare(folder, spec)
-            with open(folder / "agent.log", "wb") as log:
+            with enough_for_a_sandbox(), open(folder / "agent.log", "wb") as log:
                 agent = await asyncio.create_subprocess_exec(
                     sys.executable, "-I", "-S", *inside.__path__, str(theirs.fileno()),
                     pass_fds=[theirs.fileno()], stdin=asyncio.subprocess.DEVNULL, stdout=log, stderr=log, env={},
                     cwd=folder / "work", start_new_session=True,
                 )  # fmt: skip
-        except OSError as error:
+        except BaseException as error:
             ours.close()
-            await asyncio.to_thread(remove_tree, folder)
-            raise SandboxError(f"no sandbox could be made below {self._folder}: {error}") from error
+            await asyncio.shield(asyncio.to_thread(remove_tree, folder))
+            if isinstance(error, OSError):
+                raise SandboxError(f"no sandbox could be made below {self._folder}: {error}") from error
+            raise
         finally:
             theirs.close()
         sandbox = ProcessSandbox(folder, agent, await Connection.over(ours, settings), spec)
@@ -202,8 +208,12 @@ def sweep(root: Path | None) -> list[Path]:
 
 
 def _end_remains(folder: Path) -> None:
-    """Kills what still has the folder in its environment. Only for what a killed agent left."""
-    for path in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            if f"={folder}/".encode() in (path / "environ").read_bytes():
-                os.kill(int(path.name), 9)
+    """Kills what still has the folder in its environment, until there is nothing. Only for what a killed agent left."""
+    deadline, found = time.monotonic() + _STOP_TIMEOUT_S, True
+    while found and time.monotonic() < deadline:
+        found = False
+        for path in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                if f"={folder}/".encode() in (path / "environ").read_bytes():
+                    found = True
+                    os.kill(int(path.name), 9)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 
-from upspiral.errors import ConfigError
+from upspiral.errors import ConfigError, SandboxError
 from upspiral.sandbox.base import SandboxBackend
 
 
@@ -20,7 +21,21 @@ def _process() -> SandboxBackend:
     return ProcessBackend(allow_network=True)
 
 
-BACKENDS: Mapping[str, Callable[[], SandboxBackend]] = {"namespace": _namespace, "process": _process}
+def _docker() -> SandboxBackend:
+    from upspiral.sandbox.container import DockerBackend
+
+    return DockerBackend()
+
+
+def _podman() -> SandboxBackend:
+    from upspiral.sandbox.container import PodmanBackend
+
+    return PodmanBackend()
+
+
+BACKENDS: Mapping[str, Callable[[], SandboxBackend]] = {
+    "namespace": _namespace, "process": _process, "docker": _docker, "podman": _podman,
+}  # fmt: skip
 
 
 def make_backend(name: str) -> SandboxBackend:
@@ -32,7 +47,13 @@ def make_backend(name: str) -> SandboxBackend:
 
 def sweep() -> list[str]:
     """Removes what backends of processes that died have left on this machine, and says what it was."""
+    from upspiral.sandbox.container.engine import Engine
+    from upspiral.sandbox.container.leftovers import sweep as sweep_containers
     from upspiral.sandbox.namespace.leftovers import sweep as sweep_namespaces
     from upspiral.sandbox.process import sweep as sweep_processes
 
-    return [str(path) for path in (*sweep_namespaces(None), *sweep_processes(None))]
+    removed = [str(path) for path in (*sweep_namespaces(None), *sweep_processes(None))]
+    for name in ("docker", "podman"):
+        with contextlib.suppress(SandboxError):  # there is no such engine here, or it does not run
+            removed += sweep_containers(Engine.find(name, name), None)
+    return removed

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.sandbox.conformance import eventually, processes_with
+from tests.sandbox.conformance import SLEEP, eventually, sleepers
 from upspiral.errors import SandboxError
 from upspiral.sandbox import inside
 from upspiral.sandbox.base import Command, Limits, SandboxSpec
@@ -115,15 +115,17 @@ def test_it_runs_on_other_pythons(version: str, tmp_path: Path) -> None:
 def test_the_end_of_its_socket_ends_it_and_all_that_it_started(tmp_path: Path) -> None:
     async def check() -> None:
         async with agent(settings_in(tmp_path)) as (sandbox, process):
-            await sandbox.exec(
-                "sleep 27183 & setsid sleep 27183 & (setsid setsid sleep 27183 &) ; true", timeout_s=TIMEOUT_S
-            )
-            await sandbox.spawn("sleep 27183")
-            await (await sandbox.shell()).run("sleep 27183 &", timeout_s=TIMEOUT_S)
-            assert len(processes_with("sleep\00027183")) == 5
+            await sandbox.exec(f"{SLEEP} & setsid {SLEEP} & (setsid setsid {SLEEP} &) ; true", timeout_s=TIMEOUT_S)
+            await sandbox.spawn(SLEEP)
+            await (await sandbox.shell()).run(f"{SLEEP} &", timeout_s=TIMEOUT_S)
+
+            async def all_sleep() -> bool:
+                return len(sleepers()) == 5
+
+            await eventually(all_sleep, "all five have begun")
             await sandbox.stop()
             assert await asyncio.to_thread(process.wait, TIMEOUT_S) == 0
-            assert processes_with("sleep\00027183") == []
+            assert sleepers() == []
 
     run(check)
 
@@ -248,7 +250,7 @@ def test_a_named_command_survives_a_lost_connection(tmp_path: Path) -> None:
             first = await connect(path, settings)
             named = Command("echo once >> log; sleep 1; echo done", op_id="n1")
             running = [asyncio.create_task(first.exec(named, timeout_s=TIMEOUT_S)) for _ in range(2)]
-            nameless = asyncio.create_task(first.exec("sleep 16180", timeout_s=TIMEOUT_S))
+            nameless = asyncio.create_task(first.exec(SLEEP, timeout_s=TIMEOUT_S))
             await asyncio.sleep(0.3)
             await first.stop()
             for each in (*running, nameless):
@@ -259,7 +261,7 @@ def test_a_named_command_survives_a_lost_connection(tmp_path: Path) -> None:
             third = await connect(path, settings)
             assert (await third.exec(named, timeout_s=TIMEOUT_S)).stdout == b"done\n"
             assert await third.read("log") == b"once\n"
-            assert processes_with("sleep\00016180") == []
+            assert sleepers() == []
             with pytest.raises(SandboxError):
                 await second.read("log")
             await second.stop()
@@ -276,7 +278,7 @@ def test_an_agent_that_nobody_wants_ends(tmp_path: Path) -> None:
         path, settings = tmp_path / "agent.sock", settings_in(tmp_path, orphan_s=0.5)
         process = start_agent(str(path))
         first = await connect(path, settings)
-        await first.exec("setsid sleep 14142 &", timeout_s=TIMEOUT_S)
+        await first.exec(f"setsid {SLEEP} &", timeout_s=TIMEOUT_S)
         await first.stop()
         second = await connect(path, settings)
         await asyncio.sleep(1.0)
@@ -284,7 +286,7 @@ def test_an_agent_that_nobody_wants_ends(tmp_path: Path) -> None:
         await second.stop()
         _, complaint = await asyncio.to_thread(process.communicate, timeout=TIMEOUT_S)
         assert (process.returncode, complaint) == (0, b"")
-        assert processes_with("sleep\00014142") == []
+        assert sleepers() == []
 
     run(check)
 
@@ -299,13 +301,13 @@ def test_cancelling_one_of_those_who_wait_for_a_named_command_leaves_it_to_the_o
             assert (await two).stdout == b"done\n"
             with pytest.raises(asyncio.CancelledError):
                 await one
-            hang = Command("echo x >> log; sleep 17320", op_id="n2")
+            hang = Command(f"echo x >> log; {SLEEP}", op_id="n2")
             alone = asyncio.create_task(sandbox.exec(hang, timeout_s=TIMEOUT_S))
             await asyncio.sleep(0.2)
             alone.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await alone
-            assert processes_with("sleep\00017320") == []
+            assert sleepers() == []
 
     run(check)
 
@@ -362,8 +364,14 @@ def test_commands_and_files_are_another_user_s(tmp_path: Path) -> None:
             for attempt in (sandbox.read("/etc/shadow"), sandbox.write("/etc/x", b""), sandbox.download("/root")):
                 with pytest.raises(OSError):
                     await attempt
-            caught = await sandbox.exec("kill -9 -1; kill -9 $PPID; cat /proc/$PPID/environ", timeout_s=TIMEOUT_S)
-            assert caught.exit_code != 0
+            caught = await sandbox.exec("kill -9 $PPID; cat /proc/$PPID/environ; kill -9 -1", timeout_s=TIMEOUT_S)
+            assert caught.stdout == b"" and b"not permitted" in caught.stderr
+            killer = await sandbox.spawn(f"while :; do kill -9 {process.pid} && echo killed; done 2>/dev/null")
+            for _ in range(100):
+                await sandbox.exec("true", timeout_s=TIMEOUT_S)
+                await sandbox.write("a/b", b"x")
+                await sandbox.read("a/b")
+            await killer.kill()
             status = Path(f"/proc/{process.pid}/status").read_text()
             assert "Uid:\t0\t0\t0\t0" in status
             rights = await sandbox.exec("grep -E 'Cap(Prm|Eff|Inh|Amb)' /proc/self/status", timeout_s=TIMEOUT_S)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.sandbox.conformance import TIMEOUT_S, processes_with
+from tests.sandbox.conformance import SLEEP, TIMEOUT_S, sleepers
 from upspiral.errors import CapabilityError, SandboxError
 from upspiral.sandbox.base import Limits, Sandbox, SandboxSpec
 from upspiral.sandbox.inside.confine import landlock_abi
@@ -169,7 +169,7 @@ from upspiral.sandbox.process import ProcessBackend
 async def main():
     backend = ProcessBackend(Path(sys.argv[1]), allow_network=True)
     async with backend.acquire(SandboxSpec()) as sandbox:
-        await sandbox.exec("setsid sleep 26457 & (setsid sleep 26457 &) ; sleep 26457", timeout_s=3000)
+        await sandbox.exec("setsid SLEEP & (setsid SLEEP &) ; SLEEP", timeout_s=3000)
 
 asyncio.run(main())
 """
@@ -184,11 +184,11 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 def test_a_killed_owner_leaves_nothing(root: Path) -> None:
     """Its agents end what runs as soon as it is dead; the folder goes with the next owner's start."""
-    owner = subprocess.Popen([sys.executable, "-c", OWNER, str(root)])
-    wait_until(lambda: len(processes_with("sleep\00026457")) == 3)
+    owner = subprocess.Popen([sys.executable, "-c", OWNER.replace("SLEEP", SLEEP), str(root)])
+    wait_until(lambda: len(sleepers()) == 3)
     owner.kill()
     owner.wait(TIMEOUT_S)
-    wait_until(lambda: processes_with("sleep\00026457") == [])
+    wait_until(lambda: sleepers() == [])
     assert len(os.listdir(root)) == 1
     live = ProcessBackend(root)
     assert len(os.listdir(root)) == 1, "the sweep removed the dead owner's folder"
@@ -201,11 +201,11 @@ def test_what_a_killed_agent_leaves_is_ended_too(root: Path) -> None:
     async def check() -> None:
         backend = ProcessBackend(root, allow_network=True)
         async with backend.acquire(SandboxSpec()) as sandbox:
-            await sandbox.exec("setsid sleep 22360 & sleep 22360 &", timeout_s=TIMEOUT_S)
+            await sandbox.exec(f"setsid {SLEEP} & {SLEEP} &", timeout_s=TIMEOUT_S)
             os.kill(int(sandbox.id.split("-")[1]), 9)
             with pytest.raises(SandboxError):
                 await sandbox.exec("true", timeout_s=TIMEOUT_S)
-        assert processes_with("sleep\00022360") == []
+        assert sleepers() == []
         await backend.stop()
 
     asyncio.run(check())

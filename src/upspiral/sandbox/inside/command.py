@@ -47,7 +47,8 @@ class Run:
             descriptor = file_of(stdin) if stdin else os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
             launcher, stdin_fd = self._agent.launcher, descriptor
             self._running.start(
-                lambda stdout, stderr: launcher.run(request, script, (stdin_fd, stdout, stderr)), request["timeout_s"]
+                lambda stdout, stderr, mark: launcher.run(request, script, (stdin_fd, stdout, stderr), mark),
+                request["timeout_s"],
             )
         except MissingBashError:
             raise
@@ -161,8 +162,10 @@ class Program(Operation):
         reader, writer = os.pipe2(os.O_CLOEXEC)
         self._stdin = Inlet(self, writer)
         try:
-            script = bytes(self._script)
-            self._running.start(lambda out, err: self.agent.launcher.run(self.request, script, (reader, out, err)))
+            launcher, script = self.agent.launcher, bytes(self._script)
+            self._running.start(
+                lambda stdout, stderr, mark: launcher.run(self.request, script, (reader, stdout, stderr), mark)
+            )
         except MissingBashError as error:
             return self.fail("MissingBashError", str(error))
         except OSError as error:

@@ -58,10 +58,10 @@ def _restrict_files(confinement: Confinement, abi: int) -> None:
 
 
 def _allow(ruleset: int, path: str, access: int) -> None:
-    """What is not there needs no leave."""
+    """What is not there, or out of this user's reach, needs no leave."""
     try:
         descriptor = os.open(path, os.O_PATH | os.O_CLOEXEC)
-    except FileNotFoundError:
+    except (FileNotFoundError, PermissionError):
         return
     try:
         if not os.path.isdir(path):

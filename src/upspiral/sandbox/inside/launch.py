@@ -9,10 +9,11 @@ from __future__ import annotations
 import os
 import resource
 import signal
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .identity import assumed
+from .identity import start_as
+from .processes import marks
 from .settings import Settings
 
 _BASH = ("/bin/bash", "/usr/bin/bash", "/usr/local/bin/bash")
@@ -36,6 +37,14 @@ class Launcher:
         self._prelude += f"{{ echo {settings.oom_score_adj} >{proc}/self/oom_score_adj; }} 2>/dev/null; "
         if settings.proc_fd is not None:
             self._prelude += f"exec {settings.proc_fd}<&-; "
+        self._marks = marks()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) == signal.SIG_IGN:
+                signal.signal(number, signal.SIG_DFL)  # what is ignored here would be ignored by every command
+
+    def next_mark(self) -> int:
+        """For what is started next; see `Lineage`."""
+        return next(self._marks)
 
     def place(self, path: str) -> str:
         """The real path of one that the host names: absolute, or relative to the workspace."""
@@ -43,36 +52,44 @@ class Launcher:
             path = path[len(WORKSPACE) + 1 :]
         return os.path.join(self._settings.workspace, path) if path else self._settings.workspace
 
-    def run(self, request: Mapping[str, Any], script: bytes, stdio: tuple[int, int, int]) -> int:
+    def run(self, request: Mapping[str, Any], script: bytes, stdio: tuple[int, int, int], mark: int) -> int:
         """Starts a script in a session of its own and returns the process id. Raises OSError when it cannot start."""
-        file = os.memfd_create("script", 0)  # inherited: nothing else is started before it is closed again
+        file = file_of(script)
         try:
-            _fill(file, script)
-            tail = f'read -rd "" -u {file}; exec {file}<&-; eval "$REPLY"'
-            return self.start(request, ["-c", f"{self._prelude}{self._enter(request)}; {tail}"], stdio)
+            tail = f'{set_mark(mark)}; read -rd "" -u {file}; exec {file}<&-; eval "$REPLY"'
+            return self._start(request, f"{self._prelude}{self._enter(request)}; {tail}", stdio, [file])
         finally:
             os.close(file)
 
-    def shell(self, request: Mapping[str, Any], stdio: tuple[int, int, int]) -> int:
-        """Starts a bash that reads its stdin as a person would type; it inherits what is inheritable."""
+    def shell(self, request: Mapping[str, Any], stdio: tuple[int, int, int], inherited: Sequence[int]) -> int:
+        """Starts a bash that reads its stdin as a person would type, and has these descriptors, too."""
         shell = f"PS1= PS2= HISTFILE= exec {_quoted(self._bash)} --norc --noprofile --noediting +H -i"
-        return self.start(request, ["-c", f"{self._prelude}{self._enter(request)}; {shell}"], stdio)
+        return self._start(request, f"{self._prelude}{self._enter(request)}; {shell}", stdio, inherited)
 
-    def start(self, request: Mapping[str, Any], arguments: list[str], stdio: tuple[int, int, int]) -> int:
+    def _start(
+        self, request: Mapping[str, Any], script: str, stdio: tuple[int, int, int], inherited: Sequence[int]
+    ) -> int:
         if not self._bash:
             raise MissingBashError(f"there is no bash in this sandbox (looked for {', '.join(_BASH)})")
+        arguments, environment = ["bash", "-c", script], {**self._settings.env, **request["env"]}
+        if self._settings.proc_fd is not None:
+            inherited = [*inherited, self._settings.proc_fd]
+        if self._settings.uid is not None:
+            return start_as(self._settings, self._bash, arguments, environment, (stdio, inherited))
         actions = [(os.POSIX_SPAWN_DUP2, descriptor, number) for number, descriptor in enumerate(stdio)]
-        if (proc := self._settings.proc_fd) is not None:
-            actions.append((os.POSIX_SPAWN_DUP2, proc, proc))  # which lets bash inherit it, and nobody else
-        environment = {**self._settings.env, **request["env"]}
-        with assumed(self._settings):
-            return os.posix_spawn(
-                self._bash, ["bash", *arguments], environment, file_actions=actions, setsid=True, setsigmask=(),
-                setsigdef=(signal.SIGPIPE, signal.SIGXFSZ, signal.SIGCHLD, signal.SIGINT, signal.SIGTERM),
-            )  # fmt: skip
+        actions += [(os.POSIX_SPAWN_DUP2, each, each) for each in inherited]  # which lets bash have it, and nobody else
+        return os.posix_spawn(
+            self._bash, arguments, environment, file_actions=actions, setsid=True, setsigmask=(),
+            setsigdef=(signal.SIGPIPE, signal.SIGXFSZ, signal.SIGCHLD),
+        )  # fmt: skip
 
     def _enter(self, request: Mapping[str, Any]) -> str:
         return f"cd -- {_quoted(self.place(str(request['cwd'])))} || exit"
+
+
+def set_mark(mark: int) -> str:
+    """For bash."""
+    return f"ulimit -x {mark} 2>/dev/null"
 
 
 def file_of(content: bytes) -> int:

@@ -3,27 +3,62 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
+import resource
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
-_MAX_ROUNDS = 50
+_RLIMIT_LOCKS, _LOCKS_LINE = 10, b"Max file locks"
+_FIRST_MARK = 1 << 62
+_MAX_ROUNDS = 20
+_EVERYONE = -1
+_DEATH_TIMEOUT_S = 5.0
 
 
 class Seen(NamedTuple):
-    """One line of /proc/PID/stat."""
+    """One line of /proc/PID/stat. Zombies are among them."""
 
     pid: int
     parent: int
-    group: int
     session: int
-    started_ticks: int
+
+
+@dataclass(frozen=True)
+class Lineage:
+    """What tells the processes of one command from those of others.
+
+    Most descend from its first process, `leader`, or are in that one's session. Who has lost its parent has become a
+    child of this process, and may have made a session of its own, but has kept the command's mark.
+    """
+
+    leader: int
+    mark: int
+    """0: none."""
+
+    def living(self, leader_lives: bool) -> list[Seen]:
+        processes = all_processes()
+        found = [each for each in processes if each.session == self.leader or self._has_lost_its_parent(each)]
+        roots = [each.pid for each in found] + [self.leader] * leader_lives
+        return list({each.pid: each for each in [*found, *descendants(roots, processes)]}.values())
+
+    def signal(self, number: int, leader_lives: bool) -> None:
+        """To all of them. What SIGKILL is for is stopped first, the leader's group at once, because it may fork faster
+        than it is listed."""
+        if leader_lives and number == signal.SIGKILL:
+            send(self.leader, signal.SIGSTOP, group=True)
+        _signal_all(lambda: self.living(leader_lives), number)
+
+    def _has_lost_its_parent(self, process: Seen) -> bool:
+        orphaned = process.parent == os.getpid() and process.pid != self.leader
+        return orphaned and self.mark > 0 and mark_of(process.pid) == self.mark
 
 
 def all_processes() -> list[Seen]:
-    """Empty where there is no /proc. Zombies are left out: there is nothing to end."""
+    """Empty where there is no /proc."""
     try:
         names = os.listdir("/proc")
     except OSError:
@@ -31,21 +66,17 @@ def all_processes() -> list[Seen]:
     found = []
     for name in names:
         if name.isdigit():
-            try:
-                with open(f"/proc/{name}/stat", "rb") as file:
-                    fields = file.read().rpartition(b")")[2].split()
-            except OSError:
-                continue
-            if fields[0] not in (b"Z", b"X"):
-                found.append(Seen(int(name), int(fields[1]), int(fields[2]), int(fields[3]), int(fields[19])))
+            with contextlib.suppress(OSError), open(f"/proc/{name}/stat", "rb") as file:
+                fields = file.read().rpartition(b")")[2].split()
+                found.append(Seen(int(name), int(fields[1]), int(fields[3])))
     return found
 
 
-def descendants(root: int, processes: list[Seen]) -> list[Seen]:
+def descendants(roots: Sequence[int], processes: Sequence[Seen]) -> list[Seen]:
     children: dict[int, list[Seen]] = {}
     for process in processes:
         children.setdefault(process.parent, []).append(process)
-    found, waiting = [], [root]
+    found, waiting = [], list(roots)
     while waiting:
         below = children.get(waiting.pop(), [])
         found += below
@@ -53,31 +84,15 @@ def descendants(root: int, processes: list[Seen]) -> list[Seen]:
     return found
 
 
-def signal_command(leader: int, number: int, leader_lives: bool) -> None:
-    """To a command's first process, its session, and all that descends from it, by whatever sessions of their own.
-
-    What SIGKILL is for is stopped first, its group at once, because it may fork faster than it is listed.
-    """
-
-    def belonging() -> list[Seen]:
-        processes = all_processes()
-        below = descendants(leader, processes) if leader_lives else []
-        return below + [each for each in processes if each.session == leader]
-
-    if leader_lives and number == signal.SIGKILL:
-        send(leader, signal.SIGSTOP, group=True)
-    _repeat(belonging, number)
-
-
 def end_descendants() -> None:
-    """Of this process; for an agent whose end does not take everything down by itself."""
-    me = os.getpid()
-    _repeat(lambda: descendants(me, all_processes()), signal.SIGKILL)
-
-
-def ticks_now() -> int:
-    """The moment, as /proc/PID/stat tells of a process's start."""
-    return int(time.clock_gettime(time.CLOCK_BOOTTIME) * os.sysconf("SC_CLK_TCK"))
+    """Of this process; for an agent whose end does not take everything down by itself. Returns when they are gone: who
+    loses its parent is a child of this process then."""
+    me, deadline = os.getpid(), time.monotonic() + _DEATH_TIMEOUT_S
+    _signal_all(lambda: descendants([me], all_processes()), signal.SIGKILL)
+    with contextlib.suppress(ChildProcessError):
+        while time.monotonic() < deadline:
+            if os.waitpid(-1, os.WNOHANG)[0] == 0:
+                time.sleep(0.001)
 
 
 def send(pid: int, number: int, group: bool = False) -> None:
@@ -85,20 +100,43 @@ def send(pid: int, number: int, group: bool = False) -> None:
         (os.killpg if group else os.kill)(pid, number)
 
 
-def _repeat(find: Callable[[], list[Seen]], number: int) -> None:
-    """Signals every process once. For SIGKILL they are stopped until no others are found, and then killed together: the
-    children of a dead process are somebody else's, and could not be found any more."""
+def _signal_all(find: Callable[[], list[Seen]], number: int) -> None:
+    """For SIGKILL they are stopped until no others are found, and then killed together: the children of a dead process
+    are somebody else's. None is missed: whoever has forked and ended meanwhile is found as a zombie, since this process
+    does not reap now, and then there is another round. Who runs ahead of that for too long is stopped with everybody
+    else, where this is PID 1."""
     if number != signal.SIGKILL:
         for process in find():
             send(process.pid, number)
         return
-    stopped: set[int] = set()
-    for _ in range(_MAX_ROUNDS):
+    stopped, found, rounds = set[int](), {0}, 0
+    while found and rounds < _MAX_ROUNDS:
         found = {process.pid for process in find()} - stopped
-        if not found:
-            break
-        for pid in found:
+        for pid in sorted(found, reverse=True):  # the youngest first: they are the ones that may be gone in a moment
             send(pid, signal.SIGSTOP)
-        stopped |= found
+        stopped, rounds = stopped | found, rounds + 1
+    world_stands = bool(found) and os.getpid() == 1
+    if world_stands:
+        send(_EVERYONE, signal.SIGSTOP)
+        stopped |= {process.pid for process in find()}
     for pid in stopped:
         send(pid, signal.SIGKILL)
+    if world_stands:
+        send(_EVERYONE, signal.SIGCONT)
+
+
+def marks() -> Iterator[int]:
+    """A mark is a limit on file locks, which Linux does not heed (RLIMIT_LOCKS): everybody inherits it, and can make it
+    smaller but not larger. So each is smaller than the last one, and this process's own is larger."""
+    hard = resource.getrlimit(_RLIMIT_LOCKS)[1]
+    return itertools.count(_FIRST_MARK if hard == resource.RLIM_INFINITY else hard - 1, -1)
+
+
+def mark_of(pid: int) -> int:
+    """0: it has none, or is gone."""
+    try:
+        with open(f"/proc/{pid}/limits", "rb") as file:
+            hard = next((line.split()[-2] for line in file if line.startswith(_LOCKS_LINE)), b"")
+    except OSError:
+        return 0
+    return int(hard) if hard.isdigit() else 0

@@ -12,7 +12,7 @@ from . import frames
 from .loop import Timer
 from .operations import Agent
 from .output import Outlet
-from .processes import signal_command
+from .processes import Lineage
 
 GRACE_S = 0.15
 """How long output is waited for after a command's own process has ended: what it left running may hold the pipes."""
@@ -35,33 +35,35 @@ class Running:
         self._ended: Callable[[dict[str, Any]], None] | None = ended
         self._take = take
         self._outlets: list[Outlet] = []
-        self._pid = 0
+        self._lineage: Lineage | None = None
         self._exit: tuple[int, Any] | None = None
         self._timed_out = False
         self._deadline: Timer | None = None
 
-    def start(self, launch: Callable[[int, int], int], timeout_s: float | None = None) -> None:
-        """`launch` starts a process that writes to two descriptors, and returns its id. Raises what that raises, and
-        OSError when there are no descriptors left."""
+    def start(self, launch: Callable[[int, int, int], int], timeout_s: float | None = None) -> None:
+        """`launch` starts a process that writes to two descriptors and has a mark, and returns its id. Raises what
+        that raises, and OSError when there are no descriptors left."""
         self._begin_s, self._kills = time.monotonic(), self._agent.oom_kills()
+        mark = self._agent.launcher.next_mark()
         try:
             for kind in (frames.DATA, frames.ERRORS):
                 take = functools.partial(self._take, kind)
                 self._outlets.append(Outlet(self._agent.loop, take, self._room, self._check))
-            self._pid = launch(self._outlets[0].writer, self._outlets[1].writer)
+            pid = launch(self._outlets[0].writer, self._outlets[1].writer, mark)
         except OSError:
             self.abandon()
             raise
         for outlet in self._outlets:
             outlet.begin()
-        self._agent.loop.child(self._pid, self._exited)
+        self._lineage = Lineage(pid, mark)
+        self._agent.loop.child(pid, self._exited)
         if timeout_s is not None:
             self._deadline = self._agent.loop.after(timeout_s, self._overrun)
 
     def signal(self, number: int) -> None:
-        """To it and everything that it started; to what it left running in its session once it has ended."""
-        if self._pid:
-            signal_command(self._pid, number, leader_lives=self._exit is None)
+        """To it and everything that it started, also to what it left running when it ended."""
+        if self._lineage:
+            self._lineage.signal(number, leader_lives=self._exit is None)
 
     def abandon(self) -> None:
         """Ends it, and tells nobody."""
@@ -81,6 +83,8 @@ class Running:
 
     def _exited(self, code: int, usage: Any) -> None:
         self._exit = (code, usage)
+        if self._deadline:
+            self._deadline.cancel()
         self.pull()
         self._check()
         self._settle_later()

@@ -7,6 +7,7 @@ when an interrupt threw the first line away.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
@@ -14,11 +15,11 @@ from typing import Any
 
 from . import frames
 from .command import Kept
-from .launch import MissingBashError
+from .launch import MissingBashError, set_mark
 from .loop import READABLE, Timer
 from .operations import Agent, Operation
 from .output import Outlet
-from .processes import all_processes, descendants, send, signal_command, ticks_now
+from .processes import Lineage, mark_of, send
 from .running import not_started
 
 _INTERRUPT_EVERY_S = 0.05
@@ -33,27 +34,27 @@ class Bash:
         self._shell = shell
         self._loop = shell.agent.loop
         self._pid = 0
+        self._mark = 0
+        """Of what is being evaluated."""
         self._outlets = [
             Outlet(self._loop, lambda content, kind=kind: self._take(kind, content), lambda: 1 << 20, lambda: None)
             for kind in (frames.DATA, frames.ERRORS)
         ]
         self._is_ready = False
         self._first: bytes | None = None
-        self._script = os.memfd_create("script", 0)
+        self._script = os.memfd_create("script", os.MFD_CLOEXEC)
         commands, self._commands = os.pipe2(os.O_CLOEXEC)
         self._status, self._status_writer = os.pipe2(os.O_CLOEXEC)
         os.set_blocking(self._status, False)
-        os.set_inheritable(self._status_writer, True)
         try:
             stdio = (commands, self._outlets[0].writer, self._outlets[1].writer)
-            self._pid = shell.agent.launcher.shell(request, stdio)
+            self._pid = shell.agent.launcher.shell(request, stdio, [self._script, self._status_writer])
         except OSError:
             self.close()
             raise
         finally:
             os.close(commands)
             os.close(self._status_writer)
-        os.set_inheritable(self._script, False)
         for outlet in self._outlets:
             outlet.begin()
         self._loop.child(self._pid, lambda code, _usage: shell.ended(self, code))
@@ -62,6 +63,7 @@ class Bash:
 
     def evaluate(self, script: bytes) -> None:
         """Nothing else is being evaluated."""
+        self._mark = self._shell.agent.launcher.next_mark()
         if not self._is_ready:
             self._first = script
             return
@@ -72,7 +74,8 @@ class Bash:
         while view:
             view = view[os.write(self._script, view) :]
         os.lseek(self._script, 0, os.SEEK_SET)
-        line = f'{{ read -rd "" -u {self._script} || :; }} 2>/dev/null; eval "$REPLY" </dev/null {self._hidden()}\n'
+        line = f'{set_mark(self._mark)}; {{ read -rd "" -u {self._script} || :; }} 2>/dev/null; '
+        line += f'eval "$REPLY" </dev/null {self._hidden()}\n'
         os.write(self._commands, line.encode())
         self._ask_status()
 
@@ -80,10 +83,11 @@ class Bash:
         for outlet in self._outlets:
             outlet.pull()
 
-    def interrupt(self, since_ticks: int, again: bool) -> None:
-        """What was started since then gets an interrupt, or is killed the second time; bash gets the interrupt."""
-        for process in descendants(self._pid, all_processes()):
-            if process.started_ticks >= since_ticks:
+    def interrupt(self, again: bool) -> None:
+        """What was started by what is being evaluated gets an interrupt, or is killed the second time; bash gets the
+        interrupt."""
+        for process in self._lineage.living(leader_lives=True):
+            if process.pid != self._pid and mark_of(process.pid) == self._mark:
                 send(process.pid, signal.SIGKILL if again else signal.SIGINT)
         send(self._pid, signal.SIGINT)
 
@@ -96,8 +100,9 @@ class Bash:
             return 0.0
         return sum(int(field) for field in fields[11:15]) / os.sysconf("SC_CLK_TCK")
 
-    def kill(self, lives: bool = True) -> None:
-        signal_command(self._pid, signal.SIGKILL, leader_lives=lives)
+    def kill(self) -> None:
+        """With what was started by what is being evaluated, and all that still descends from it."""
+        self._lineage.signal(signal.SIGKILL, leader_lives=True)
 
     def close(self) -> None:
         self._loop.forget(self._status)
@@ -105,6 +110,10 @@ class Bash:
             os.close(descriptor)
         for outlet in self._outlets:
             outlet.drop()
+
+    @property
+    def _lineage(self) -> Lineage:
+        return Lineage(self._pid, self._mark)
 
     def _hidden(self) -> str:
         """Commands must not hold or see the shell's own pipes."""
@@ -121,8 +130,10 @@ class Bash:
             self.pull()
             self._is_ready = True
             if self._first is not None:
-                self.evaluate(self._first)
+                with contextlib.suppress(BrokenPipeError):  # it has died, which will be told
+                    self.evaluate(self._first)
         elif lines[-1].isdigit():
+            self._mark = 0
             self._shell.done(int(lines[-1]))
 
     def _ask_status(self) -> None:
@@ -173,9 +184,9 @@ class Shell(Operation):
         if self._run:
             self._run.take(kind, content)
 
-    def interrupt(self, since_ticks: int, again: bool) -> None:
+    def interrupt(self, again: bool) -> None:
         if self._bash:
-            self._bash.interrupt(since_ticks, again)
+            self._bash.interrupt(again)
 
     def kill(self) -> None:
         if self._bash:
@@ -234,7 +245,7 @@ class ShellRun(Operation):
         shell = self.agent.operations.get(self.request["shell"])
         if not isinstance(shell, Shell):
             return self.fail("the shell was closed")
-        self._begin_s, self._begin_ticks = time.monotonic(), ticks_now()
+        self._begin_s = time.monotonic()
         try:
             shell.evaluate(self, bytes(self._script))
         except OSError as error:
@@ -275,5 +286,5 @@ class ShellRun(Operation):
         if self._interrupts > _MAX_INTERRUPTS:
             self._shell.kill()
         else:
-            self._shell.interrupt(self._begin_ticks, again=self._interrupts > 1)
+            self._shell.interrupt(again=self._interrupts > 1)
         self._timer = self.agent.loop.after(_INTERRUPT_EVERY_S, self._overrun)

@@ -35,7 +35,7 @@ class Work(Operation):
         reader, writer = os.pipe2(os.O_CLOEXEC)
         self._inlet = Inlet(self, writer)
         try:
-            self._running.start(lambda stdout, stderr: self._fork((reader, stdout, stderr)))
+            self._running.start(lambda stdout, stderr, _mark: self._fork((reader, stdout, stderr)))
         finally:
             os.close(reader)
 

@@ -25,6 +25,7 @@ from upspiral.sandbox.namespace.keeper.order import AGENT_ID, Order
 from upspiral.sandbox.namespace.keeper_process import KeeperProcess, Message
 from upspiral.sandbox.namespace.leftovers import KIND, remove_groups, sweep
 from upspiral.sandbox.namespace.sandbox import Making, NamespaceSandbox, Origin
+from upspiral.sandbox.open_files import allow_many, enough_for_a_sandbox
 from upspiral.sandbox.owner import Owner, make_folder, remove_tree
 
 _CREATE_TIMEOUT_S = 60.0
@@ -56,6 +57,7 @@ class NamespaceBackend:
         egress_log: Callable[[EgressRecord], None] | None = None,
     ):
         check_host()
+        allow_many()
         self._root = root
         self._control_group = control_group
         self._images = images
@@ -150,7 +152,8 @@ class NamespaceBackend:
             furnished = await exits.enter_async_context(way_out(spec, self._folder, self._egress_log))
             name = f"sandbox-{next(self._names)}-{secrets.token_hex(4)}"
             order = _order(name, furnished, origin, grouped=self.capabilities.memory_limit == "sandbox")
-            here, there = socket.socketpair()
+            with enough_for_a_sandbox():
+                here, there = socket.socketpair()
             self._beginning[name] = None
             try:
                 with there:

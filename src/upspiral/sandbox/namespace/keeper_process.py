@@ -18,6 +18,7 @@ from typing import Any
 import upspiral
 from upspiral.errors import CapabilityError, SandboxError
 from upspiral.sandbox.namespace.keeper import MAX_MESSAGE_BYTES
+from upspiral.sandbox.open_files import enough_for_a_sandbox, too_many
 
 _START_TIMEOUT_S = 30.0
 _STOP_TIMEOUT_S = 15.0
@@ -99,9 +100,10 @@ class KeeperProcess:
         self._attach()
         if self._death:
             raise SandboxError(self._death)
+        with enough_for_a_sandbox():
+            copies = [os.dup(descriptor) for descriptor in descriptors]
         answered = asyncio.get_running_loop().create_future()
         self._waiting[number] = answered
-        copies = [os.dup(descriptor) for descriptor in descriptors]
         self._outgoing.append((content, copies, number))
         self._flush()
         try:
@@ -111,6 +113,8 @@ class KeeperProcess:
             raise SandboxError(f"the keeper of the sandboxes did not answer {do!r} within {timeout_s:.0f} s") from None
         finally:
             self._waiting.pop(number, None)
+        if "most_open_files" in answer:
+            raise too_many(f"the keeper of the sandboxes has {answer['most_open_files']}")
         if "problem" in answer:
             raise SandboxError(answer["problem"])
         return answer

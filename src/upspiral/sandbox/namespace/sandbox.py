@@ -14,12 +14,12 @@ from typing import Any, BinaryIO, Protocol
 
 from upspiral.errors import SandboxError
 from upspiral.sandbox.base import WORKSPACE, Diff, SandboxSpec, Snapshot
-from upspiral.sandbox.connected import ConnectedSandbox, ConnectedShell
+from upspiral.sandbox.connected import ConnectedSandbox
 from upspiral.sandbox.connection import Connection
+from upspiral.sandbox.open_files import enough_for_a_sandbox
 
 COPY_TIMEOUT_S = 150.0
 """Of what may have to copy or read all that a sandbox has written."""
-_REPLAY_TIMEOUT_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,29 +66,14 @@ class Maker(Protocol):
 
 
 class NamespaceSandbox(ConnectedSandbox):
-    """Its shells, should it be forked, are remembered as long as they are open."""
+    """Satisfies Sandbox."""
 
     def __init__(self, maker: Maker, name: str, making: Making, connection: Connection):
         super().__init__(name, connection, making.spec.limits)
         self._making = making
         self._origin = making.origin
-        self.inherited: list[Sequence[str]] = []
-        """The commands of shells that `shell` gives out first."""
         self._maker = maker
         self._turn = asyncio.Lock()
-        self._shells: list[ConnectedShell] = []
-
-    async def shell(self) -> ConnectedShell:
-        """In a fork first one for each that was open, in the order in which these were opened: the commands that had
-        been run in it are run again, on the files that the fork began with."""
-        shell = await super().shell()
-        if self.inherited:
-            commands = self.inherited.pop(0)
-            for command in commands:
-                await shell.run(command, timeout_s=_REPLAY_TIMEOUT_S)
-            shell.restored = "replayed"
-        self._shells.append(shell)
-        return shell
 
     async def diff(self) -> Diff:
         """Since its image, whatever snapshots lie between. Everything inside stands still for as long as it takes."""
@@ -128,25 +113,25 @@ class NamespaceSandbox(ConnectedSandbox):
             connection.release()
 
     async def fork(self, count: int = 1) -> Sequence[NamespaceSandbox]:
-        snapshot = await self.snapshot()
+        shells, snapshot = self.shells_to_inherit(), await self.snapshot()
         try:
             forks = await self._maker.start_all(snapshot, self._making.spec, count)
         finally:
             await self._maker.drop(snapshot)
         for fork in forks:
-            fork.inherited = [tuple(shell.commands) for shell in self._shells if shell.is_open]
+            fork.inherit_shells(shells)
         return forks
 
     async def restore(self, snapshot: Snapshot) -> None:
         async with self._turn:
             self._check_live()
             self._origin = self._maker.origin_of(snapshot)
-            here, there = socket.socketpair()
+            with enough_for_a_sandbox():
+                here, there = socket.socketpair()
             with there:
                 following = await self._connect(here)
                 lost, self._connection = self._connection, following
-                self._shells.clear()
-                self.inherited.clear()
+                self.inherit_shells(())
                 try:
                     await self._maker.ask(
                         "restore",
@@ -180,7 +165,8 @@ class NamespaceSandbox(ConnectedSandbox):
 
 
 def _memory_file() -> BinaryIO:
-    return os.fdopen(os.memfd_create("difference", os.MFD_CLOEXEC), "r+b")
+    with enough_for_a_sandbox():
+        return os.fdopen(os.memfd_create("difference", os.MFD_CLOEXEC), "r+b")
 
 
 def _content(file: BinaryIO) -> bytes:

@@ -7,13 +7,11 @@ from typing import Protocol
 
 from upspiral.errors import SandboxGoneError
 from upspiral.sandbox.base import Diff, Limits, Snapshot
-from upspiral.sandbox.connected import ConnectedSandbox, ConnectedShell
+from upspiral.sandbox.connected import ConnectedSandbox
 from upspiral.sandbox.connection import Connection
 from upspiral.sandbox.remote.api import FORK_S, SNAPSHOT_S, Api
 from upspiral.sandbox.remote.line import Line
 from upspiral.sandbox.server.wire import ForkRequest, LeaseAnswer, LeasesAnswer, RestoreRequest
-
-_REPLAY_S = 60.0
 
 
 class Holder(Protocol):
@@ -36,25 +34,12 @@ class RemoteSandbox(ConnectedSandbox):
         connection = Connection()
         Line(api, lease.id, connection, patience_s=holder.patience_s)
         super().__init__(lease.id, connection, limits)
-        self.inherited: list[Sequence[str]] = []
-        """In a fork: the commands of shells that `shell` gives out first."""
-        self._shells: list[ConnectedShell] = []
         self._api = api
         self._holder = holder
 
     async def lost(self, why: str) -> None:
         """The server has given it up."""
         await self._end(SandboxGoneError(why))
-
-    async def shell(self) -> ConnectedShell:
-        """In a fork first one for each that had been opened before, its commands run again."""
-        shell = await super().shell()
-        if self.inherited:
-            for command in self.inherited.pop(0):
-                await shell.run(command, timeout_s=_REPLAY_S)
-            shell.restored = "replayed"
-        self._shells.append(shell)
-        return shell
 
     async def diff(self) -> Diff:
         return await self._api.post(f"/sandboxes/{self.id}/diff", None, Diff, timeout_s=SNAPSHOT_S)
@@ -65,17 +50,16 @@ class RemoteSandbox(ConnectedSandbox):
         return snapshot
 
     async def fork(self, count: int = 1) -> Sequence[RemoteSandbox]:
-        path = f"/sandboxes/{self.id}/fork"
+        path, shells = f"/sandboxes/{self.id}/fork", self.shells_to_inherit()
         answer = await self._api.post(path, ForkRequest(count), LeasesAnswer, timeout_s=FORK_S)
         forks = [self._holder.adopt(lease, self._limits) for lease in answer.sandboxes]
         for fork in forks:
-            fork.inherited = [tuple(shell.commands) for shell in self._shells]
+            fork.inherit_shells(shells)
         return forks
 
     async def restore(self, snapshot: Snapshot) -> None:
         await self._api.post_for_nothing(f"/sandboxes/{self.id}/restore", RestoreRequest(snapshot.id), SNAPSHOT_S)
-        self._shells.clear()
-        self.inherited.clear()
+        self.inherit_shells(())
 
     async def _dispose(self) -> None:
         await self._holder.let_go(self)

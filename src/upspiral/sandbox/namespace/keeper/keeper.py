@@ -14,6 +14,7 @@ import select
 import socket
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from upspiral.sandbox.namespace.keeper import MAX_MESSAGE_BYTES, aside, launch, 
 from upspiral.sandbox.namespace.keeper.aside import Aside
 from upspiral.sandbox.namespace.keeper.control_groups import Allowance, find_hierarchies
 from upspiral.sandbox.namespace.keeper.identity import Identities
-from upspiral.sandbox.namespace.keeper.live import Live, is_over
+from upspiral.sandbox.namespace.keeper.live import LAST_WORDS_BYTES, Live, is_over
 from upspiral.sandbox.namespace.keeper.merged import OPAQUE
 from upspiral.sandbox.namespace.keeper.order import Order
 from upspiral.sandbox.namespace.keeper.pause import paused, resume, runs_nothing_else
@@ -39,6 +40,8 @@ _SETUP_TIMEOUT_S = 30.0
 _EXIT_TIMEOUT_S = 10.0
 _TICK_S = 0.5
 """How late the end of a lifetime may be."""
+_SPARE_DESCRIPTORS = 64
+"""Not for further sandboxes, so that there are some for what is done with those that live."""
 
 Message = dict[str, Any]
 
@@ -56,6 +59,8 @@ class Keeper:
         self._snapshots: dict[str, Stack] = {}
         self._asides: set[Aside] = set()
         self._num_layers = 0
+        self._most_descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        self._may_inspect = self._is_root and syscalls.has_capability(syscalls.CAP_SYS_PTRACE)
         self._filter, self._filter_for_images = filter_program(), filter_program(pretends_to_give_away=True)
         self._enter(host["folder"])
         self._programs = make_skeleton()
@@ -128,7 +133,7 @@ class Keeper:
 
     def _on_request(self) -> None:
         try:
-            content, descriptors, _, _ = socket.recv_fds(self._control, MAX_MESSAGE_BYTES, 4)
+            content, descriptors, flags, _ = socket.recv_fds(self._control, MAX_MESSAGE_BYTES, 4)
         except ConnectionResetError:
             raise EOFError from None
         if not content:
@@ -139,9 +144,11 @@ class Keeper:
                 "create": self._create, "stop": self._stop, "snapshot": self._snapshot, "drop": self._drop,
                 "diff": self._diff, "restore": self._restore,
             }  # fmt: skip
+            if flags & socket.MSG_CTRUNC:
+                raise OSError(errno.EMFILE, "no descriptor is free for what came with the request")
             requests[request["do"]](request, descriptors)
         except OSError as error:
-            self._answer(request["number"], problem=str(error))
+            self._answer(request["number"], problem=str(error), **self._said_of(error))
         finally:
             for descriptor in descriptors:
                 os.close(descriptor)
@@ -155,9 +162,15 @@ class Keeper:
         except OSError:
             raise EOFError from None
 
+    def _said_of(self, error: OSError) -> Message:
+        return {"most_open_files": self._most_descriptors} if error.errno in (errno.EMFILE, errno.ENFILE) else {}
+
     # Creating
 
     def _create(self, request: Message, descriptors: list[int]) -> None:
+        # The kernel gives the lowest number that is free.
+        if descriptors[0] + _SPARE_DESCRIPTORS > self._most_descriptors:
+            raise OSError(errno.EMFILE, f"the descriptors of {len(self._live)} sandboxes are open")
         order = Order(**request["order"])
         order = replace(order, ends_at=time.monotonic() + order.lifetime_s)
         self._launch(order, self._stack_for(order), os.dup(descriptors[0]), self._answering(request))
@@ -208,7 +221,8 @@ class Keeper:
         identity, order = live.stack.identity, live.order
         for kind in ("uid_map", "gid_map"):
             _write(f"/proc/{live.process}/{kind}", f"{identity.inside} {identity.outside} 1")
-        live.pid_namespace = os.open(f"/proc/{live.process}/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
+        if not self._may_inspect:
+            live.pid_namespace = live.open_pid_namespace()
         if self._hierarchies is not None:
             allowance = Allowance(order.memory_bytes, order.processes, order.cpus)
             live.group = self._hierarchies.make(order.name, allowance)
@@ -239,19 +253,16 @@ class Keeper:
     def _on_line(self, live: Live) -> None:
         """The child is ready, or says why it is not, or has died."""
         self._unwatch(live.line.fileno())
-        message, descriptors = self._read_line(live)
+        message, descriptors = b"", []
+        with suppress(BlockingIOError, ConnectionResetError):  # reset: it died before it had read what was sent to it
+            message, descriptors, _, _ = socket.recv_fds(live.line, LAST_WORDS_BYTES, 1, socket.MSG_DONTWAIT)
+        live.line.close()
         if message == launch.READY and descriptors:
             live.disk = descriptors[0]
             live.when_ready("")
         else:
             live.problem = live.problem or message.decode(errors="replace") or "it died before it was ready"
-
-    def _read_line(self, live: Live) -> tuple[bytes, list[int]]:
-        try:
-            message, descriptors, _, _ = socket.recv_fds(live.line, launch.LAST_WORDS_BYTES, 1, socket.MSG_DONTWAIT)
-        except (BlockingIOError, ConnectionResetError):  # reset: it died before it had read what was sent to it
-            return b"", []
-        return message, descriptors
+            live.kill()
 
     # Ending
 
@@ -273,7 +284,7 @@ class Keeper:
         if not live.is_ready and live.line.fileno() in self._by_descriptor:
             self._on_line(live)
         if live.is_ready and not live.problem:
-            live.problem = self._read_line(live)[0].decode(errors="replace")
+            live.problem = live.last_words()
         if live.group is not None:
             live.group.remove()
         del self._live[live.order.name]

@@ -16,6 +16,7 @@ from typing import NoReturn
 from upspiral.sandbox.inside.agent import serve
 from upspiral.sandbox.inside.settings import Settings
 from upspiral.sandbox.namespace.keeper import syscalls
+from upspiral.sandbox.namespace.keeper.live import LAST_WORDS, LAST_WORDS_BYTES
 from upspiral.sandbox.namespace.keeper.order import Order
 from upspiral.sandbox.namespace.keeper.skeleton import WRITABLE
 from upspiral.sandbox.namespace.keeper.stack import Stack
@@ -24,7 +25,6 @@ from upspiral.sandbox.namespace.keeper.syscalls import MountFlag, Namespace
 CLONED = Namespace.USER | Namespace.PID
 """The keeper's child begins in these; it makes the others, which take longer, while the keeper goes on."""
 GO, READY = b"go", b"ready"
-LAST_WORDS_BYTES = 4096
 _UNSHARED = Namespace.MOUNT | Namespace.NETWORK | Namespace.IPC | Namespace.UTS | Namespace.CGROUP
 _OWN_INODES = 32
 """Files that a sandbox is made of; its user does not have to pay for them."""
@@ -69,7 +69,8 @@ def run_sandbox(order: Order, ground: Ground, line: socket.socket, agent: int) -
 
     The keeper's go-ahead comes by `line`, once it has mapped the ids, with trees of mounts for the image's layers and
     for `order.mounts`, and a file that counts out-of-memory kills if there is a control group. Back goes a tree of the
-    sandbox's own disk, and what fails, then or later.
+    sandbox's own disk, or what failed. What fails later is written to a file on that disk: neither side has to keep the
+    line.
     """
     try:
         settings = _become_sandbox(order, ground, line, agent)
@@ -77,7 +78,7 @@ def run_sandbox(order: Order, ground: Ground, line: socket.socket, agent: int) -
         os._exit(0)
     except BaseException as error:
         with suppress(OSError):
-            line.send(_described(error).encode(errors="replace")[:LAST_WORDS_BYTES])
+            os.write(line.fileno(), _described(error).encode(errors="replace")[:LAST_WORDS_BYTES])
     finally:
         os._exit(1)
 
@@ -107,8 +108,11 @@ def _become_sandbox(order: Order, ground: Ground, line: socket.socket, agent: in
     syscalls.set_hostname("sandbox")
     proc = _cover_proc()
     _drop_privileges(ground.filter)
+    words = os.open(LAST_WORDS, os.O_CREAT | os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=disk)
     socket.send_fds(line, [READY], [disk])
-    os.close(disk)
+    os.dup2(words, line.fileno(), inheritable=False)
+    for descriptor in (words, disk):
+        os.close(descriptor)
     for descriptor in rest:
         os.set_inheritable(descriptor, False)
     return Settings.from_json({**order.agent, "oom_fd": rest[0] if rest else None, "proc_fd": proc})

@@ -17,6 +17,10 @@ from upspiral.sandbox.namespace.keeper.order import Order
 from upspiral.sandbox.namespace.keeper.stack import Stack
 
 
+LAST_WORDS, LAST_WORDS_BYTES = "last_words", 4096
+"""A file on a sandbox's disk that nothing inside sees, beside what is seen."""
+
+
 @dataclass(eq=False, slots=True)
 class Live:
     """From the fork of its first process until that is dead."""
@@ -28,14 +32,14 @@ class Live:
     """The socket that its agent has, for one that may follow."""
     process: int
     line: socket.socket
-    """To its first process: for what it needs, for when it is ready, and for its last words."""
+    """To its first process: for what it needs, and for when it is ready, or why it is not. Then it is closed."""
     when_ready: Callable[[str], None]
     """To be called once, with a problem or ""."""
     begun_at: float = field(default_factory=time.monotonic)
     handle: int = -1
     """Of its first process (pidfd)."""
     pid_namespace: int = -1
-    """Open. It cannot be opened any more once the process has given up its privileges."""
+    """Open where a keeper without privileges could not open it any more once the process has given up its own."""
     group: Group | None = None
     disk: int = -1
     """The tree of its own tmpfs, to be read, and to become a layer of others; -1 until it is ready."""
@@ -75,6 +79,23 @@ class Live:
     def open_disk(self) -> int:
         """What it has written."""
         return os.open("u", FOLDER_FLAGS, dir_fd=self.disk)
+
+    def open_pid_namespace(self) -> int:
+        """The caller closes it."""
+        if self.pid_namespace >= 0:
+            return os.dup(self.pid_namespace)
+        return os.open(f"/proc/{self.process}/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
+
+    def last_words(self) -> str:
+        """What its agent said of its end. Where the disk was full it could say nothing."""
+        try:
+            words = os.open(LAST_WORDS, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self.disk)
+        except OSError:
+            return ""
+        try:
+            return os.read(words, LAST_WORDS_BYTES).decode(errors="replace")
+        finally:
+            os.close(words)
 
     def forget(self) -> None:
         """Closes what is open. After its end."""

@@ -55,12 +55,13 @@ def signal_all(live: Live, number: int) -> bool:
     born. False when there are none."""
     child = os.fork()
     if child == 0:
-        _signal_from_inside(live.pid_namespace, number)
+        _signal_from_inside(live, number)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != _NONE
 
 
-def _signal_from_inside(namespace: int, number: int) -> NoReturn:
+def _signal_from_inside(live: Live, number: int) -> NoReturn:
     try:
+        namespace = live.open_pid_namespace()
         syscalls.forbid_inspection()
         syscalls.enter(namespace, Namespace.PID)
         child = os.fork()  # only children are in the namespace
