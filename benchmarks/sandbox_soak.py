@@ -42,7 +42,7 @@ import urllib.request
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -81,8 +81,8 @@ class Tally:
     def load(cls, path: Path | None) -> Tally:
         if path is None or not path.exists():
             return cls()
-        told = json.loads(path.read_text())
-        return cls(**{each.name: Counter(v) if isinstance(v := told[each.name], dict) else v for each in fields(cls)})
+        told: dict[str, Any] = json.loads(path.read_text())
+        return cls(**told | {name: Counter(told[name]) for name in ("totals", "killed", "left")})
 
     def save(self, path: Path | None) -> None:
         """Whole or not at all."""

@@ -13,7 +13,7 @@ from upspiral.sandbox.namespace.host import check_host
 
 
 @pytest.mark.parametrize(
-    ("cycles", "kills"), [(400, 6), pytest.param(20_000, 40, marks=[pytest.mark.slow, pytest.mark.timeout(3000)])]
+    ("cycles", "kills"), [(300, 6), pytest.param(20_000, 40, marks=[pytest.mark.slow, pytest.mark.timeout(3000)])]
 )
 def test_nothing_is_left_and_no_death_is_told_as_a_result(cycles: int, kills: int) -> None:
     try:
