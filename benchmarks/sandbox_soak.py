@@ -82,7 +82,8 @@ class Tally:
         if path is None or not path.exists():
             return cls()
         told: dict[str, Any] = json.loads(path.read_text())
-        return cls(**told | {name: Counter(told[name]) for name in ("totals", "killed", "left")})
+        told |= {name: Counter(told[name]) for name in ("totals", "killed", "left")}
+        return cls(**told)
 
     def save(self, path: Path | None) -> None:
         """Whole or not at all."""

@@ -6,6 +6,7 @@ import asyncio
 import io
 import tarfile
 from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -127,7 +128,7 @@ ATTACKS = {
 def test_a_work_cannot_say_the_verdict(stage: Stage, attack: str, monkeypatch: pytest.MonkeyPatch) -> None:
     stage.needs("commands", "untrusted")
     # Some of them last until the last deadline. Nothing that is expected comes near it.
-    monkeypatch.setattr("upspiral.sandbox.grading.grade._START_TIMEOUT_S", 4.0)
+    monkeypatch.setattr(import_module("upspiral.sandbox.grading.grade"), "_START_TIMEOUT_S", 4.0)
     check = SQUARES.replace("timeout_s=5", "timeout_s=1")
     verdict = graded(stage, {"square.py": ATTACKS[attack]}, Exam(check, timeout_s=8))
     assert not verdict.passed and "forged" not in verdict.marks, verdict
