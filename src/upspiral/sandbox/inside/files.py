@@ -10,6 +10,7 @@ from typing import Any
 
 from . import frames
 from .identity import assumed
+from .opening import open_plainly
 from .operations import Agent, Operation
 
 _FLAGS = os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
@@ -31,7 +32,7 @@ class Reading(Operation):
             with assumed(self.agent.settings):
                 if not stat.S_ISREG(os.stat(path).st_mode):
                     raise FileNotFoundError(errno.ENOENT, "it is no regular file")
-                self._descriptor = os.open(path, os.O_RDONLY | _FLAGS)
+                self._descriptor = open_plainly(path, os.O_RDONLY | _FLAGS)
         except OSError as error:
             if error.errno in _NO_SUCH_FILE:
                 raise FileNotFoundError(errno.ENOENT, error.strerror) from None
@@ -67,10 +68,10 @@ class Writing(Operation):
         path = self.agent.launcher.place(self.request["path"])
         with assumed(self.agent.settings):
             try:
-                self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | _FLAGS, 0o600)
+                self._descriptor = open_plainly(path, os.O_WRONLY | os.O_CREAT | _FLAGS, 0o600)
             except FileNotFoundError:
                 os.makedirs(os.path.dirname(path), exist_ok=True)
-                self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | _FLAGS, 0o600)
+                self._descriptor = open_plainly(path, os.O_WRONLY | os.O_CREAT | _FLAGS, 0o600)
             if not stat.S_ISREG(os.fstat(self._descriptor).st_mode):
                 raise FileExistsError(errno.EEXIST, "something that is no regular file is there")
             os.ftruncate(self._descriptor, 0)
