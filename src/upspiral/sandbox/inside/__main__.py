@@ -36,8 +36,9 @@ def main(where: str) -> None:
         connection, _ = listener.accept()
         connection.settimeout(None)
     settings = settings_module.Settings.from_json(frames.first_settings(connection))
+    confine = import_module("inside.confine")
+    confine.forbid_inspection()
     if settings.confinement or (settings.is_init and os.getpid() != 1):
-        confine = import_module("inside.confine")
         import_module("inside.work").preload()
         if os.getpid() != 1:
             confine.adopt_orphans()

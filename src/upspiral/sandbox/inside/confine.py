@@ -8,7 +8,7 @@ import struct
 
 from .settings import Confinement
 
-_PR_SET_CHILD_SUBREAPER, _PR_SET_NO_NEW_PRIVS = 36, 38
+_PR_SET_DUMPABLE, _PR_SET_CHILD_SUBREAPER, _PR_SET_NO_NEW_PRIVS = 4, 36, 38
 _CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446
 _VERSION = 1
 _PATH_BENEATH = 1
@@ -27,6 +27,11 @@ _libc = ctypes.CDLL(None, use_errno=True)
 def landlock_abi() -> int:
     """The version that the kernel has; 0: none."""
     return max(0, _libc.syscall(_CREATE_RULESET, None, ctypes.c_size_t(0), _VERSION))
+
+
+def forbid_inspection() -> None:
+    """Nobody of the same user can trace this process, or read and write its memory."""
+    _checked(_libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0))
 
 
 def adopt_orphans() -> None:
@@ -75,5 +80,5 @@ def _allow(ruleset: int, path: str, access: int) -> None:
 def _checked(answer: int) -> int:
     if answer < 0:
         code = ctypes.get_errno()
-        raise OSError(code, f"Landlock: {os.strerror(code)}")
+        raise OSError(code, f"prctl or Landlock: {os.strerror(code)}")
     return answer
