@@ -18,6 +18,8 @@ _FIRST_CONNECTION_S = 120.0
 
 def main(where: str) -> None:
     frames, settings_module = import_module("inside.frames"), import_module("inside.settings")
+    confine = import_module("inside.confine")
+    confine.forbid_inspection()
     listener = None
     if where.isdigit():
         connection = socket.socket(fileno=int(where))
@@ -36,8 +38,6 @@ def main(where: str) -> None:
         connection, _ = listener.accept()
         connection.settimeout(None)
     settings = settings_module.Settings.from_json(frames.first_settings(connection))
-    confine = import_module("inside.confine")
-    confine.forbid_inspection()
     if settings.confinement or (settings.is_init and os.getpid() != 1):
         import_module("inside.work").preload()
         if os.getpid() != 1:
