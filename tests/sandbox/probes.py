@@ -120,7 +120,7 @@ for name in ("oom_score_adj", "coredump_filter", "clear_refs", "comm", "autogrou
 
 MANY_SMALL_HOARDERS = (
     "hoard() { (echo 0 > /proc/self/oom_score_adj; exec tail /dev/zero) 2>/dev/null; }; "
-    "for i in {1..25}; do (for j in 1 2 3; do hoard; done) & done; wait; echo over"
+    "for i in {1..25}; do (for j in 1 2; do hoard; done) & done; wait; echo over"
 )
 """`tail` keeps all of a line that has no end. Each begins with a few hundred KB, and asks to be spared."""
 
