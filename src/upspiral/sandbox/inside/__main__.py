@@ -6,6 +6,7 @@ and the path of one to connect to. The first frame on a connection has the setti
 
 import contextlib
 import os
+import signal
 import socket
 import sys
 import types
@@ -20,6 +21,7 @@ def main(where: str) -> None:
     frames, settings_module = import_module("inside.frames"), import_module("inside.settings")
     confine = import_module("inside.confine")
     confine.forbid_inspection()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Python's handler would end it, also as PID 1
     listener = None
     if where.isdigit():
         connection = socket.socket(fileno=int(where))
