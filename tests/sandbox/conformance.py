@@ -58,6 +58,8 @@ _ABILITIES = {
     "robust_agent": "keeps commands from killing what serves the sandbox",
     "lifetime": "ends a sandbox that is too old",
     "hidden_host": "shows nothing of the machine's control groups, /sys, and paths",
+    "differences": "tells what was written",
+    "spared_agent": "ends commands before the agent when memory is short, whatever they try",
     "own_users": "has a user id for each sandbox, where it runs as root",
 }
 
@@ -71,7 +73,7 @@ def _no_namespaces() -> str:
 
 
 _PROCESS = {"commands", "lifetime"} | ({"robust_agent", "contained_files"} if os.geteuid() == 0 else set())
-_CONTAINER = frozenset(_ABILITIES) - {"hidden_host", "own_users"}
+_CONTAINER = frozenset(_ABILITIES) - {"hidden_host", "differences", "spared_agent", "own_users"}
 
 BACKENDS = (
     Entry("fake", lambda root: FakeBackend(), frozenset()),
