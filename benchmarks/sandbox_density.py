@@ -2,13 +2,14 @@
 
     python benchmarks/sandbox_density.py [--live 2000] [--save]
 
-- `live`: sandboxes that were made, all of them alive at the same time, and that answered with what only they know, once after
-  they were made and once more when all were there. `failures`: those that were not made, or did not answer so.
-- `mb_each`: by how much less memory the machine has available (MemAvailable in /proc/meminfo) with all of them than without,
-  through the number of them. That counts everything, whoever owns it: processes, page tables, namespaces, mounts, control
-  groups, the keeper, and this process' own end of each. It also counts what others on the machine do meanwhile, so it is told
-  beside `host_mb_each`, this process' share (resident memory), and `free_drift_mb`, by how much less was available after all were
-  gone than before.
+- `live`: sandboxes that were made, all of them alive at the same time, and that answered with what only they know,
+  once after they were made and once more when all were there. `failures`: those that were not made, or did not answer
+  so.
+- `mb_each`: by how much less memory the machine has available (MemAvailable in /proc/meminfo) with all of them than
+  without, through the number of them. That counts everything, whoever owns it: processes, page tables, namespaces,
+  mounts, control groups, the keeper, and this process' own end of each. It also counts what others on the machine do
+  meanwhile, so it is told beside `host_mb_each`, this process' share (resident memory), and `free_drift_mb`, by how
+  much less was available after all were gone than before.
 - `creates_per_s` and `execs_per_s`: eight in flight. `teardown_s`: of all of them.
 - `left_over`: processes, control groups and folders of this owner after the end.
 """

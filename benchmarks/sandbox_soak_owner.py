@@ -1,10 +1,12 @@
-"""The owner of sandboxes whom `sandbox_soak.py` starts and kills: cycles of create, exec, stop, one in twenty with a fault.
+"""The owner of sandboxes whom `sandbox_soak.py` starts and kills: cycles of create, exec, stop, one in twenty with a
+fault.
 
-    python benchmarks/sandbox_soak_owner.py FOLDER CYCLES IN_FLIGHT SEED [URL TOKEN]
+    python benchmarks/sandbox_soak_owner.py FOLDER CYCLES IN_FLIGHT SEED [URL TOKEN PROCESS]
 
-A line of JSON with the tally so far is printed every 50 cycles and at the end. Each command prints what only its own
-sandbox knows and ends with 7, so any other result is one that infrastructure made up (`wrong`). A SandboxError is
-`unexplained` when neither an agent nor a keeper was killed, nor the server (who starts it says so), while its cycle went on.
+The last three are a server's, from which sandboxes are then leased. A line of JSON with the tally so far is printed
+every ten cycles, when something is wrong, at SIGTERM and at the end. Each command prints what only its own sandbox
+knows and ends with 7, so any other result is one that infrastructure made up (`wrong`). A SandboxError is
+`unexplained` when neither an agent nor a keeper was killed, nor the server, while its cycle went on.
 """
 
 from __future__ import annotations
@@ -29,18 +31,20 @@ EXIT_CODE = 7
 TIMEOUT_S = 60.0
 SETTLE_S = 0.1
 """A process that is killed lets go of its sockets before it is seen to be dead."""
+_REPORT_EVERY = 10
 _MAX_EXAMPLES = 5
 
 
 class Owner:
     """Counts what happens to its cycles."""
 
-    def __init__(self, backend: SandboxBackend, seed: int, *, is_remote: bool):
+    def __init__(self, backend: SandboxBackend, seed: int, *, maker: int):
+        """`maker`: the process whose children are keepers; this one, or a server."""
         self.tally: Counter[str] = Counter()
         self.examples: list[str] = []
         self._backend = backend
         self._chance = random.Random(seed)
-        self._is_remote = is_remote
+        self._maker = maker
         self._agents_killed = 0
 
     async def run(self, cycles: int, in_flight: int) -> None:
@@ -49,7 +53,7 @@ class Owner:
         async def hand() -> None:
             for number in left:
                 await self._cycle(number)
-                if self.tally["cycles"] % 50 == 0:
+                if self.tally["cycles"] % _REPORT_EVERY == 0:
                     self.report()
 
         await asyncio.gather(*(hand() for _ in range(in_flight)))
@@ -73,7 +77,7 @@ class Owner:
         except SandboxError as error:
             self.tally["errors"] += 1
             await asyncio.sleep(SETTLE_S)
-            if before == self._circumstances() and not self._is_remote:
+            if before == self._circumstances():
                 self._note("unexplained", f"{fault or 'no fault'}: {type(error).__name__}: {error}")
         except TimeoutError:
             self._note("hung", fault or "no fault")
@@ -120,10 +124,11 @@ class Owner:
         self.tally[kind] += 1
         if len(self.examples) < _MAX_EXAMPLES:
             self.examples.append(f"{kind}: {what}"[:500])
+        self.report()  # it may be killed before it is asked again
 
     def _kill_an_agent(self) -> None:
         """Somebody's. Whose it is need not be known: everybody's results have to be right."""
-        agents = [agent for keeper in children_of(os.getpid()) for agent in children_of(keeper)]
+        agents = [agent for keeper in children_of(self._maker) for agent in children_of(keeper)]
         if agents:
             with suppress(ProcessLookupError):
                 os.kill(self._chance.choice(agents), signal.SIGKILL)
@@ -132,7 +137,7 @@ class Owner:
 
     def _circumstances(self) -> tuple[int, Any]:
         """Different when something was killed since."""
-        return self._agents_killed, sorted(children_of(os.getpid()))
+        return self._agents_killed, sorted(children_of(self._maker))
 
 
 def children_of(process: int) -> list[int]:
@@ -161,7 +166,8 @@ async def main() -> None:
         from upspiral.sandbox.namespace import NamespaceBackend
 
         backend = NamespaceBackend(Path(folder))
-    owner = Owner(backend, int(seed), is_remote=bool(server))
+    owner = Owner(backend, int(seed), maker=int(server[2]) if server else os.getpid())
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, lambda: (owner.report(), os._exit(0)))
     try:
         await owner.run(int(cycles), int(in_flight))
     finally:

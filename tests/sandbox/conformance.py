@@ -57,6 +57,10 @@ _ABILITIES = {
     "own_processes": "shows a sandbox no processes but its own",
     "robust_agent": "keeps commands from killing what serves the sandbox",
     "lifetime": "ends a sandbox that is too old",
+    "hidden_host": "shows nothing of the machine's control groups, /sys, and paths",
+    "differences": "tells what was written",
+    "spared_agent": "ends commands before the agent when memory is short, whatever they try",
+    "own_users": "has a user id for each sandbox, where it runs as root",
 }
 
 
@@ -69,14 +73,15 @@ def _no_namespaces() -> str:
 
 
 _PROCESS = {"commands", "lifetime"} | ({"robust_agent", "contained_files"} if os.geteuid() == 0 else set())
+_CONTAINER = frozenset(_ABILITIES) - {"hidden_host", "differences", "spared_agent", "own_users"}
 
 BACKENDS = (
     Entry("fake", lambda root: FakeBackend(), frozenset()),
     Entry("process", lambda root: ProcessBackend(root, allow_network=True), frozenset(_PROCESS)),
     Entry("namespace", NamespaceBackend, frozenset(_ABILITIES), _no_namespaces),
     Entry("remote", lambda root: Remote(NamespaceBackend(root)), frozenset(_ABILITIES), _no_namespaces),
-    Entry("docker", container_engines.docker_backend, frozenset(_ABILITIES), container_engines.why_no_docker, True),
-    Entry("podman", container_engines.podman_backend, frozenset(_ABILITIES), container_engines.why_no_podman, True),
+    Entry("docker", container_engines.docker_backend, _CONTAINER, container_engines.why_no_docker, True),
+    Entry("podman", container_engines.podman_backend, _CONTAINER, container_engines.why_no_podman, True),
 )
 
 

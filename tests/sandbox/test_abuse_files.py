@@ -173,7 +173,7 @@ def test_a_download_has_a_limit_whatever_files_say_of_themselves(stage: Stage) -
 
 def test_a_difference_has_a_limit_whatever_files_say_of_themselves(stage: Stage) -> None:
     """20 GB of holes are not 20 GB of the host's memory."""
-    stage.needs("commands", "snapshot")
+    stage.needs("commands", "snapshot", "differences")
 
     async def check(sandbox: Sandbox) -> None:
         await output_of(sandbox, "for i in {1..300}; do truncate -s 64M hole$i; done; sleep 1000 >/dev/null 2>&1 &")
@@ -225,7 +225,7 @@ def test_marks_of_overlays_that_were_made_inside(stage: Stage, running: bool) ->
 
 
 def test_a_layer_full_of_oddities_is_copied_and_compared(stage: Stage) -> None:
-    stage.needs("commands", "snapshot")
+    stage.needs("commands", "snapshot", "differences")
     lay = (
         "mkfifo pipe; ln -s /etc/shadow out; ln -s . here; mkdir locked; > locked/x; chmod 0 locked; > $'\\xff\\n'; "
         "truncate -s 60M hole; cp $(command -v id) set; chmod 6755 set; ln set other; "

@@ -134,7 +134,7 @@ def needs_limit_of_all(stage: Stage) -> None:
 
 def test_many_small_hoarders_end_before_the_agent(stage: Stage) -> None:
     """Each smaller than the agent, which the kernel might take for the one to blame."""
-    stage.needs("commands", "memory_limit")
+    stage.needs("commands", "memory_limit", "spared_agent")
     needs_limit_of_all(stage)
 
     async def check(sandbox: Sandbox) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import io
 import tarfile
 from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -124,13 +125,12 @@ ATTACKS = {
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
-def test_a_work_cannot_say_the_verdict(stage: Stage, attack: str) -> None:
+def test_a_work_cannot_say_the_verdict(stage: Stage, attack: str, monkeypatch: pytest.MonkeyPatch) -> None:
     stage.needs("commands", "untrusted")
-    check = (
-        SQUARES
-        + "done = run(['python3', 'square.py'], stdin=b'5', timeout_s=5)\nmark('square of 5', done.stdout == b'25\\n')"
-    )
-    verdict = graded(stage, {"square.py": ATTACKS[attack]}, Exam(check, timeout_s=20))
+    # Some of them last until the last deadline. Nothing that is expected comes near it.
+    monkeypatch.setattr(import_module("upspiral.sandbox.grading.grade"), "_START_TIMEOUT_S", 4.0)
+    check = SQUARES.replace("timeout_s=5", "timeout_s=1")
+    verdict = graded(stage, {"square.py": ATTACKS[attack]}, Exam(check, timeout_s=8))
     assert not verdict.passed and "forged" not in verdict.marks, verdict
 
 

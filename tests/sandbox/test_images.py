@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ import pytest
 from tests.fixtures.small_image import make_small_root
 from upspiral.errors import ImageError
 from upspiral.sandbox.base import Allow, Sandbox, SandboxSpec
-from upspiral.sandbox.images import ImageBuilder, ImageStore, Recipe
+from upspiral.sandbox.images import Image, ImageBuilder, ImageStore, Recipe
 from upspiral.sandbox.namespace import NamespaceBackend
 
 TIMEOUT_S = 60.0
@@ -76,9 +78,12 @@ def test_a_sandbox_begins_with_its_image(store: ImageStore) -> None:
     within(store, SandboxSpec(image=store.image("small").digest), check_again)
 
 
-def test_giving_files_away_succeeds_without_effect(store: ImageStore) -> None:
+def test_giving_files_and_groups_away_succeeds_without_effect(store: ImageStore) -> None:
+    """As installers of packages do it, and programs such as xterm that start others with the groups of their user."""
+
     async def check(sandbox: Sandbox) -> None:
         assert await output(sandbox, "chown -R 5:6 /etc && stat -c %u:%g /etc/motto") == "0:0\n"
+        assert await output(sandbox, "setpriv --groups 5,6 id -G") == "0\n"
 
     within(store, SandboxSpec(image="small"), check)
 
@@ -144,6 +149,25 @@ def test_what_live_sandboxes_stand_on_is_not_collected(store: ImageStore, tmp_pa
         store.collect()
         with pytest.raises(ImageError):
             store.layer(image.layers[-1])
+
+    asyncio.run(run())
+
+
+def test_sandboxes_that_start_side_by_side_hold_their_image_once(store: ImageStore) -> None:
+    """A hold that nobody remembers would keep the image from being collected for as long as this process lives."""
+
+    class OnASlowDisk(ImageStore):
+        def image(self, name: str) -> Image:
+            found = super().image(name)
+            time.sleep(0.05)
+            return found
+
+    async def run() -> None:
+        async with backend_of(OnASlowDisk(store.folder)) as backend, AsyncExitStack() as kept:
+            starts = (kept.enter_async_context(backend.acquire(SandboxSpec(image="small"))) for _ in range(4))
+            await asyncio.gather(*starts)
+            assert len(os.listdir(store.folder / "holds")) == 1
+        assert os.listdir(store.folder / "holds") == []
 
     asyncio.run(run())
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from upspiral.errors import ConfigError
 from upspiral.sandbox.images import BuildMachine, Image, ImageBuilder, ImageStore, Recipe, load_recipe
 from upspiral.sandbox.namespace import NamespaceBackend
 
@@ -49,6 +50,8 @@ def list_images() -> None:
         size = f"{_content_bytes(store, image) / 1e6:.0f}"
         table.add_row(image.name, image.digest[:12], size, str(len(image.layers)), _date(image), image.source)
     Console().print(table)
+    if not table.rows:
+        _say("there are no images; `upspiral image build recipes/images/python.toml` makes one")
 
 
 def show(name: str, /) -> None:
@@ -79,6 +82,8 @@ def remove(*names: str) -> None:
     names
         Names from `upspiral image list`.
     """
+    if not names:
+        raise ConfigError("which images? `upspiral image list` has their names")
     store = ImageStore()
     for name in names:
         store.remove_name(name)

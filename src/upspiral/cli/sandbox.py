@@ -7,6 +7,7 @@ import json
 import os
 import secrets
 import signal
+import sys
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,7 +66,8 @@ def serve(
     Parameters
     ----------
     backend
-        What makes the sandboxes: namespace, or process, which is for code that one trusts.
+        What makes the sandboxes: namespace, docker, podman, or process, which is for code that one trusts. `upspiral
+        doctor` says which of them this machine has.
     drain_s
         How long to wait for sandboxes in use before they are stopped.
     heartbeat_s
@@ -89,8 +91,11 @@ def collect_garbage() -> None:
     """Remove what sandboxes of processes that died have left on this machine, and print it."""
     from upspiral.sandbox.registry import sweep
 
-    for path in sweep():
+    removed = sweep()
+    for path in removed:
         print(path)
+    if not removed:
+        print("nothing was left", file=sys.stderr)
 
 
 async def _serve(backend: str, drain_s: float, heartbeat_s: float, size: Size, exposure: Exposure) -> None:
@@ -126,9 +131,12 @@ async def _list(url: str) -> None:
         raise ConfigError(f"whose sandboxes? Put a tenant's token into the environment variable {TOKEN_VARIABLE}")
     backend = RemoteBackend(url, token)
     try:
-        for each in await backend.list_sandboxes():
+        listed = await backend.list_sandboxes()
+        for each in listed:
             labels = " ".join(f"{name}={value}" for name, value in each.labels.items())
             print(f"{each.id}  {each.age_s:.0f} s old  ends in {each.ends_in_s:.0f} s  {each.memory_mb} MB  {labels}")
+        if not listed:
+            print(f"this tenant has no sandboxes at {url}", file=sys.stderr)
     finally:
         await backend.stop()
 

@@ -83,8 +83,11 @@ class ConnectedSandbox:
             async with asyncio.TaskGroup() as writes:
                 for path, content in files.items():
                     writes.create_task(self.write(path, content))
-        except* (OSError, ValueError) as errors:
-            raise SandboxError(f"the spec's files could not be laid out: {errors.exceptions[0]}") from None
+        except ExceptionGroup as errors:
+            first = errors.exceptions[0]  # the others were cancelled, or say the same
+            if isinstance(first, (OSError, ValueError)):
+                raise SandboxError(f"the spec's files could not be laid out: {first}") from None
+            raise first from None
 
     async def exec(self, command: str | Command, *, timeout_s: float) -> ExecResult:
         command = _checked(command)

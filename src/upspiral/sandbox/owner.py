@@ -29,9 +29,15 @@ class Owner:
 
     @classmethod
     def this_process(cls) -> Owner:
-        start_time = _start_time(os.getpid())
-        assert start_time is not None, "a process that asks lives"
-        return cls(_boot(), _namespace_of_pids(), os.getpid(), start_time)
+        return cls.of_process(os.getpid())
+
+    @classmethod
+    def of_process(cls, pid: int) -> Owner:
+        """Of one that lives, in this pid namespace. Raises ProcessLookupError when there is none."""
+        start_time = _start_time(pid)
+        if start_time is None:
+            raise ProcessLookupError(f"there is no process {pid}")
+        return cls(_boot(), _namespace_of_pids(), pid, start_time)
 
     def label(self, kind: str) -> str:
         """A new one each time. `kind`: of backend, so that each sweeps as its own have to be swept."""

@@ -41,6 +41,8 @@ def test_images_are_listed_shown_and_removed(image: Image, capsys: pytest.Captur
     assert run_command(["image", "gc"]) == 0
     assert "removed 1 layers (2.0 MB), 1 images without a name" in capsys.readouterr().out
     assert list(ImageStore().images()) == []
+    assert run_command(["image", "list"]) == 0
+    assert "there are no images; `upspiral image build" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -49,6 +51,7 @@ def test_images_are_listed_shown_and_removed(image: Image, capsys: pytest.Captur
         (["show", "two"], "there is no image 'two'"),
         (["show", "on"], "did you mean one?"),
         (["remove", "two"], "no image has the name 'two'"),
+        (["remove"], "which images?"),
         (["build", "gone.toml"], "no recipe at gone.toml"),
         (["build", "gone.toml", "--certificates", "gone.pem"], "no file of certificates gone.pem"),
     ],

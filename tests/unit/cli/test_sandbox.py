@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -41,10 +43,31 @@ def test_list(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str
     monkeypatch.setenv(TOKEN_VARIABLE, ALICE)
     with server_process("--backend", "process") as (_, url):
         assert run_command(["sandbox", "list", "--url", url]) == 0
-        assert capsys.readouterr().out == ""
+        printed = capsys.readouterr()
+        assert printed.out == "" and f"no sandboxes at {url}" in printed.err
         monkeypatch.setenv(TOKEN_VARIABLE, ALICE + "x")
         assert run_command(["sandbox", "list", "--url", url]) == 2
         assert "no tenant has this token" in capsys.readouterr().err
+
+
+def test_a_list_of_a_server_that_is_not_there_is_an_answer_at_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(TOKEN_VARIABLE, ALICE)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    began_s = time.monotonic()
+    assert run_command(["sandbox", "list", "--url", f"http://127.0.0.1:{port}"]) == 2
+    assert time.monotonic() - began_s < 15
+    assert "does it run there (`upspiral sandbox serve`)?" in capsys.readouterr().err
+    assert run_command(["sandbox", "list", "--url", f"127.0.0.1:{port}"]) == 2
+    assert "begins with http:// or https://" in capsys.readouterr().err
+
+
+def test_serve_on_a_port_that_is_taken(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        assert run_command(["sandbox", "serve", "--port", str(listener.getsockname()[1])]) == 2
+    assert "is in use by another process" in capsys.readouterr().err
 
 
 def test_gc_removes_what_a_killed_process_left(capsys: pytest.CaptureFixture[str]) -> None:

@@ -252,3 +252,22 @@ def test_a_flood_of_callers_is_refused_and_one_that_reads_nothing_breaks() -> No
             assert (await running).exit_code == 0
 
     run(check)
+
+
+@pytest.mark.parametrize("how", ["it dies", "it refuses"])
+def test_files_that_cannot_be_laid_out_are_an_error_of_the_sandbox(how: str) -> None:
+    """And no group of errors, which nobody who looks for a SandboxError would see."""
+
+    async def run() -> None:
+        async with stage() as (sandbox, liar):
+            laying = asyncio.create_task(sandbox.lay_out({"a": b"1", "b": b"2", "c": b"3"}))
+            if how == "it dies":
+                liar.writer.close()
+            else:
+                for _ in range(3):
+                    number, _ = await liar.until(frames.OPEN)
+                    liar.result(number, error="PermissionError", message="not here")
+            with pytest.raises(SandboxError):
+                await asyncio.wait_for(laying, TIMEOUT_S)
+
+    asyncio.run(run())

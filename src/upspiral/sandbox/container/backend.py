@@ -196,7 +196,9 @@ class ContainerBackend:
             await asyncio.shield(launch)  # which is never left half-way: see `_abandon`
             while not (await asyncio.wait([caller], timeout=_LOOK_AGAIN_S))[0]:
                 if not await self._is_there(name):
-                    raise SandboxError(f"the agent in {name} ended at once; it needs a Python of 3.9 or newer")
+                    raise SandboxError(
+                        f"the agent in {name} ended at once; it needs a Python of 3.9 or newer with ctypes"
+                    )
             return caller.result()
         finally:
             caller.cancel()

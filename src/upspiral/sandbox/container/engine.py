@@ -84,9 +84,9 @@ class Engine:
             raise self._silent(arguments, timeout_s) from None
         return self._answer(arguments, done.returncode, done.stdout, done.stderr)
 
-    def abilities(self) -> Abilities:
+    def abilities(self, *, timeout_s: float = _ANSWER_TIMEOUT_S) -> Abilities:
         """Raises SandboxError when the engine cannot be reached."""
-        told = json.loads(self.ask_now("info", "--format", "{{json .}}"))
+        told = json.loads(self.ask_now("info", "--format", "{{json .}}", timeout_s=timeout_s))
         if problems := told.get("ServerErrors"):
             raise SandboxError(f"{self.name} cannot be reached: {'; '.join(problems)[:_MAX_SAID]}")
         if self.name == "podman":

@@ -16,7 +16,8 @@ from upspiral.sandbox.connected import settings_for
 from upspiral.sandbox.container.doorway import SOCKET_NAME
 from upspiral.sandbox.container.engine import Abilities
 from upspiral.sandbox.container.host_image import USER_ID, mounted_folders
-from upspiral.sandbox.inside.settings import Settings
+from upspiral.sandbox.inside.settings import Confinement, Settings
+from upspiral.sandbox.namespace.seccomp import filter_program
 
 OWNER_LABEL = "upspiral.owner"
 _AGENT, _DOORWAY = "/run/upspiral/agent", "/run/upspiral/doorway"
@@ -54,6 +55,9 @@ def agent_settings(spec: SandboxSpec, origin: Origin, abilities: Abilities) -> S
         rlimits={name: value for name, value in settings.rlimits.items() if name not in grouped},
         is_init=True,
         oom_paths=_OOM_PATHS,
+        # On top of the engine's own: that one lets a command set limits and priorities of its agent, by which it could
+        # pass for a broken sandbox and not be graded, and Podman's lets it make user namespaces.
+        confinement=Confinement(system_calls=filter_program().hex()),
     )
 
 
@@ -71,7 +75,7 @@ def run_arguments(
 
 
 def _confinement(origin: Origin) -> Iterator[str]:
-    """Docker's filter of system calls stays as it is."""
+    """The engine's filter of system calls stays as it is; the agent adds one."""
     yield from ("--security-opt=no-new-privileges", "--cap-drop=ALL")
     if origin.is_host:
         yield f"--user={USER_ID}:{USER_ID}"

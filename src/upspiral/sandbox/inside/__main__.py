@@ -6,6 +6,7 @@ and the path of one to connect to. The first frame on a connection has the setti
 
 import contextlib
 import os
+import signal
 import socket
 import sys
 import types
@@ -18,6 +19,9 @@ _FIRST_CONNECTION_S = 120.0
 
 def main(where: str) -> None:
     frames, settings_module = import_module("inside.frames"), import_module("inside.settings")
+    confine = import_module("inside.confine")
+    confine.forbid_inspection()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Python's handler would end it, also as PID 1
     listener = None
     if where.isdigit():
         connection = socket.socket(fileno=int(where))
@@ -37,7 +41,6 @@ def main(where: str) -> None:
         connection.settimeout(None)
     settings = settings_module.Settings.from_json(frames.first_settings(connection))
     if settings.confinement or (settings.is_init and os.getpid() != 1):
-        confine = import_module("inside.confine")
         import_module("inside.work").preload()
         if os.getpid() != 1:
             confine.adopt_orphans()

@@ -1,4 +1,5 @@
-"""Giving up rights for good where no namespaces do it: Landlock (linux/landlock.h), and being asked about orphans."""
+"""Giving up rights for good where no keeper does it: Landlock (linux/landlock.h), seccomp, and being asked about
+orphans."""
 
 from __future__ import annotations
 
@@ -8,7 +9,8 @@ import struct
 
 from .settings import Confinement
 
-_PR_SET_CHILD_SUBREAPER, _PR_SET_NO_NEW_PRIVS = 36, 38
+_PR_SET_DUMPABLE, _PR_SET_SECCOMP, _PR_SET_CHILD_SUBREAPER, _PR_SET_NO_NEW_PRIVS = 4, 22, 36, 38
+_SECCOMP_MODE_FILTER = 2
 _CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446
 _VERSION = 1
 _PATH_BENEATH = 1
@@ -29,17 +31,33 @@ def landlock_abi() -> int:
     return max(0, _libc.syscall(_CREATE_RULESET, None, ctypes.c_size_t(0), _VERSION))
 
 
+def forbid_inspection() -> None:
+    """Nobody of the same user can trace this process, or read and write its memory."""
+    _checked(_libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0))
+
+
 def adopt_orphans() -> None:
     """Whoever loses its parent below becomes a child of this process."""
     _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
 def confine(confinement: Confinement) -> None:
-    """Of this process and all that it starts. Raises OSError when the kernel has Landlock and refuses."""
+    """Of this process and all that it starts. Raises OSError when the kernel refuses, unless it has no Landlock."""
     _checked(_libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
     abi = landlock_abi()
     if abi and confinement.readable + confinement.writable:
         _restrict_files(confinement, abi)
+    if confinement.system_calls:
+        _restrict_system_calls(bytes.fromhex(confinement.system_calls))
+
+
+class _Program(ctypes.Structure):
+    _fields_ = [("length", ctypes.c_ushort), ("instructions", ctypes.c_char_p)]
+
+
+def _restrict_system_calls(program: bytes) -> None:
+    described = _Program(len(program) // 8, program)
+    _checked(_libc.prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, ctypes.byref(described), 0, 0))
 
 
 def _restrict_files(confinement: Confinement, abi: int) -> None:
@@ -75,5 +93,5 @@ def _allow(ruleset: int, path: str, access: int) -> None:
 def _checked(answer: int) -> int:
     if answer < 0:
         code = ctypes.get_errno()
-        raise OSError(code, f"Landlock: {os.strerror(code)}")
+        raise OSError(code, f"what it may do cannot be restricted: {os.strerror(code)}")
     return answer

@@ -9,12 +9,14 @@ from typing import Any
 @dataclass(frozen=True)
 class Confinement:
     """What the agent gives up for good, itself and all that it will start, where nothing else confines it: new
-    privileges, and files by Landlock where the kernel has it."""
+    privileges, system calls, and files by Landlock where the kernel has it."""
 
     readable: tuple[str, ...] = ()
     """Paths below which may be read and executed. None of these and none below: Landlock is not used."""
     writable: tuple[str, ...] = ()
     """Paths below which everything is allowed."""
+    system_calls: str = ""
+    """A seccomp filter (`namespace/seccomp.py`), hexadecimal; it comes on top of those that hold already."""
 
 
 @dataclass(frozen=True)

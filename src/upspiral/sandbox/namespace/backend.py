@@ -8,6 +8,7 @@ import itertools
 import os
 import secrets
 import socket
+import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -67,6 +68,7 @@ class NamespaceBackend:
         """Those that are being made, and how they ended before that was done."""
         self._origins: dict[str, Origin] = {}
         self._used_images: dict[str, UsedImage] = {}
+        self._using = threading.Lock()
         self._starting = asyncio.Semaphore(_MAX_STARTING)
         self._stopped = False
         self._keeper = self._start_keeper()
@@ -201,12 +203,14 @@ class NamespaceBackend:
         return Origin([str(folder) for folder in used.lowers], used.env, used.workdir)
 
     def _use_image(self, name: str) -> UsedImage:
-        """What a name means may change; what was used is there until this backend stops."""
-        self._images = self._images or ImageStore()
-        digest = self._images.image(name).digest
-        if digest not in self._used_images:
-            self._used_images[digest] = self._images.use(digest)
-        return self._used_images[digest]
+        """What a name means may change; what was used is there until this backend stops. Threads take turns, since a
+        second hold of the same image would have nobody to release it."""
+        with self._using:
+            self._images = self._images or ImageStore()
+            digest = self._images.image(name).digest
+            if digest not in self._used_images:
+                self._used_images[digest] = self._images.use(digest)
+            return self._used_images[digest]
 
     def _on_ended(self, name: str, problem: str, is_over: bool) -> None:
         kind = SandboxGoneError if is_over else SandboxError

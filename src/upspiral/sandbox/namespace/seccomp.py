@@ -37,8 +37,8 @@ _DENIED_EVERYWHERE = {
     "mount_setattr": 442, "quotactl_fd": 443, "memfd_secret": 447,
 }  # fmt: skip
 _GIVING_AWAY = {
-    "x86_64": {"chown": 92, "fchown": 93, "lchown": 94, "fchownat": 260},
-    "aarch64": {"fchownat": 54, "fchown": 55},
+    "x86_64": {"chown": 92, "fchown": 93, "lchown": 94, "fchownat": 260, "setgroups": 116},
+    "aarch64": {"fchownat": 54, "fchown": 55, "setgroups": 159},
 }
 _ON_A_PROCESS = {
     "x86_64": ({"sched_setparam": 142, "sched_setscheduler": 144, "sched_setaffinity": 203, "migrate_pages": 256,
@@ -70,8 +70,9 @@ _NUMBER_OFFSET, _ARCH_OFFSET, _ARGUMENT_OFFSETS = 0, 4, (16, 24)
 def filter_program(*, pretends_to_give_away: bool = False) -> bytes:
     """The filter for this machine; empty on a machine whose system call numbers are not listed here.
 
-    `pretends_to_give_away`: chown and its kin do nothing and say that they succeeded. Where there is but one user id
-    they could only fail, and with them every package whose files belong to a group of their own.
+    `pretends_to_give_away`: chown and its kin, and setgroups, do nothing and say that they succeeded. Where there is but
+    one id of user and group they could only fail, and with them every package whose files belong to a group of their
+    own, and every program of root's that starts others with their groups, such as xterm.
     """
     machine = platform.machine()
     if machine not in _DENIED:

@@ -45,8 +45,8 @@ class Api:
             self._session = aiohttp.ClientSession(headers=self._headers, connector=connector, trust_env=False)
         return self._session
 
-    async def get(self, path: str, answer: type[Answer]) -> Answer:
-        return msgspec.json.decode(await self._ask("GET", path, None, ANSWER_S), type=answer)
+    async def get(self, path: str, answer: type[Answer], *, repeat_s: float | None = None) -> Answer:
+        return msgspec.json.decode(await self._ask("GET", path, None, ANSWER_S, repeat_s=repeat_s), type=answer)
 
     async def post(self, path: str, body: object, answer: type[Answer], *, timeout_s: float = ANSWER_S) -> Answer:
         return msgspec.json.decode(await self._ask("POST", path, body, timeout_s), type=answer)
@@ -84,7 +84,8 @@ class Api:
                     waited_s = timeout_s - (ends_at - loop.time())
                     raise SandboxError(
                         f"the server of sandboxes at {self.url} gave no answer to {method} {path} within "
-                        f"{waited_s:.0f} s: {error!r}"
+                        f"{waited_s:.0f} s: {str(error) or type(error).__name__}; does it run there "
+                        "(`upspiral sandbox serve`)?"
                     ) from error
                 await asyncio.sleep(pause_s)
 

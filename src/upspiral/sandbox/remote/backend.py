@@ -26,6 +26,7 @@ PATIENCE_S = 30.0
 DEFAULT_LIMITS = Limits()
 _FAREWELL_S = 3.0
 """How long a server that cannot be reached is told that something is not wanted any more; it finds out by itself."""
+_LIST_S = 2.0
 _BEATS = 4
 """Heartbeats in the time after which the server would give its sandboxes up."""
 _LOG = logging.getLogger(__name__)
@@ -82,8 +83,9 @@ class RemoteBackend:
         return self.adopt(await self._api.get(f"/sandboxes/{sandbox_id}", LeaseAnswer), limits)
 
     async def list_sandboxes(self) -> Sequence[ListedSandbox]:
-        """All that the tenant has on the server, those of other processes among them."""
-        return (await self._api.get("/sandboxes", Listing)).sandboxes
+        """All that the tenant has on the server, those of other processes among them. Raises SandboxError soon when
+        the server cannot be reached: somebody sits and waits."""
+        return (await self._api.get("/sandboxes", Listing, repeat_s=_LIST_S)).sandboxes
 
     async def stop(self) -> None:
         await asyncio.gather(*(sandbox.stop() for sandbox in list(self._live.values())))
