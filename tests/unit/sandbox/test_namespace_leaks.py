@@ -8,6 +8,7 @@ import random
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,28 @@ def test_a_killed_owner_leaves_nothing(tmp_path: Path) -> None:
     asyncio.run(other.stop())
     assert_nothing_is_left(tmp_path)
     assert str(tmp_path) not in mounts_of_everybody()
+
+
+BEGINNER = """
+import sys
+from pathlib import Path
+from upspiral.sandbox.namespace import NamespaceBackend
+print("ready", flush=True)
+NamespaceBackend(Path(sys.argv[1]))
+"""
+
+
+def test_an_owner_that_is_killed_while_its_keeper_starts_leaves_nothing_and_no_complaint(tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": ":".join(sys.path)}
+    for delay_s in (0.0, 0.01, 0.03, 0.06, 0.09, 0.12):
+        command = [sys.executable, "-c", BEGINNER, str(tmp_path)]
+        with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as owner:
+            assert owner.stdout and owner.stdout.readline() == b"ready\n"
+            time.sleep(delay_s)
+            owner.kill()
+            _, complaints = owner.communicate(timeout=TIMEOUT_S)  # its keeper holds stderr, too
+        assert complaints == b"", complaints.decode()
+    in_backend(lambda backend: asyncio.sleep(0), tmp_path)
 
 
 def test_an_owner_that_is_killed_with_its_keeper_leaves_nothing_after_a_sweep(tmp_path: Path) -> None:

@@ -23,10 +23,11 @@ from upspiral.sandbox.open_files import enough_for_a_sandbox, too_many
 _START_TIMEOUT_S = 30.0
 _STOP_TIMEOUT_S = 15.0
 _BOOTSTRAP = (
-    "import sys; sys.path.insert(0, sys.stdin.read()); "
+    "import sys; sys.path.insert(0, sys.stdin.read() or sys.exit()); "
     "from upspiral.sandbox.namespace.keeper.main import main; main({descriptor})"
 )
-"""The path comes by standard input, because everybody in a sandbox can read the command line."""
+"""The path comes by standard input, because everybody in a sandbox can read the command line. None comes of a host that
+has ended."""
 
 Message = Mapping[str, Any]
 

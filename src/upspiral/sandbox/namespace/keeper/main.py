@@ -23,20 +23,24 @@ def main(descriptor: int) -> None:
     control = socket.socket(fileno=descriptor)
     _settle()
     ended = _end_of_duty()
-    host: Mapping[str, Any] = json.loads(control.recv(MAX_MESSAGE_BYTES))
+    content = control.recv(MAX_MESSAGE_BYTES)
+    if not content:
+        return  # the host has ended
+    host: Mapping[str, Any] = json.loads(content)
     if host["dies_with_parent"]:
         syscalls.die_with_parent(signal.SIGTERM)
     try:
         keeper = Keeper(control, dict(host))
     except OSError as error:
-        control.send(json.dumps({"problem": str(error)}).encode())
+        with suppress(BrokenPipeError):
+            control.send(json.dumps({"problem": str(error)}).encode())
         return
     try:
-        control.send(json.dumps(keeper.abilities()).encode())
-        preload()
-        gc.collect()
-        gc.freeze()
-        with suppress(EOFError):
+        with suppress(EOFError, BrokenPipeError):  # the host has ended
+            control.send(json.dumps(keeper.abilities()).encode())
+            preload()
+            gc.collect()
+            gc.freeze()
             keeper.serve(ended)
     finally:
         keeper.end()
