@@ -14,7 +14,9 @@ are also timed in one lane that has all cores: the faster counts.
 
 `ideal` is the counted work of the flat form over that of the graph: linear layers by tokens, the output layer by
 targets, attention by pairs of query and key. `token_ratio` is the tokens of the flat form over those of the graph.
-`ratio` is seconds over seconds. Where the flat form has more than MOST_TOKENS tokens, every n-th of its rows is timed
+`ratio` is seconds over seconds. `fixed_s` is what a graph of two tokens takes: reading the weights and writing their
+gradients, which both forms pay whatever they hold; of small graphs it is most of the time. `ratio_beyond_fixed` is the
+ratio without it. Where the flat form has more than MOST_TOKENS tokens, every n-th of its rows is timed
 (`flat_sample`: tokens timed over all) and the time scaled by counted work. Peaks are what a process of its own used at
 most beyond model and imports.
 """
@@ -192,12 +194,12 @@ class Bench:
 def measure_times(case: str, repeats: int) -> dict[str, Any]:
     bench = Bench()
     graph, (ways, factor) = bench.graph(case), bench.flat(case)
-    forms = [graph, *ways]
+    forms = [pack(one_agent("fixed", 1, 2), tokens_per_microbatch=TOKENS_PER_MICROBATCH), graph, *ways]
     for batches in forms:
         bench.seconds(batches[: bench.lanes])  # warm
     times = [[bench.seconds(batches) for batches in forms] for _ in range(repeats)]
-    graph_s, *flat_s = (statistics.median(column) for column in zip(*times, strict=True))
-    return {"graph_s": graph_s, "flat_s": factor * min(flat_s)}
+    fixed_s, graph_s, *flat_s = (statistics.median(column) for column in zip(*times, strict=True))
+    return {"fixed_s": fixed_s, "graph_s": graph_s, "flat_s": factor * min(flat_s)}
 
 
 def count(case: str) -> dict[str, float]:
@@ -233,7 +235,9 @@ def in_a_process(*arguments: str) -> dict[str, Any]:
 
 def measure(case: str, repeats: int) -> dict[str, Any]:
     figures: dict[str, Any] = {**count(case), **in_a_process("--time", case, "--repeats", str(repeats))}
-    figures["ratio"] = figures["flat_s"] / figures["graph_s"]
+    graph_s, flat_s, fixed_s = (figures[name] for name in ("graph_s", "flat_s", "fixed_s"))
+    figures["ratio"] = flat_s / graph_s
+    figures["ratio_beyond_fixed"] = (flat_s - fixed_s) / (graph_s - fixed_s)
     for form, name in (("graph", "peak_mb"), ("flat", "flat_peak_mb")):
         figures[name] = in_a_process("--peak", case, "--form", form)["peak_mb"]
     return {name: round(value, 3) if isinstance(value, float) else value for name, value in figures.items()}

@@ -385,3 +385,10 @@ def test_settings_travel() -> None:
     assert Settings.from_json(there.to_json()) == there
     with pytest.raises(TypeError, match="no_such"):
         Settings.from_json({"no_such": 1})
+
+
+def test_a_loop_that_is_stopped_before_it_sleeps_does_not_sleep() -> None:
+    """As an agent is whose host goes while it has something to say: for an hour it was left over."""
+    program = "from upspiral.sandbox.inside.loop import Loop\nloop = Loop(lambda: loop.stop())\nloop.run()"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", program], env=environment, timeout=TIMEOUT_S, check=True)

@@ -31,7 +31,7 @@ class Loop:
     """Calls back. What a callback raises ends the loop: a bug of ours, or a machine that is out of something."""
 
     def __init__(self, before_wait: Callable[[], None]):
-        """`before_wait` is called each time before the loop sleeps."""
+        """`before_wait` is called each time before the loop sleeps. It may stop the loop, which then does not sleep."""
         self._before_wait = before_wait
         self._epoll = select.epoll()
         self._callbacks: dict[int, tuple[int, Callable[[int], None]]] = {}
@@ -69,6 +69,8 @@ class Loop:
     def run(self) -> None:
         while not self._stopping:
             self._before_wait()
+            if self._stopping:
+                return
             wait_s = max(0.0, self._timers[0][0] - time.monotonic()) if self._timers else _MAX_WAIT_S
             for descriptor, events in self._epoll.poll(wait_s):
                 if known := self._callbacks.get(descriptor):
