@@ -307,7 +307,11 @@ def test_cancelling_one_of_those_who_wait_for_a_named_command_leaves_it_to_the_o
             alone.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await alone
-            assert sleepers() == []
+
+            async def is_over() -> bool:
+                return sleepers() == []
+
+            await eventually(is_over, "what was killed is gone, for which the kernel takes its moment")
 
     run(check)
 
