@@ -308,10 +308,10 @@ def test_cancelling_one_of_those_who_wait_for_a_named_command_leaves_it_to_the_o
             with pytest.raises(asyncio.CancelledError):
                 await alone
 
-            async def gone() -> bool:
+            async def is_over() -> bool:
                 return sleepers() == []
 
-            await eventually(gone, "the command that nobody waits for is gone")
+            await eventually(is_over, "what was killed is gone, for which the kernel takes its moment")
 
     run(check)
 

@@ -70,9 +70,9 @@ _NUMBER_OFFSET, _ARCH_OFFSET, _ARGUMENT_OFFSETS = 0, 4, (16, 24)
 def filter_program(*, pretends_to_give_away: bool = False) -> bytes:
     """The filter for this machine; empty on a machine whose system call numbers are not listed here.
 
-    `pretends_to_give_away`: chown and its kin, and setgroups, do nothing and say that they succeeded. Where there is but
-    one id of user and group they could only fail, and with them every package whose files belong to a group of their
-    own, and every program of root's that starts others with their groups, such as xterm.
+    `pretends_to_give_away`: chown and its kin, and setgroups, do nothing and say that they succeeded. Where there is
+    but one id of user and group they could only fail, and with them every package whose files belong to a group of
+    their own, and every program of root's that starts others with their groups, such as xterm.
     """
     machine = platform.machine()
     if machine not in _DENIED:
