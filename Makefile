@@ -40,7 +40,7 @@ agents: $(STAMP) ## fetch the agents that runs and tests can start, from npm and
 model: $(STAMP) ## fetch the default model into the cache (93 MB), which the demo and some tests need
 	@$(BIN)/upspiral model get smollm2-135m
 
-demo: model ## train a real model on this machine (about 12 minutes on 2 cores), then write report.html
+demo: model ## train a real model on this machine (about 14 minutes on 2 cores), then write report.html
 	@$(BIN)/upspiral run $(RECIPE) --run $(RUN) $(ARGS)
 
 test: $(STAMP) ## run the tests
