@@ -14,7 +14,8 @@ from typing import NamedTuple
 
 _RLIMIT_LOCKS, _LOCKS_LINE = 10, b"Max file locks"
 _FIRST_MARK = 1 << 62
-_MAX_ROUNDS = 20
+_MAX_ROUNDS = 50
+_STOPPING_S = 0.001
 _EVERYONE = -1
 _DEATH_TIMEOUT_S = 5.0
 
@@ -101,28 +102,59 @@ def send(pid: int, number: int, group: bool = False) -> None:
 
 
 def _signal_all(find: Callable[[], list[Seen]], number: int) -> None:
-    """For SIGKILL they are stopped until no others are found, and then killed together: the children of a dead process
-    are somebody else's. None is missed: whoever has forked and ended meanwhile is found as a zombie, since this process
-    does not reap now, and then there is another round. Who runs ahead of that for too long is stopped with everybody
-    else, where this is PID 1."""
+    """For SIGKILL they are all stopped first and then killed together: the children of a dead process are somebody
+    else's. Who runs ahead of that for too long is stopped with everybody else, where this is PID 1."""
     if number != signal.SIGKILL:
         for process in find():
             send(process.pid, number)
         return
-    stopped, found, rounds = set[int](), {0}, 0
-    while found and rounds < _MAX_ROUNDS:
-        found = {process.pid for process in find()} - stopped
-        for pid in sorted(found, reverse=True):  # the youngest first: they are the ones that may be gone in a moment
-            send(pid, signal.SIGSTOP)
-        stopped, rounds = stopped | found, rounds + 1
-    world_stands = bool(found) and os.getpid() == 1
+    stopped, all_stand = _stop(find)
+    world_stands = not all_stand and os.getpid() == 1
     if world_stands:
         send(_EVERYONE, signal.SIGSTOP)
-        stopped |= {process.pid for process in find()}
+        stopped |= _stop(find)[0]
     for pid in stopped:
         send(pid, signal.SIGKILL)
     if world_stands:
         send(_EVERYONE, signal.SIGCONT)
+
+
+def _stop(find: Callable[[], list[Seen]]) -> tuple[set[int], bool]:
+    """Until no others are found: whom it stopped, and whether all of them stand still.
+
+    None is missed. Whoever has forked and ended meanwhile is found as a zombie, since this process does not reap now.
+    A fork that is under way goes on under SIGSTOP, and its child may come after a look: so the last look begins when
+    all have been seen to stand.
+    """
+    stopped, stood = set[int](), False
+    for _ in range(_MAX_ROUNDS):
+        found = {process.pid for process in find()}
+        others = found - stopped
+        if stood and not others:
+            return stopped, True
+        for pid in sorted(others, reverse=True):  # the youngest first: they are the ones that may be gone in a moment
+            send(pid, signal.SIGSTOP)
+        stopped |= others
+        stood = not others and all(map(_stands, found))
+        if not others and not stood:
+            time.sleep(_STOPPING_S)
+    return stopped, False
+
+
+def _stands(pid: int) -> bool:
+    """Each of its threads is stopped or dead."""
+    try:
+        return all(_state(f"/proc/{pid}/task/{thread}/stat") in b"TtZX" for thread in os.listdir(f"/proc/{pid}/task"))
+    except OSError:
+        return True
+
+
+def _state(stat_path: str) -> bytes:
+    try:
+        with open(stat_path, "rb") as file:
+            return file.read().rpartition(b")")[2].split()[0]
+    except OSError:
+        return b"X"
 
 
 def marks() -> Iterator[int]:
