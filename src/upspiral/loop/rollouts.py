@@ -30,8 +30,6 @@ class Addresses:
     base_url: str
     tools_url: str
     model: str
-    gateway_socket: str = ""
-    """The gateway's unix socket, for agents inside the sandbox."""
     context_length: int = 0
     """Of the model, for agents that manage their context; 0: not known."""
 
@@ -62,6 +60,8 @@ class Stage:
     gateway: Gateway
     tools: ToolServer
     sandboxes: SandboxBackend
+    spec: SandboxSpec
+    """What every rollout's sandbox is, and has for the agent. Each gets the files of its task."""
     agents: AgentRunner
     environment: Environment
     store: TrajectoryStore
@@ -88,7 +88,7 @@ class RolloutRunner:
     async def _attempt(self, attempt: Attempt) -> Rollout:
         rollout = attempt.rollout
         key = self._stage.gateway.open_rollout(rollout, policy=attempt.policy, engine=attempt.engine)
-        spec = self._stage.agents.furnish(SandboxSpec(files=attempt.task.files), self._addresses.gateway_socket)
+        spec = replace(self._stage.spec, files=attempt.task.files, labels={"rollout": rollout.id})
         try:
             async with self._stage.sandboxes.acquire(spec) as sandbox:
                 acted = await self._act(attempt, key, sandbox)
