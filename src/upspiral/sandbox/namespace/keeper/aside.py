@@ -35,11 +35,21 @@ class Aside:
     @classmethod
     def start(cls, work: Callable[[], Message]) -> Aside:
         reader, writer = os.pipe2(os.O_CLOEXEC)
-        child = os.fork()
-        if child == 0:
-            _work(work, writer)
-        os.close(writer)
-        return cls(child, os.pidfd_open(child), reader, time.monotonic() + _TIMEOUT_S)
+        try:
+            child = os.fork()
+            if child == 0:
+                _work(work, writer)
+            try:
+                return cls(child, os.pidfd_open(child), reader, time.monotonic() + _TIMEOUT_S)
+            except OSError:
+                os.kill(child, signal.SIGKILL)
+                os.waitpid(child, 0)
+                raise
+        except OSError:
+            os.close(reader)
+            raise
+        finally:
+            os.close(writer)
 
     def kill(self) -> None:
         with suppress(ProcessLookupError):

@@ -322,6 +322,7 @@ class Keeper:
             self._end(live, lambda: self._seal(live, disk, agent, request))
             return
         layer = self._new_layer()
+        live.stack.hold()  # it may end meanwhile
 
         def copy() -> Message:
             with paused(live):
@@ -329,12 +330,13 @@ class Keeper:
 
         def done(answer: Message) -> None:
             if "problem" in answer:
-                resume(live)
+                self._let_go_on(live)
                 layer.discard()
                 self._answer(request["number"], **answer)
             else:
                 stack = live.stack.topped(layer.measured())
                 self._keep(request["snapshot"], stack, lambda _: self._answer(request["number"], how="copied"))
+            live.stack.release()
 
         self._do_aside(copy, done)
 
@@ -421,7 +423,7 @@ class Keeper:
 
         def done(answer: Message) -> None:
             if "problem" in answer:
-                resume(live)
+                self._let_go_on(live)
             self._answer(request["number"], **answer)
 
         self._do_aside(compare, done)
@@ -432,8 +434,23 @@ class Keeper:
             raise ProcessLookupError("the sandbox has ended")
         return live
 
+    def _let_go_on(self, live: Live) -> None:
+        """What a child that failed may have left stopped. Of one that has ended meanwhile nothing is open any more."""
+        if self._live.get(live.order.name) is not live:
+            return
+        try:
+            resume(live)
+        except OSError as error:
+            live.problem = f"what was stopped for a while could not go on: {error}"
+            live.kill()
+
     def _do_aside(self, work: Callable[[], Message], done: Callable[[Message], None]) -> None:
-        child = Aside.start(work)
+        """`done` hears of everything, also that there could be no child."""
+        try:
+            child = Aside.start(work)
+        except OSError as error:
+            done({"problem": str(error), **self._said_of(error)})
+            return
         self._asides.add(child)
 
         def answered() -> None:
