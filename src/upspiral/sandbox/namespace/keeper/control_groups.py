@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 _CPU_PERIOD_US = 100_000
@@ -76,8 +76,15 @@ class Hierarchies:
             return self._make_v2(f"{self._folders['memory']}/{name}", allowance, quota_us)
         used = [controller for controller in self._folders if controller != "cpu" or quota_us is not None]
         folders = {controller: f"{self._folders[controller]}/{name}" for controller in used}
-        for folder in folders.values():
-            os.mkdir(folder)
+        counter, freezer = f"{folders['memory']}/memory.oom_control", f"{folders['freezer']}/freezer.state"
+        group = Group(list(folders.values()), counter, freezer)
+        with _removed_unless_made(group):
+            for folder in group.folders:
+                os.mkdir(folder)
+            self._limit_v1(folders, allowance, quota_us)
+        return group
+
+    def _limit_v1(self, folders: Mapping[str, str], allowance: Allowance, quota_us: int | None) -> None:
         _write(f"{folders['memory']}/memory.limit_in_bytes", allowance.memory_bytes)
         with suppress(OSError):  # only where swap is accounted
             _write(f"{folders['memory']}/memory.memsw.limit_in_bytes", allowance.memory_bytes)
@@ -85,24 +92,27 @@ class Hierarchies:
         if quota_us is not None:
             _write(f"{folders['cpu']}/cpu.cfs_period_us", _CPU_PERIOD_US)
             _write(f"{folders['cpu']}/cpu.cfs_quota_us", quota_us)
-        counter, freezer = f"{folders['memory']}/memory.oom_control", f"{folders['freezer']}/freezer.state"
-        return Group(list(folders.values()), counter, freezer)
 
     def _make_v2(self, folder: str, allowance: Allowance, quota_us: int | None) -> Group:
-        os.mkdir(folder)
-        _write(f"{folder}/memory.max", allowance.memory_bytes)
-        with suppress(OSError):
-            _write(f"{folder}/memory.swap.max", 0)
-        _write(f"{folder}/pids.max", allowance.processes)
-        if quota_us is not None:
-            _write(f"{folder}/cpu.max", f"{quota_us} {_CPU_PERIOD_US}")
-        return Group([folder], f"{folder}/memory.events", f"{folder}/cgroup.freeze")
+        group = Group([folder], f"{folder}/memory.events", f"{folder}/cgroup.freeze")
+        with _removed_unless_made(group):
+            os.mkdir(folder)
+            _write(f"{folder}/memory.max", allowance.memory_bytes)
+            with suppress(OSError):
+                _write(f"{folder}/memory.swap.max", 0)
+            _write(f"{folder}/pids.max", allowance.processes)
+            if quota_us is not None:
+                _write(f"{folder}/cpu.max", f"{quota_us} {_CPU_PERIOD_US}")
+        return group
 
     def can_be_entered(self) -> bool:
         """Tries it with a process: who may make groups may not always move processes into them."""
+        reader, writer = os.pipe2(os.O_CLOEXEC)
         child = os.fork()
         if child == 0:
-            signal.pause()
+            os.close(writer)
+            os.read(reader, 1)  # to the end of its parent, should that be killed now
+            os._exit(0)
         try:
             group = self.make("trial", Allowance(memory_bytes=1 << 30, processes=8, cpus=1.0))
             group.add(child)
@@ -111,12 +121,24 @@ class Hierarchies:
         finally:
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
+            os.close(reader)
+            os.close(writer)
         group.remove()
         return True
 
     def remove(self) -> None:
         for folder in set(self._folders.values()):
             remove_all(folder)
+
+
+@contextmanager
+def _removed_unless_made(group: Group) -> Iterator[None]:
+    """The kernel may refuse a limit, such as more cores than the group above has."""
+    try:
+        yield
+    except OSError:
+        group.remove()
+        raise
 
 
 def remove_all(folder: str) -> None:

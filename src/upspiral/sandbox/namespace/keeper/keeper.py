@@ -62,11 +62,15 @@ class Keeper:
         self._most_descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         self._may_inspect = self._is_root and syscalls.has_capability(syscalls.CAP_SYS_PTRACE)
         self._filter, self._filter_for_images = filter_program(), filter_program(pretends_to_give_away=True)
-        self._enter(host["folder"])
-        self._programs = make_skeleton()
-        make_dev()
-        for name in ("t", "layers"):
-            os.mkdir(name, 0o755)
+        try:
+            self._enter(host["folder"])
+            self._programs = make_skeleton()
+            make_dev()
+            for name in ("t", "layers"):
+                os.mkdir(name, 0o755)
+        except BaseException:
+            self.end()
+            raise
 
     def abilities(self) -> Message:
         """`layers`: overlays on tmpfs can say that a folder replaces another one, so that layers can be stacked."""
