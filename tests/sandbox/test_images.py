@@ -101,7 +101,8 @@ def test_an_image_that_is_not_there(store: ImageStore) -> None:
 def test_a_recipe_is_built_in_sandboxes(store: ImageStore, tmp_path: Path) -> None:
     (tmp_path / "local").write_text("from here\n")
     recipe = Recipe(
-        name="built", base="small", files={"/opt/local": "local"}, env={"WHO": "me"}, workdir="/srv/app",
+        name="built", base="small", files={"/opt/local": "local", "/bin/tool": "local"}, env={"WHO": "me"},
+        workdir="/srv/app",
         commands=(
             "set -e; echo $WHO-$MOTTO > /etc/who; rm /etc/motto",
             "set -e; rm -r /srv/old; mkdir /srv/old; echo new > /srv/old/new",
@@ -116,7 +117,7 @@ def test_a_recipe_is_built_in_sandboxes(store: ImageStore, tmp_path: Path) -> No
             image = await builder.build(recipe, tmp_path)
             assert (await builder.build(recipe, tmp_path)).digest == image.digest
             async with backend.acquire(SandboxSpec(image="built")) as sandbox:
-                shown = "cat /etc/who /etc/link /etc/hard /opt/local; ls /srv/old /tmp; ls -d /usr/bin/sleep/"
+                shown = "cat /etc/who /etc/link /etc/hard /bin/tool; ls /srv/old /tmp; ls -d /usr/bin/sleep/"
                 done = await sandbox.exec(f"{shown}; ls /etc/motto", timeout_s=TIMEOUT_S)
                 assert done.stdout.decode().split() == [
                     "me-small", "me-small", "me-small", "from", "here", "/srv/old:", "new", "/tmp:", "/usr/bin/sleep/",

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from upspiral.errors import ConfigError
@@ -48,7 +49,7 @@ def list_images() -> None:
     table = Table("name", "digest", "MB", "layers", "made", "from", box=None, padding=(0, 2, 0, 0))
     for image in store.images():
         size = f"{_content_bytes(store, image) / 1e6:.0f}"
-        table.add_row(image.name, image.digest[:12], size, str(len(image.layers)), _date(image), image.source)
+        table.add_row(image.name, image.digest[:12], size, str(len(image.layers)), _date(image), escape(image.source))
     Console().print(table)
     if not table.rows:
         _say("there are no images; `upspiral image build recipes/images/python.toml` makes one")

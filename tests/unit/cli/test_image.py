@@ -19,12 +19,13 @@ def image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Image:
     with store.hold() as hold, store.draft() as draft:
         (draft.files / "file").write_bytes(b"x" * 2_000_000)
         layer = store.install(draft, hold)
-        return store.set_name(store.add(ImageContent((layer.digest,), {"A": "b"}), hold), "one", "a test")
+        return store.set_name(store.add(ImageContent((layer.digest,), {"A": "b"}), hold), "one", "a test [/of/a/path]")
 
 
 def test_images_are_listed_shown_and_removed(image: Image, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_command(["image", "list"]) == 0
-    assert capsys.readouterr().out.splitlines()[1].split()[:4] == ["one", image.digest[:12], "2", "1"]
+    listed = capsys.readouterr().out.splitlines()[1]
+    assert listed.split()[:4] == ["one", image.digest[:12], "2", "1"] and "a test [/of/a/path]" in listed
     assert run_command(["image", "show", "one"]) == 0
     shown = capsys.readouterr().out
     for expected in (
@@ -54,6 +55,7 @@ def test_images_are_listed_shown_and_removed(image: Image, capsys: pytest.Captur
         (["remove"], "which images?"),
         (["build", "gone.toml"], "no recipe at gone.toml"),
         (["build", "gone.toml", "--certificates", "gone.pem"], "no file of certificates gone.pem"),
+        (["build", "gone.toml", "--allow-network", "10.0.0.0/33"], "allowed network: "),
     ],
 )
 def test_an_error_is_one_line(

@@ -53,7 +53,7 @@ def docker_save(layers: Sequence[bytes], tag: str = "test:1", **others: Any) -> 
 
 
 def oci(layers: Sequence[bytes], compress: Callable[[bytes], bytes] = gzip.compress) -> dict[str, bytes]:
-    """With an index in the index, as buildx writes it, one manifest for another processor, and an attestation."""
+    """With an index in the index, as buildx writes it, manifests for other machines, and an attestation."""
     blobs: dict[str, bytes] = {}
 
     def put(content: bytes, **about: Any) -> Mapping[str, Any]:
@@ -63,8 +63,9 @@ def oci(layers: Sequence[bytes], compress: Callable[[bytes], bytes] = gzip.compr
     manifest = {"config": put(config(layers)), "layers": [put(compress(each)) for each in layers]}
     ours = put(json.dumps(manifest).encode(), platform={"architecture": ARCHITECTURE, "os": "linux"})
     other = put(b"{}", platform={"architecture": "riscv64", "os": "linux"})
+    windows = put(b"{  }", platform={"architecture": ARCHITECTURE, "os": "windows"})
     attestation = put(b"{ }", platform={"architecture": "unknown", "os": "unknown"})
-    inner = put(json.dumps({"manifests": [other, ours, attestation]}).encode())
+    inner = put(json.dumps({"manifests": [windows, other, ours, attestation]}).encode())
     outer = {**inner, "mediaType": "application/vnd.oci.image.index.v1+json"}
     return {**blobs, "index.json": json.dumps({"manifests": [outer]}).encode(), "oci-layout": b"{}"}
 
@@ -124,6 +125,15 @@ def test_layers_that_are_links_to_others(store: ImageStore, tmp_path: Path) -> N
     assert content.layers[0] == content.layers[1]
 
 
+def test_layers_that_are_links_to_one_another_are_refused(store: ImageStore, tmp_path: Path) -> None:
+    files = docker_save(LAYERS[:1])
+    members = [Member(name, content) for name, content in files.items() if name != "0/layer.tar"]
+    loop = [link("0/layer.tar", "other"), link("0/other", "layer.tar")]
+    (tmp_path / "saved.tar").write_bytes(make_tar([*members, *loop]))
+    with pytest.raises(ImageError, match=r"has no '0/layer\.tar'"):
+        import_archive(store, tmp_path / "saved.tar")
+
+
 def test_one_of_several_images_is_chosen_by_its_tag(store: ImageStore, tmp_path: Path) -> None:
     first, second = docker_save(LAYERS[:1], "a:1"), docker_save(LAYERS[:2], "b:1")
     second = {f"b/{name}": content for name, content in second.items()}
@@ -161,6 +171,26 @@ EVIL = [make_tar([link("a", "/tmp"), Member("a/evil", b"x")])]
         (docker_save(EVIL), "through 'a', a link"),
         ({"some": b"file"}, "neither manifest.json nor index.json"),
         (changed(oci(LAYERS), index_json=b'{"manifests": []}'), "holds 0 images"),
+        (changed(oci(LAYERS), index_json=b'{"manifests": [{"platform": 1}]}'), "not that of an image"),
+        (
+            changed(
+                oci(LAYERS),
+                index_json=b'{"manifests": [{"digest": "x"}]}',
+                blobs__x=b'{"manifests": [{"digest": "x"}]}',
+            ),
+            "not that of an image",
+        ),
+        (changed(docker_save(LAYERS), config_json=config(LAYERS, rootfs={"diff_ids": 3})), "not that of an image"),
+        (changed(docker_save(LAYERS), config_json=config(LAYERS, config=[1])), "not that of an image"),
+        (changed(docker_save(LAYERS), config_json=config(LAYERS, config={"Env": [3]})), "not that of an image"),
+        (changed(docker_save(LAYERS), config_json=config(LAYERS, config={"Env": ["A=\0"]})), "has a NUL"),
+        (
+            changed(docker_save(LAYERS), config_json=config(LAYERS, config={"Env": ["A=\ud800"]})),
+            "not that of an image",
+        ),
+        (changed(docker_save(LAYERS), config_json=config(LAYERS, config={"WorkingDir": 3})), "not that of an image"),
+        (changed(docker_save(LAYERS), config_json=b"[" * 100_000), "not that of an image"),
+        (changed(docker_save(LAYERS), manifest_json=b'[{"Config": "config.json", "Layers": [1, 2, 3]}]'), "has no '1'"),
     ],
 )
 @pytest.mark.parametrize("write", [write_tar, write_folder])

@@ -11,6 +11,7 @@ import shutil
 import stat
 import subprocess
 import sys
+import tarfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -159,6 +160,62 @@ def test_a_damaged_archive_is_said(tmp_path: Path, compress, cut: int) -> None:
         unpack_tar(stream(whole[:cut]), LayerWriter(tmp_path))
 
 
+def test_damage_between_members_is_not_taken_for_the_end(tmp_path: Path) -> None:
+    whole = bytearray(make_tar([Member("a", b"x" * 600), Member("b", b"y")]))
+    whole[1540] ^= 1  # in the second header
+    with pytest.raises(ImageError, match="damaged"):
+        unpack_tar(stream(bytes(whole)), LayerWriter(tmp_path))
+    with pytest.raises(ImageError, match="damaged"):  # cut within the second header
+        unpack_tar(stream(make_tar([Member("c", b"x" * 600), Member("d", b"y")])[:1700]), LayerWriter(tmp_path))
+
+
+def header(kind: bytes, size: int, name: str = "x", **pax: str) -> bytes:
+    member = tarfile.TarInfo(name)
+    member.type, member.size, member.pax_headers = kind, size, pax
+    return member.tobuf(tarfile.PAX_FORMAT if pax else tarfile.GNU_FORMAT)
+
+
+def sparse(size: int) -> bytes:
+    """A file of holes alone, but for 512 bytes."""
+    said = {"major": "1", "minor": "0", "name": "holes", "realsize": str(size)}
+    pax = {f"GNU.sparse.{name}": value for name, value in said.items()}
+    return header(tarfile.REGTYPE, 1024, **pax) + b"1\n0\n512\n".ljust(512, b"\0") + b"x" * 512 + bytes(1024)
+
+
+@pytest.mark.parametrize(
+    ("archive", "said"),
+    [
+        (header(tarfile.XHDTYPE, 1 << 40) + b"x" * 5000, "a header that says"),
+        (header(tarfile.GNUTYPE_LONGNAME, 1 << 40) + b"x" * 5000, "a header that says"),
+        (header(tarfile.GNUTYPE_LONGNAME, 0) * 3000, "recursion"),
+        (header(tarfile.REGTYPE, 0, **{"GNU.sparse.map": "a,b"}), "damaged"),
+        (header(tarfile.SYMTYPE, 0, linkpath="a\0b"), "damaged"),
+        (sparse(1 << 50), "bytes of holes"),
+    ],
+    ids=["pax", "name", "chain", "map", "nul", "holes"],
+)
+def test_an_archive_that_means_harm_is_one_error(tmp_path: Path, archive: bytes, said: str) -> None:
+    with pytest.raises(ImageError, match=said):
+        unpack_tar(stream(archive + bytes(1024)), LayerWriter(tmp_path))
+
+
+def test_holes_and_odd_times_are_no_harm(tmp_path: Path) -> None:
+    (tmp_path / "l").mkdir()
+    odd = header(tarfile.REGTYPE, 0, "odd", mtime="nan")
+    writer = LayerWriter(tmp_path / "l")
+    unpack_tar(stream(odd + sparse(1 << 20)), writer)
+    assert (tmp_path / "l/holes").read_bytes() == b"x" * 512 + bytes((1 << 20) - 512)
+    assert (tmp_path / "l/odd").stat().st_mtime == 0
+
+
+def test_a_layer_may_hide_everything(tmp_path: Path) -> None:
+    write(tmp_path / "bottom", Member("a"), Member("d/x"), Member("e"), Member("f/x"))
+    write(tmp_path / "middle", Member(".wh.e"), docker=True, below=[tmp_path / "bottom"])
+    write(tmp_path / "l", Member(".wh..wh..opq"), Member("f/y", b"y"), docker=True,
+          below=[tmp_path / "middle", tmp_path / "bottom"])  # fmt: skip
+    assert listed(tmp_path / "l") == {"a": "hidden", "d": "hidden", "f": "opaque/", "f/y": "y"}
+
+
 def test_docker_marks_hide_what_is_below(tmp_path: Path) -> None:
     names = ("etc/gone", "opt/old", "both", "tree/out", ".wh.plnk")
     write(tmp_path / "bottom", *(Member(each, b"o") for each in names))
@@ -278,6 +335,36 @@ def test_a_folder_of_this_machine_becomes_a_layer(tmp_path: Path) -> None:
         "srv/x/z": "1",
     }  # fmt: skip
     assert writer.skipped == 1
+
+
+def test_files_are_put_where_links_of_the_image_lead(tmp_path: Path) -> None:
+    """A folder `bin` of its own would hide all programs of an image whose /bin is a link."""
+    write(
+        tmp_path / "bottom", Member("usr/bin/sh"), link("bin", "usr/bin"), link("loop", "loop"), Member("file"),
+        link("up", "../../../usr"), link("abs", "/usr"), link("srv", "nowhere"), link("to-file", "file"),
+    )  # fmt: skip
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "tool").write_text("t")
+    (tmp_path / "shortcut").symlink_to("source")
+    (tmp_path / "l").mkdir()
+    writer = LayerWriter(tmp_path / "l", below=[tmp_path / "bottom"])
+    for place in ("/bin/one", "/up/two", "/abs/three", "/srv/four", "/to-file"):
+        copy_folder(source / "tool", writer, place=place)
+    copy_folder(tmp_path / "shortcut", writer, place="/bin")
+    with pytest.raises(ImageError, match="more than 40 links"):
+        copy_folder(source, writer, place="/loop/x")
+    writer.finish()
+    assert listed(tmp_path / "l") == {
+        "nowhere": "/", "nowhere/four": "t", "to-file": "t", "usr": "/", "usr/bin": "/", "usr/bin/one": "t",
+        "usr/bin/tool": "t", "usr/three": "t", "usr/two": "t",
+    }  # fmt: skip
+
+
+def test_a_folder_that_cannot_be_read_is_said(tmp_path: Path) -> None:
+    (tmp_path / "l").mkdir()
+    with pytest.raises(ImageError, match="could not be copied"):
+        copy_folder(tmp_path / "gone", LayerWriter(tmp_path / "l"))
 
 
 # Merging: the slow twin is a function over dictionaries that says what a stack shows.

@@ -72,6 +72,7 @@ def test_every_key_is_read(tmp_path: Path) -> None:
         ('name = "x"\nbase = "y"\nworkdir = "/"', "is no absolute path"),
         ('name = "x"\nbase = "y"\n[env]\n"A=B" = "x"', "'A=B' is no name of a variable"),
         ('name = "x"\nbase = "y"\ntimeout_s = 0', "timeout_s = 0: "),
+        ('name = "x"\nbase = "y"\ntimeout_s = inf', "timeout_s = Infinity: "),
         ('name = "x"\nbase = "y"\nhosts = ["*"]', "allowed host '*': "),
         ("name = ", "cannot be read"),
     ],
@@ -148,6 +149,25 @@ def test_a_working_directory_is_there(store: ImageStore, backend: FolderBackend,
     assert (image.content.workdir, len(image.layers)) == ("/work", 1)
 
 
+def test_links_of_the_image_are_followed(store: ImageStore, backend: FolderBackend, base: str, tmp_path: Path) -> None:
+    (tmp_path / "base/link").symlink_to("tree")
+    (tmp_path / "tool").write_text("t")
+    recipe = Recipe(name="x", base=base, files={"/link/tool": "tool"}, workdir="/link/in")
+    image, _ = build(store, backend, recipe, tmp_path)
+    assert shown(store, image, tmp_path)["tree/tool"] == "t" and len(image.layers) == 2
+    image, _ = build(store, backend, Recipe(name="x", base=base, workdir="/link/new"))
+    assert (store.lowers(image.layers)[0] / "tree/new").is_dir() and image.content.workdir == "/link/new"
+
+
+def test_what_is_left_out_may_be_linked_to(
+    store: ImageStore, backend: FolderBackend, base: str, tmp_path: Path
+) -> None:
+    """As installers link files from a cache."""
+    command = "mkdir -p dev/cache etc; echo x > dev/cache/a; ln dev/cache/a etc/kept; echo y > etc/hosts"
+    image, _ = build(store, backend, Recipe(name="x", base=base, commands=(command,)))
+    assert shown(store, image, tmp_path) == {"etc/kept": "x\n", "etc/name": "base", "tree/in/file": "x"}
+
+
 def test_a_step_is_done_once(store: ImageStore, backend: FolderBackend, base: str, tmp_path: Path) -> None:
     recipe = Recipe(name="x", base=base, commands=("date +%N > time", "echo b > b", "echo c > c"))
     first, _ = build(store, backend, recipe)
@@ -202,6 +222,14 @@ def test_a_failure_names_the_step_and_leaves_no_image(
     assert os.listdir(store.folder / "work") == os.listdir(store.folder / "holds") == []
     store.collect()
     assert os.listdir(store.folder / "layers") == []
+
+
+def test_files_that_are_not_there_are_said_before_anything_is_run(
+    store: ImageStore, backend: FolderBackend, base: str
+) -> None:
+    with pytest.raises(ImageError, match=r"files\./x: there is no"):
+        build(store, backend, Recipe(name="x", base=base, apt=("git",), files={"/x": "gone"}))
+    assert backend.specs == []
 
 
 def test_a_failed_build_goes_on_where_it_failed(

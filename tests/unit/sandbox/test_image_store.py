@@ -137,9 +137,29 @@ def test_a_draft_that_fails_leaves_nothing(store: ImageStore) -> None:
     assert (layers_of(store), leftovers(store)) == (set(), [])
 
 
+def test_a_draft_that_is_very_deep_leaves_nothing(store: ImageStore) -> None:
+    with store.hold() as hold:
+        layer = add_layer(store, hold, Member("d/" * 1500 + "f"))
+        with pytest.raises(ImageError):
+            add_layer(store, hold, Member("d/" * 1500 + "f"), Member("../evil"))
+    assert (layers_of(store), leftovers(store)) == ({layer}, [])
+    store.collect()
+    assert (layers_of(store), leftovers(store)) == (set(), [])
+
+
 def test_an_image_without_its_layers_cannot_be_added(store: ImageStore) -> None:
     with store.hold() as hold, pytest.raises(ImageError, match=r"layer .* is not in"):
         store.add(ImageContent(("0" * 64,)), hold)
+
+
+def test_a_store_that_cannot_be_written_is_an_error_of_images(store: ImageStore, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ImageError, match="no images can be kept in"):
+        ImageStore(tmp_path / "file")
+    add_image(store, "one", b"a")
+    (store.folder / "holds").rmdir()
+    with pytest.raises(ImageError, match="cannot be used"):
+        store.use("one")
 
 
 def test_a_damaged_description_is_said(store: ImageStore) -> None:

@@ -10,10 +10,10 @@ import lzma
 import os
 import tarfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from io import BufferedReader
 from pathlib import Path
-from typing import IO, Protocol, cast
+from typing import IO, Protocol, Self, cast
 
 from upspiral.errors import ImageError
 from upspiral.sandbox.images.layer import LayerWriter, clean_path
@@ -21,7 +21,31 @@ from upspiral.sandbox.images.layer import LayerWriter, clean_path
 _WHITEOUT = ".wh."
 _OPAQUE = ".wh..wh..opq"
 _OTHER_MARK = ".wh..wh."
-_BROKEN = (tarfile.TarError, EOFError, lzma.LZMAError, gzip.BadGzipFile, zlib.error, UnicodeError)
+_BROKEN = (
+    tarfile.TarError, EOFError, lzma.LZMAError, gzip.BadGzipFile, zlib.error, ValueError, LookupError, ArithmeticError,
+    RecursionError,
+)  # fmt: skip
+"""What tarfile and the decompressors raise for bytes that nobody has checked."""
+_ABOUT_THE_NEXT = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME,
+                   tarfile.GNUTYPE_LONGLINK)  # fmt: skip
+_LARGEST_HEADER_BYTES = 1 << 20
+
+
+class Header(tarfile.TarInfo):
+    """As `tarinfo` of tarfile.open: an archive is refused where tarfile would take damage for its end, or a header of
+    any size into memory."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        try:
+            header = super().frombuf(buf, encoding, errors)
+        except tarfile.HeaderError as error:
+            if any(buf):
+                raise tarfile.ReadError(str(error)) from None
+            raise  # which is the end
+        if header.size < 0 or (header.type in _ABOUT_THE_NEXT and header.size > _LARGEST_HEADER_BYTES):
+            raise tarfile.ReadError(f"a header that says {header.size} bytes")
+        return header
 
 
 class Readable(Protocol):
@@ -30,13 +54,10 @@ class Readable(Protocol):
     def read(self, size: int, /) -> bytes: ...
 
 
-def unpack_tar(stream: BufferedReader, writer: LayerWriter, *, skip: Sequence[str] = ()) -> None:
-    """Adds all members, but those at and below the paths in `skip`. Raises ImageError for an archive that is damaged or
-    not to be trusted."""
+def unpack_tar(stream: BufferedReader, writer: LayerWriter) -> None:
+    """Adds all members. Raises ImageError for an archive that is damaged or not to be trusted."""
     for member, content in _members(decompressed(stream)):
-        path = clean_path(member.name)
-        if not any(path == each or path.startswith(f"{each}/") for each in skip):
-            _add(writer, member, content)
+        _add(writer, member, content)
 
 
 def unpack_docker_layer(stream: BufferedReader, writer: LayerWriter) -> str:
@@ -52,20 +73,26 @@ def unpack_docker_layer(stream: BufferedReader, writer: LayerWriter) -> str:
 
 
 def copy_folder(source: Path, writer: LayerWriter, *, place: str = "", owner: tuple[int, int] | None = None) -> None:
-    """Adds a file, or a folder with everything in it, as `place`. `owner`: instead of the one each file has."""
-    with tarfile.open(fileobj=io.BytesIO(), mode="w") as describer:
-        for path in _walk(source):
-            inside = os.path.normpath(os.path.join(place, path.relative_to(source)))
-            member = describer.gettarinfo(path, arcname=inside)
-            if member is None:  # a socket
-                continue
-            if owner is not None:
-                member.uid, member.gid = owner
-            if member.isreg():
-                with open(path, "rb") as content:
-                    writer.add(member, content)
-            else:
-                writer.add(member, None)
+    """Adds a file, or a folder with everything in it, as `place`, which links of the layers below may lead to. `owner`:
+    instead of the one each file has. Raises ImageError."""
+    source = source.resolve()
+    try:
+        with tarfile.open(fileobj=io.BytesIO(), mode="w") as describer:
+            for path in _walk(source):
+                inside = os.path.normpath(os.path.join(place, path.relative_to(source)))
+                inside = writer.real_path(inside, is_folder=path.is_dir() and not path.is_symlink())
+                member = describer.gettarinfo(path, arcname=inside)
+                if member is None:  # a socket
+                    continue
+                if owner is not None:
+                    member.uid, member.gid = owner
+                if member.isreg():
+                    with open(path, "rb") as content:
+                        writer.add(member, content)
+                else:
+                    writer.add(member, None)
+    except OSError as error:
+        raise ImageError(f"{source} could not be copied: {error}") from error
 
 
 def decompressed(stream: BufferedReader) -> Readable:
@@ -86,10 +113,10 @@ def decompressed(stream: BufferedReader) -> Readable:
 
 def _members(stream: Readable) -> Iterator[tuple[tarfile.TarInfo, IO[bytes] | None]]:
     try:
-        with tarfile.open(fileobj=cast("IO[bytes]", stream), mode="r|") as archive:
+        with tarfile.open(fileobj=cast("IO[bytes]", stream), mode="r|", tarinfo=Header) as archive:
             for member in archive:
                 yield member, archive.extractfile(member) if member.isreg() else None
-    except _BROKEN as error:
+    except (OSError, *_BROKEN) as error:
         raise ImageError(f"the archive is damaged or no tar: {error}") from error
 
 

@@ -13,10 +13,11 @@ from tarfile import DIRTYPE, TarInfo
 
 from upspiral.errors import ImageError
 from upspiral.sandbox.base import Allow, Command, Diff, ExecResult, Limits, SandboxBackend, SandboxSpec
+from upspiral.sandbox.egress.policy import Policy
 from upspiral.sandbox.images.archive import copy_folder, unpack_tar
 from upspiral.sandbox.images.hold import Hold
 from upspiral.sandbox.images.image import Image, ImageContent, Layer
-from upspiral.sandbox.images.layer import clean_path, look_up
+from upspiral.sandbox.images.layer import clean_path, look_up, real_path
 from upspiral.sandbox.images.recipe import MIRRORS, Recipe, Step, steps_after_files, steps_before_files
 from upspiral.sandbox.images.sources import Sources
 from upspiral.sandbox.images.store import MAX_LAYERS, ImageStore
@@ -43,7 +44,9 @@ class BuildMachine:
 
     @classmethod
     def behind(cls, networks: tuple[str, ...], certificates: Path | None) -> BuildMachine:
-        """One whose way to the registries leads through private networks, or past TLS certificates of its own."""
+        """One whose way to the registries leads through private networks, or past TLS certificates of its own. Raises
+        ConfigError and ImageError."""
+        Policy(Allow((), networks))  # which says what is no network, before anything is made
         if certificates is None:
             return cls(networks)
         if not certificates.is_file():
@@ -73,6 +76,7 @@ class ImageBuilder:
 
     async def build(self, recipe: Recipe, folder: Path) -> Image:
         """`folder` is what the recipe's paths are relative to. Raises ImageError that names the step."""
+        given = _given_files(recipe, folder)
         with self._store.hold() as hold:
             self._progress(f"base {recipe.base}")
             sources = Sources(self._store, hold, folder, self._cached)
@@ -80,8 +84,8 @@ class ImageBuilder:
             content = replace(content, env={**content.env, **recipe.env})
             for step in steps_before_files(recipe):
                 content = await self._run(content, step, recipe, hold)
-            if recipe.files:
-                content = await asyncio.to_thread(self._add_files, content, recipe, folder, hold)
+            if given:
+                content = await asyncio.to_thread(self._add_files, content, given, hold)
             for step in steps_after_files(recipe):
                 content = await self._run(content, step, recipe, hold)
             if "workdir" in recipe.model_fields_set:
@@ -124,20 +128,19 @@ class ImageBuilder:
     def _add_diff(self, content: ImageContent, diff: Diff, hold: Hold) -> Layer:
         with self._store.draft() as draft:
             writer = draft.writer(self._store.lowers(content.layers))
-            unpack_tar(BufferedReader(BytesIO(diff.archive)), writer, skip=_OF_THE_SANDBOX)
+            unpack_tar(BufferedReader(BytesIO(diff.archive)), writer)
+            for path in _OF_THE_SANDBOX:  # only now: what stays may be linked to files there
+                writer.leave_out(path)
             for path in diff.removed:
                 if not _is_of_the_sandbox(path):
                     writer.remove(path)
             writer.finish()
             return self._store.install(draft, hold)
 
-    def _add_files(self, content: ImageContent, recipe: Recipe, folder: Path, hold: Hold) -> ImageContent:
+    def _add_files(self, content: ImageContent, given: Mapping[str, Path], hold: Hold) -> ImageContent:
         with self._store.draft() as draft:
             writer = draft.writer(self._store.lowers(content.layers))
-            for inside, local in recipe.files.items():
-                source = folder / Path(local).expanduser()
-                if not source.exists():
-                    raise ImageError(f"files.{inside}: there is no {source}")
+            for inside, source in given.items():
                 copy_folder(source, writer, place=inside, owner=_ROOT)
             writer.finish()
             layer = self._store.install(draft, hold)
@@ -148,15 +151,25 @@ class ImageBuilder:
         """The folder is made when no step has made it."""
         content = replace(content, workdir=workdir)
         lowers = self._store.lowers(content.layers)
-        if look_up(lowers, clean_path(workdir)) is not None:
+        path = real_path(lowers, clean_path(workdir), is_folder=True)
+        if look_up(lowers, path) is not None:
             return content
         with self._store.draft() as draft:
             writer = draft.writer(lowers)
-            folder = TarInfo(workdir)
+            folder = TarInfo(path)
             folder.type, folder.mode = DIRTYPE, 0o755
             writer.add(folder, None)
             writer.finish()
             return _on_top(content, self._store.install(draft, hold).digest)
+
+
+def _given_files(recipe: Recipe, folder: Path) -> Mapping[str, Path]:
+    """The path inside -> what is to be there. Raises ImageError, before steps that take minutes are run in vain."""
+    given = {inside: folder / Path(local).expanduser() for inside, local in recipe.files.items()}
+    for inside, source in given.items():
+        if not source.exists():
+            raise ImageError(f"files.{inside}: there is no {source}")
+    return given
 
 
 def _on_top(content: ImageContent, layer: str) -> ImageContent:

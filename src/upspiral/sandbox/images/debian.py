@@ -20,20 +20,22 @@ _OF_THIS_MACHINE = ("etc/resolv.conf", "etc/hostname", "var/log/bootstrap.log")
 def bootstrap(release: str, folder: Path, *, mirror: str = MIRROR) -> None:
     """Installs a release such as "bookworm" into an empty folder. Raises ImageError that says what to do.
 
-    debootstrap mounts /proc in the folder and runs programs there, so it gets namespaces of its own: whatever ends it
-    ends those and unmounts it, before anybody removes the folder.
+    debootstrap mounts /proc in the folder and runs programs there, so it gets namespaces of its own: whatever ends it,
+    or this process, ends those and unmounts it, before anybody removes the folder.
     """
-    program, unshare = shutil.which("debootstrap"), shutil.which("unshare")
-    if program is None or unshare is None:
-        raise ImageError(f"debian:{release} needs debootstrap and unshare; on Debian: apt-get install debootstrap")
+    program, unshare, setpriv = map(shutil.which, ("debootstrap", "unshare", "setpriv"))
+    if program is None or unshare is None or setpriv is None:
+        raise ImageError(
+            f"debian:{release} needs debootstrap, unshare and setpriv; on Debian: apt-get install debootstrap"
+        )
     if os.geteuid() != 0:
         raise ImageError(
             f"debian:{release} needs root, as debootstrap does; without it, take an archive that was made elsewhere "
             "(tar:FILE or oci:FILE) or an image of docker (docker:NAME)"
         )
-    namespaces = [unshare, "--mount", "--pid", "--fork", "--kill-child", "--propagation", "private"]
-    command = [*namespaces, program, "--variant=minbase", f"--include={_INCLUDED}", release, str(folder), mirror]
-    said, exit_code = _run(command)
+    apart = [unshare, "--mount", "--pid", "--fork", "--kill-child", "--propagation", "private"]
+    bootstrapping = [program, "--variant=minbase", f"--include={_INCLUDED}", release, str(folder), mirror]
+    said, exit_code = _run([setpriv, "--pdeathsig", "KILL", *apart, *bootstrapping])
     if exit_code != 0:
         raise ImageError(f"debootstrap could not make debian:{release} (exit code {exit_code}): {said}")
     for place in _OF_THIS_MACHINE:

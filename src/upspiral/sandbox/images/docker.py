@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import lzma
 import platform
+import posixpath
 import shutil
 import subprocess
 import tarfile
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +19,7 @@ from typing import Any, Protocol, cast
 
 from upspiral.errors import ImageError
 from upspiral.sandbox.base import WORKSPACE
-from upspiral.sandbox.images.archive import unpack_docker_layer
+from upspiral.sandbox.images.archive import Header, unpack_docker_layer
 from upspiral.sandbox.images.hold import Hold
 from upspiral.sandbox.images.image import ImageContent
 from upspiral.sandbox.images.layer import clean_path
@@ -54,18 +57,28 @@ def import_docker_archive(path: Path, store: ImageStore, hold: Hold, *, tag: str
     with _opened(path) as archive:
         try:
             described = _describe(archive, path, tag)
-            diff_ids = described.config["rootfs"]["diff_ids"]
-        except (KeyError, TypeError, AttributeError) as error:
+            places, diff_ids = list(described.layers), list(described.config["rootfs"]["diff_ids"])
+            env, workdir = settings_of(described.config.get("config") or {})
+        except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
             raise ImageError(f"{path}: its description is not that of an image ({error!r})") from error
-        if len(diff_ids) != len(described.layers):
-            raise ImageError(f"{path}: {len(described.layers)} layers, but {len(diff_ids)} in its configuration")
+        if len(diff_ids) != len(places):
+            raise ImageError(f"{path}: {len(places)} layers, but {len(diff_ids)} in its configuration")
         layers: list[str] = []
-        for place, diff_id in zip(described.layers, diff_ids, strict=True):
-            layers += _import_layer(archive.open(place), diff_id, store, hold, layers)
-    settings = described.config.get("config") or {}
-    env = dict(each.split("=", 1) for each in settings.get("Env") or [] if "=" in each)
-    workdir = settings.get("WorkingDir") or "/"
-    return ImageContent(tuple(layers), env, WORKSPACE if workdir == "/" else workdir)
+        for place, diff_id in zip(places, diff_ids, strict=True):
+            layers += _import_layer(archive.open(str(place)), diff_id, store, hold, layers)
+    return ImageContent(tuple(layers), env, workdir)
+
+
+def settings_of(config: Mapping[str, Any]) -> tuple[Mapping[str, str], str]:
+    """Environment and working directory of what Docker calls an image's config. Raises ValueError for what no process
+    can be given, TypeError and AttributeError for what is no config."""
+    env = dict(each.split("=", 1) for each in config.get("Env") or [] if each.find("=") > 0)
+    workdir = posixpath.join("/", config.get("WorkingDir") or "")
+    for text in (*env, *env.values(), workdir):
+        if "\0" in text:
+            raise ValueError(f"{text!r} has a NUL")
+        text.encode()  # half a surrogate pair is no text
+    return env, WORKSPACE if workdir == "/" else workdir
 
 
 def import_from_docker(reference: str, store: ImageStore, hold: Hold) -> ImageContent:
@@ -128,13 +141,10 @@ def _choose(entries: Sequence[Mapping[str, Any]], tag: str, path: Path) -> Mappi
 
 
 def _describe_oci(archive: _Archive, index: Mapping[str, Any], path: Path) -> _Described:
-    wanted = _architecture()
     # An attestation stands among the manifests as one of an unknown platform.
-    fitting = [
-        each for each in index.get("manifests", []) if each.get("platform", {}).get("architecture", wanted) == wanted
-    ]
+    fitting = [each for each in index.get("manifests", []) if _is_ours(each.get("platform") or {})]
     if len(fitting) != 1:
-        raise ImageError(f"{path} holds {len(fitting)} images for {wanted}; one is needed")
+        raise ImageError(f"{path} holds {len(fitting)} images for {_architecture()}; one is needed")
     found = _json(archive, _blob(fitting[0]["digest"]))
     if fitting[0].get("mediaType") in _INDEX_TYPES or "manifests" in found:
         return _describe_oci(archive, found, path)
@@ -145,6 +155,11 @@ def _describe_oci(archive: _Archive, index: Mapping[str, Any], path: Path) -> _D
 
 def _blob(digest: str) -> str:
     return f"blobs/{digest.replace(':', '/', 1)}"
+
+
+def _is_ours(made_for: Mapping[str, str]) -> bool:
+    wanted = _architecture()
+    return made_for.get("architecture", wanted) == wanted and made_for.get("os", "linux") == "linux"
 
 
 def _architecture() -> str:
@@ -162,13 +177,13 @@ def _json(archive: _Archive, path: str) -> Any:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[_Archive]:
-    if path.is_dir():
-        yield _Folder(path)
-        return
     try:
-        with tarfile.open(path) as archive:
-            yield _Tar(archive)
-    except (OSError, tarfile.TarError, EOFError) as error:
+        if path.is_dir():
+            yield _Folder(path)
+        else:
+            with tarfile.open(path, tarinfo=Header) as archive:
+                yield _Tar(archive)
+    except (OSError, tarfile.TarError, EOFError, zlib.error, lzma.LZMAError) as error:
         raise ImageError(f"{path} cannot be read as an archive: {error}") from error
 
 
@@ -182,7 +197,7 @@ class _Tar:
     def open(self, path: str) -> BufferedReader:
         try:
             file = self._archive.extractfile(path)  # a link to another member is followed within the archive
-        except KeyError:
+        except (KeyError, RecursionError):
             file = None
         if file is None:
             raise ImageError(f"the archive has no {path!r}")

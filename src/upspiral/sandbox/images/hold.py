@@ -73,8 +73,8 @@ class Hold:
         held before anybody can collect it."""
         assert self._descriptor is not None, "the hold was released"
         new = sorted(set(digests) - self._digests)
-        self._digests.update(new)
         os.write(self._descriptor, "".join(f"{each}\n" for each in new).encode())
+        self._digests.update(new)
 
     def release(self) -> None:
         """Safe to call twice."""

@@ -16,12 +16,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tarfile import TarInfo
-from typing import IO, Literal
+from typing import IO, Any, Literal
 
 from upspiral.errors import ImageError
 
 OPAQUE = "user.overlay.opaque"
 _HIGHEST_MTIME_S = 1 << 33
+_MOST_LINKS = 40
+"""On one way, as for Linux."""
+_MOST_HOLES_BYTES = 1 << 30
+"""Holes of sparse files are written out, and an archive of a few bytes can have any number of them."""
 _FOLDER_DEFAULT = (0o755, 0, 0, 0.0)
 
 Kind = Literal["folder", "file", "link", "whiteout"]
@@ -55,6 +59,7 @@ class LayerWriter:
         self._attributes: dict[str, tuple[int, int, int, float]] = {}
         self._removed: set[str] = set()
         self._opaque: set[str] = set()
+        self._hole_bytes = 0
 
     @property
     def is_empty(self) -> bool:
@@ -83,10 +88,22 @@ class LayerWriter:
             return
         else:
             assert content is not None
+            self._count_holes(member)
             with open(place, "xb") as file:
                 shutil.copyfileobj(content, file, 1 << 20)
             self._kinds[path] = "file"
         self._set(place, member)
+
+    def real_path(self, path: str, *, is_folder: bool) -> str:
+        """Where something has to be added to be seen at `path`: the layers below may have links on the way, such as
+        /bin, which a folder of that name would replace with all that is behind them. Of archives this is not asked:
+        their folders are what they say."""
+        return real_path((self._folder, *self._below), path, is_folder=is_folder) if self._below else path
+
+    def leave_out(self, path: str) -> None:
+        """As if no archive had had it, nor anything below it. Hard links to it stay."""
+        if path in self._kinds:
+            self._make_way(path)
 
     def remove(self, path: str) -> None:
         """Hides what the layers below have there, unless this layer puts something else in its place."""
@@ -101,6 +118,8 @@ class LayerWriter:
 
         Only what would show is hidden: overlayfs lists a whiteout that has nothing under it.
         """
+        if "" in self._opaque:  # overlayfs does not look whether the root of a layer is
+            self._removed.update(name for layer in self._below for name in os.listdir(layer))
         for path in sorted(self._removed - {""}):
             if self._kinds.get(path) == "folder":
                 self._opaque.add(path)
@@ -132,6 +151,13 @@ class LayerWriter:
             self._make_way(path)
             (self._folder / path).mkdir(mode=0o700)
             self._kinds[path] = "folder"
+
+    def _count_holes(self, member: TarInfo) -> None:
+        if member.issparse():
+            pieces: Any = member.sparse  # (where it begins, how long it is)
+            self._hole_bytes += max(0, member.size - sum(size for _, size in pieces))
+            if self._hole_bytes > _MOST_HOLES_BYTES:
+                raise ImageError(f"the archive has more than {_MOST_HOLES_BYTES} bytes of holes, up to {member.name}")
 
     def _add_hard_link(self, place: Path, member: TarInfo) -> None:
         target = clean_path(member.linkname)
@@ -183,6 +209,34 @@ def _parents(path: str) -> Iterator[str]:
 
 def look_up(layers: Sequence[Path], path: str) -> os.stat_result | None:
     """Of what a stack shows at a path, the topmost layer first; None when there is nothing. No link is followed."""
+    place = _find(layers, path)
+    return place.lstat() if place is not None else None
+
+
+def real_path(layers: Sequence[Path], path: str, *, is_folder: bool) -> str:
+    """Where a path leads in what a stack shows, through links on its way and, for a folder, through one at its end.
+    Never out of the stack. What is not there leads to itself."""
+    waiting, found, num_links = path.split("/")[::-1], list[str](), 0
+    while waiting:
+        part = waiting.pop()
+        if part in ("", "."):
+            continue
+        if part == "..":
+            found[-1:] = []
+            continue
+        found.append(part)
+        place = _find(layers, "/".join(found)) if waiting or is_folder else None
+        if place is not None and place.is_symlink():
+            if (num_links := num_links + 1) > _MOST_LINKS:
+                raise ImageError(f"{path!r} leads through more than {_MOST_LINKS} links")
+            target = os.readlink(place)
+            found = [] if target.startswith("/") else found[:-1]
+            waiting += target.split("/")[::-1]
+    return "/".join(found)
+
+
+def _find(layers: Sequence[Path], path: str) -> Path | None:
+    """Where that lies which a stack shows at a path."""
     for layer in layers:
         hides = False
         for each in (*_parents(path), path):
@@ -191,17 +245,18 @@ def look_up(layers: Sequence[Path], path: str) -> os.stat_result | None:
             except FileNotFoundError:
                 break
             if not stat.S_ISDIR(status.st_mode):
-                return status if each == path and not is_whiteout(status) else None
+                return layer / each if each == path and not is_whiteout(status) else None
             hides = hides or is_opaque(layer / each)
         else:
-            return (layer / path).lstat()
+            return layer / path
         if hides:
             return None
     return None
 
 
 def _mtime(member: TarInfo) -> float:
-    return min(max(float(member.mtime), 0.0), _HIGHEST_MTIME_S)
+    mtime_s = float(member.mtime)
+    return min(max(mtime_s, 0.0), _HIGHEST_MTIME_S) if mtime_s == mtime_s else 0.0  # an archive may say "nan"
 
 
 def is_whiteout(status: os.stat_result) -> bool:

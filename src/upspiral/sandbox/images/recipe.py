@@ -79,7 +79,7 @@ class Recipe(BaseModel):
     """Bash command lines, each a step."""
     hosts: Annotated[tuple[str, ...], AfterValidator(_hosts)] = ()
     """What the steps may reach beside the package registries, as in an egress allow-list."""
-    timeout_s: Annotated[float, Field(gt=0)] = 1800.0
+    timeout_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1800.0
     """Of one step."""
     memory_mb: Annotated[int, Field(ge=64)] = 4096
     """Of one step, what it writes included."""

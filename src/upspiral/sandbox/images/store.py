@@ -18,7 +18,6 @@ import errno
 import os
 import re
 import secrets
-import shutil
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,6 +32,7 @@ from upspiral.errors import ImageError
 from upspiral.sandbox.images.hold import Hold, held_digests, is_abandoned, locked, make_lock
 from upspiral.sandbox.images.image import Image, ImageContent, ImageName, Layer
 from upspiral.sandbox.images.layer import LayerSize, LayerWriter, measure, merge
+from upspiral.sandbox.owner import remove_tree
 
 MAX_LAYERS = 48
 """Deeper stacks are flattened: to look for a missing file asks every layer."""
@@ -110,8 +110,11 @@ class ImageStore:
     def __init__(self, folder: Path | None = None, *, keep_owners: bool = False) -> None:
         self.folder = folder or store_folder()
         self.keep_owners = keep_owners
-        for name in _FOLDERS:
-            (self.folder / name).mkdir(parents=True, exist_ok=True)
+        try:
+            for name in _FOLDERS:
+                (self.folder / name).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ImageError(f"no images can be kept in {self.folder} (UPSPIRAL_CACHE): {error}") from error
 
     def images(self) -> Sequence[Image]:
         """Those that have a name, by name."""
@@ -144,16 +147,17 @@ class ImageStore:
 
     def use(self, name: str) -> UsedImage:
         """An image by name or digest, to start sandboxes of. Raises ImageError."""
-        hold = self.hold()
         try:
-            with self._locked():
-                image = self.image(name)
-                hold.add((image.digest, *image.layers))
-            for digest in image.layers:
-                self.layer(digest)
-        except BaseException:
-            hold.release()
-            raise
+            with contextlib.ExitStack() as exits:
+                hold = exits.enter_context(self.hold())
+                with self._locked():
+                    image = self.image(name)
+                    hold.add((image.digest, *image.layers))
+                for digest in image.layers:
+                    self.layer(digest)
+                exits.pop_all()
+        except OSError as error:
+            raise ImageError(f"the images in {self.folder} cannot be used: {error}") from error
         return UsedImage(image, self.lowers(image.layers), hold)
 
     def hold(self) -> Hold:
@@ -172,7 +176,7 @@ class ImageStore:
             (folder / "files").chmod(0o755)  # whatever the umask is: it is part of the digest
             yield Draft(folder, self.keep_owners)
         finally:
-            shutil.rmtree(folder, ignore_errors=True)
+            remove_tree(folder)
             os.close(lock)
 
     def install(self, draft: Draft, hold: Hold) -> Layer:
@@ -268,7 +272,7 @@ class ImageStore:
                 if not (self.folder / "layers" / step.read_text()).is_dir():
                     step.unlink()
         for path in (*unfinished, *doomed):
-            path.unlink() if path.is_file() else shutil.rmtree(path, ignore_errors=True)
+            path.unlink() if path.is_file() else remove_tree(path)
         return Collected(len(images), len(dead), sum(each.size.content_bytes for each in dead), len(unfinished))
 
     def _doom(self, layer: Layer) -> Path:
