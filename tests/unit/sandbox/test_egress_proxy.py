@@ -6,16 +6,20 @@ import asyncio
 import contextlib
 import hashlib
 import os
+import socket
 from asyncio import StreamReader, StreamWriter
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import orjson
+import psutil
 import pytest
 
 from upspiral.errors import ConfigError, SandboxError
 from upspiral.sandbox.base import Allow, SandboxSpec
 from upspiral.sandbox.egress import EgressLimits, EgressLog, EgressProxy, EgressRecord, way_out
+from upspiral.sandbox.egress.log_file import EgressFile
 
 DEADLINE_S = 20.0
 PUBLIC = "93.184.216.34"
@@ -193,7 +197,8 @@ def test_a_refused_name_is_not_even_looked_up(world: World) -> None:
     [
         "127.0.0.1", "10.1.2.3", "172.16.0.1", "192.168.1.1", "169.254.169.254", "0.0.0.0", "100.64.0.1", "224.0.0.1",
         "255.255.255.255", "::1", "::", "fe80::1%eth0", "fd00::1", "fec0::1", "ff02::1", "::ffff:127.0.0.1",
-        "::ffff:10.0.0.1", "64:ff9b::7f00:1", "2002:7f00:1::", "::127.0.0.1",
+        "::ffff:10.0.0.1", "64:ff9b::7f00:1", "2002:7f00:1::", "::127.0.0.1", "192.0.0.192", "168.63.129.16",
+        "::ffff:168.63.129.16", "64:ff9b:1::7f00:1", "169.254.170.2", "fd00:ec2::254",
     ],
 )  # fmt: skip
 def test_a_name_cannot_lead_into_this_machine_or_its_networks(world: World, address: str) -> None:
@@ -206,6 +211,31 @@ def test_a_name_cannot_lead_into_this_machine_or_its_networks(world: World, addr
         assert not world.record.allowed
 
     play(world, act)
+
+
+@pytest.mark.parametrize("address", [PUBLIC, f"::ffff:{PUBLIC}", "2606:4700::1111"])
+def test_a_public_address_of_this_machine_is_no_way_out(
+    world: World, address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = [psutil.net_if_addrs()["lo"][0]._replace(family=family, address=each)
+           for family, each in [(socket.AF_INET, PUBLIC), (socket.AF_INET6, "2606:4700::1111")]]  # fmt: skip
+    monkeypatch.setattr(psutil, "net_if_addrs", lambda: {"eth0": own})
+    world.names["example.org"] = [address]
+
+    async def act() -> None:
+        assert b"no public address" in await world.talk(b"CONNECT example.org:443 HTTP/1.1\r\n\r\n")
+        assert world.connected == []
+
+    play(world, act)
+
+
+def test_a_zone_does_not_make_an_address_a_name_of_the_list(world: World) -> None:
+    async def act() -> None:
+        answer = await world.talk(b"CONNECT [2606:4700::1111%.example.org]:443 HTTP/1.1\r\n\r\n")
+        assert answer.startswith(b"HTTP/1.1 400 ") and b"has a zone" in answer
+        assert world.looked_up == world.connected == []
+
+    play(world, act, ".example.org")
 
 
 def test_a_network_can_be_allowed(world: World) -> None:
@@ -760,3 +790,14 @@ def test_the_log_is_bounded() -> None:
     for number in range(5):
         log(EgressRecord(0.0, str(number), 1, "", False, "", 0, 0, 0.0))
     assert ([each.host for each in log.records], log.dropped) == (["0", "1"], 3)
+
+
+def test_a_line_that_a_kill_has_cut_costs_no_other(tmp_path: Path) -> None:
+    path = tmp_path / "egress.jsonl"
+    record = EgressRecord(0.0, "one", 1, "", False, "", 0, 0, 0.0)
+    EgressFile(path)(record)
+    path.write_bytes(path.read_bytes() + b'{"time_s":0')
+    EgressFile(path)(record)
+    EgressFile(path)(record)
+    first, half, *others = path.read_bytes().splitlines()
+    assert half == b'{"time_s":0' and [orjson.loads(each)["host"] for each in (first, *others)] == ["one"] * 3

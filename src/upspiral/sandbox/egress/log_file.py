@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict
 from pathlib import Path
 
@@ -18,5 +19,7 @@ class EgressFile:
         self._path = path
 
     def __call__(self, record: EgressRecord) -> None:
-        with self._path.open("ab") as file:
+        with self._path.open("a+b") as file:
+            if file.seek(0, os.SEEK_END) and file.seek(-1, os.SEEK_END) >= 0 and file.read() != b"\n":
+                file.write(b"\n")
             file.write(orjson.dumps(asdict(record), option=orjson.OPT_APPEND_NEWLINE))

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+import socket
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address, ip_network
+
+import psutil
 
 from upspiral.errors import ConfigError
 from upspiral.sandbox.base import Allow
@@ -16,6 +19,8 @@ _LABEL = re.compile(r"(?!-)[a-z0-9_-]{1,63}(?<!-)")
 _NUMBER = re.compile(r"\d+|0x[0-9a-f]*")
 _NAT64 = IPv6Network("64:ff9b::/96")
 _IPV4_COMPATIBLE = IPv6Network("::/96")
+_NOT_PUBLIC = tuple(map(ip_network, ("192.0.0.0/24", "168.63.129.16/32", "64:ff9b:1::/48")))
+"""What Python, or an older one, takes for addresses of the internet: of protocols, and of clouds' own services."""
 
 
 def clean_host(text: str) -> str:
@@ -24,6 +29,8 @@ def clean_host(text: str) -> str:
     Spellings of addresses that only old resolvers know, such as `127.1` or `0x7f000001`, are none.
     """
     host = text.lower().removesuffix(".")
+    if "%" in host:  # an address's zone may be any text, also one that ends as a name of the list does
+        raise ValueError(f"{text!r} has a zone")
     if host.startswith("[") and host.endswith("]"):
         return str(IPv6Address(host[1:-1]))
     if not host.isascii():
@@ -88,7 +95,10 @@ class Policy:
     def permits(self, address: Address, host: str) -> bool:
         """Whether a connection for `host` may go to this address: it is public, in a network that was allowed, or is
         itself what the list names."""
-        return str(address) == host or any(address in network for network in self._networks) or is_public(address)
+        if str(address) == host or any(address in network for network in self._networks):
+            return True
+        meant = (_embedded(address) if isinstance(address, IPv6Address) else None) or address
+        return is_public(meant) and meant not in own_addresses()
 
 
 def is_public(address: Address) -> bool:
@@ -101,7 +111,15 @@ def is_public(address: Address) -> bool:
             return is_public(inner)
         if address.is_site_local:
             return False
+    if any(address in network for network in _NOT_PUBLIC):
+        return False
     return address.is_global and not address.is_multicast and not address.is_reserved
+
+
+def own_addresses() -> Collection[Address]:
+    """Of this machine. They may be public, and what listens there need not be meant for the internet."""
+    found = (each for addresses in psutil.net_if_addrs().values() for each in addresses)
+    return {parse_address(each.address) for each in found if each.family in (socket.AF_INET, socket.AF_INET6)}
 
 
 def _embedded(address: IPv6Address) -> IPv4Address | None:

@@ -14,7 +14,9 @@ import socket
 import time
 from asyncio import StreamReader, StreamWriter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 
@@ -35,6 +37,8 @@ _FAREWELL_S = 1.0
 _LONGEST_REASON = 300
 """It may quote what the client sent, and is kept in the log."""
 _USUAL_LIMITS = EgressLimits()
+_lookups = ThreadPoolExecutor(16, "egress-lookup")
+"""Their own threads: names that are slow to resolve, and a sandbox may ask for many, hold up nothing else."""
 
 
 def proxy_environment(port: int) -> Mapping[str, str]:
@@ -48,7 +52,8 @@ def proxy_environment(port: int) -> Mapping[str, str]:
 
 async def resolve_name(name: str, port: int) -> Sequence[str]:
     """By this machine's resolver."""
-    found = await asyncio.get_running_loop().getaddrinfo(name, port, type=socket.SOCK_STREAM)
+    look_up = partial(socket.getaddrinfo, name, port, type=socket.SOCK_STREAM)
+    found = await asyncio.get_running_loop().run_in_executor(_lookups, look_up)
     return list(dict.fromkeys(str(address[0]) for *_, address in found))
 
 
