@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from urllib.parse import urlsplit
 
@@ -16,6 +16,8 @@ class CutLine:
         self.cuts = 0
         self.is_down = False
         """New connections are cut at once."""
+        self.mute_upgrades = 0
+        """So many WebSockets are cut as soon as they stand, before a word is said."""
 
     def cut(self) -> None:
         """All connections that stand."""
@@ -35,16 +37,34 @@ class CutLine:
         other_reader, other_writer = await asyncio.open_connection(*self._target)
         self._writers |= {writer, other_writer}
         try:
-            await asyncio.gather(_copy(reader, other_writer), _copy(other_reader, writer))
+            await asyncio.gather(_copy(reader, other_writer), _copy(other_reader, writer, self._passed))
         finally:
             self._writers -= {writer, other_writer}
             writer.close()
             other_writer.close()
 
+    def _passed(self, content: bytes) -> tuple[bytes, bool]:
+        """How much of it, and whether more may follow."""
+        if not (self.mute_upgrades and content.startswith(b"HTTP/1.1 101")):
+            return content, True
+        self.mute_upgrades -= 1
+        head, end, _ = content.partition(b"\r\n\r\n")
+        return head + end, False
 
-async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+
+def _all(content: bytes) -> tuple[bytes, bool]:
+    return content, True
+
+
+async def _copy(
+    reader: asyncio.StreamReader,
+    writer: asyncio.StreamWriter,
+    passed: Callable[[bytes], tuple[bytes, bool]] = _all,
+) -> None:
+    goes_on = True
     with suppress(OSError):
-        while content := await reader.read(1 << 16):
+        while goes_on and (content := await reader.read(1 << 16)):
+            content, goes_on = passed(content)
             writer.write(content)
             await writer.drain()
     writer.transport.abort()

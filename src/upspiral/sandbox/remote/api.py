@@ -24,6 +24,8 @@ _ATTEMPT_S = 100.0
 """One attempt; an answer that takes longer is taken for lost."""
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 2.0
 _LOST = (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, TimeoutError)
+_BETWEEN = (502, 503, 504)
+"""What a proxy in between answers for a server that it does not reach."""
 Answer = TypeVar("Answer")
 
 
@@ -40,23 +42,24 @@ class Api:
     @property
     def session(self) -> aiohttp.ClientSession:
         if self._session is None:
+            # Each live sandbox keeps one: under a limit heartbeats would wait for the end of what they keep alive.
+            connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=30)
             # Nothing of the environment, such as a proxy, stands between.
-            connector = aiohttp.TCPConnector(limit=512, keepalive_timeout=30)
             self._session = aiohttp.ClientSession(headers=self._headers, connector=connector, trust_env=False)
         return self._session
 
     async def get(self, path: str, answer: type[Answer], *, repeat_s: float | None = None) -> Answer:
-        return msgspec.json.decode(await self._ask("GET", path, None, ANSWER_S, repeat_s=repeat_s), type=answer)
+        return self._read(await self._ask("GET", path, None, ANSWER_S, repeat_s=repeat_s), answer)
 
     async def post(self, path: str, body: object, answer: type[Answer], *, timeout_s: float = ANSWER_S) -> Answer:
-        return msgspec.json.decode(await self._ask("POST", path, body, timeout_s), type=answer)
+        return self._read(await self._ask("POST", path, body, timeout_s), answer)
 
     async def post_for_nothing(self, path: str, body: object, timeout_s: float) -> None:
         await self._ask("POST", path, body, timeout_s)
 
     async def create(self, body: object, key: str, answer: type[Answer]) -> Answer:
         """Under a key that the caller knows, so that it can cancel what it does not wait for."""
-        return msgspec.json.decode(await self._ask("POST", "/sandboxes", body, CREATE_S, key=key), type=answer)
+        return self._read(await self._ask("POST", "/sandboxes", body, CREATE_S, key=key), answer)
 
     async def delete(self, path: str, *, repeat_s: float = ANSWER_S) -> None:
         """Asks again for `repeat_s` when connections are lost; an answer may take longer."""
@@ -88,6 +91,18 @@ class Api:
                         "(`upspiral sandbox serve`)?"
                     ) from error
                 await asyncio.sleep(pause_s)
+            except aiohttp.ClientError as error:
+                raise SandboxError(
+                    f"{self.url} is no server of sandboxes ({error!r}); is it the right address?"
+                ) from error
+
+    def _read(self, content: bytes, kind: type[Answer]) -> Answer:
+        try:
+            return msgspec.json.decode(content, type=kind)
+        except msgspec.MsgspecError as error:
+            raise SandboxError(
+                f"{self.url} answered what no server of sandboxes does ({error}); is it the right address?"
+            ) from error
 
     async def _attempt(
         self, method: str, path: str, content: bytes | None, headers: dict[str, str], timeout_s: float
@@ -99,13 +114,15 @@ class Api:
             answered = await response.read()
             if response.status < 400:
                 return answered
-            raise refusal(response.status, answered, self.url)
+            raise _refusal(response.status, answered, self.url)
 
 
-def refusal(status: int, body: bytes, url: str) -> Exception:
+def _refusal(status: int, body: bytes, url: str) -> Exception:
     """What an answer of 4xx or 5xx means."""
     try:
         told = msgspec.json.decode(body, type=ErrorAnswer)
     except msgspec.MsgspecError:
+        if status in _BETWEEN:
+            return aiohttp.ClientPayloadError(f"the answer was {status}, and not of the server itself")
         return SandboxError(f"{url} answered {status} and no error of a server of sandboxes; is it the right address?")
     return raised(told)

@@ -11,6 +11,7 @@ from typing import Any
 
 from upspiral.errors import CapabilityError, SandboxBusyError, SandboxError
 from upspiral.sandbox.base import Capabilities, Limits, SandboxSpec, Snapshot
+from upspiral.sandbox.open_files import allow_many
 from upspiral.sandbox.remote.api import Api
 from upspiral.sandbox.remote.sandbox import RemoteSandbox
 from upspiral.sandbox.server.wire import (
@@ -44,6 +45,7 @@ class RemoteBackend:
     def __init__(self, url: str, token: str, *, patience_s: float = PATIENCE_S) -> None:
         self.patience_s = patience_s
         """How long a lost connection to a sandbox is tried to be taken up again before the sandbox counts as broken."""
+        allow_many()
         self._api = Api(url, token)
         self._capabilities: Capabilities | None = None
         self._live: dict[str, RemoteSandbox] = {}
@@ -74,8 +76,9 @@ class RemoteBackend:
             await asyncio.shield(sandbox.stop())
 
     async def drop(self, snapshot: Snapshot) -> None:
-        await self._api.delete(f"/snapshots/{snapshot.id}")
+        # First, so that no heartbeat keeps it when the server does not hear of this.
         self._snapshots.discard(snapshot.id)
+        await self._api.delete(f"/snapshots/{snapshot.id}")
 
     async def attach(self, sandbox_id: str, limits: Limits = DEFAULT_LIMITS) -> RemoteSandbox:
         """A sandbox that the tenant has already, perhaps from a process that died. A command that had an op_id, asked
@@ -89,9 +92,8 @@ class RemoteBackend:
 
     async def stop(self) -> None:
         await asyncio.gather(*(sandbox.stop() for sandbox in list(self._live.values())))
-        for snapshot_id in list(self._snapshots):
-            with contextlib.suppress(SandboxError):
-                await self.drop(Snapshot(snapshot_id, "sealed"))
+        await asyncio.gather(*(self._farewell(f"/snapshots/{each}") for each in self._snapshots))
+        self._snapshots.clear()
         if self._heart is not None:
             self._heart.cancel()
         await asyncio.gather(*self._farewells, return_exceptions=True)
@@ -110,8 +112,12 @@ class RemoteBackend:
 
     async def let_go(self, sandbox: RemoteSandbox) -> None:
         """Tells the server that it may stop; without an answer it will, when no heartbeat names it."""
-        if self._live.pop(sandbox.id, None) is not None:
-            await self._farewell(f"/sandboxes/{sandbox.id}")
+        if sandbox.id in self._live:
+            try:
+                await self._farewell(f"/sandboxes/{sandbox.id}")
+            finally:
+                # Not before: `stop` waits for those that are in there.
+                self._live.pop(sandbox.id, None)
 
     async def _create(self, spec: SandboxSpec) -> LeaseAnswer:
         key = secrets.token_hex(16)

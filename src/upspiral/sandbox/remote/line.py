@@ -16,9 +16,10 @@ from upspiral.sandbox.server.session import GONE, MISBEHAVED
 from upspiral.sandbox.server.wire import LeaseAnswer
 
 _CONNECT_S = 10.0
-_PING_S = 20.0
+_PING_S = 8.0
+"""A connection that is silent for half as long again is lost: before a command is given up for the silence of its agent
+(`connected.GRACE_S`)."""
 _CLOSING = cast(Any, aiohttp.ClientWSTimeout)(ws_close=1.0)
-_OPTIONS: dict[str, Any] = {"heartbeat": _PING_S, "compress": 0, "timeout": _CLOSING}
 _NO_AGENT, _LINE_OVER = 422, 410
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.02, 2.0
 _LOST = (aiohttp.ClientError, ResumeError, TimeoutError, OSError)
@@ -69,7 +70,9 @@ class Line(asyncio.Transport):
     # What carries it
 
     def _carried(self, carrying: asyncio.Task[SandboxError]) -> None:
-        self._protocol.connection_lost(None if carrying.cancelled() else carrying.result())
+        """Whatever ended it: a protocol that is not told waits for ever."""
+        why = None if carrying.cancelled() else carrying.exception() or carrying.result()
+        self._protocol.connection_lost(why if isinstance(why, Exception) else None)
 
     async def _carry(self) -> SandboxError:
         """Returns why it ended."""
@@ -96,7 +99,9 @@ class Line(asyncio.Transport):
         """To the end of one connection. Raises SandboxError when there is no use in another."""
         websocket = await self._connect()
         async with websocket:
-            first = await websocket.receive_bytes(timeout=_CONNECT_S)
+            first = self._content(await websocket.receive(timeout=_CONNECT_S))
+            if first is None:
+                return
             self._stream.resume(Resumable.received_by_other(first))
             self._take(first)
             sending = asyncio.create_task(self._send(websocket))
@@ -130,15 +135,20 @@ class Line(asyncio.Transport):
             raise
 
     async def _receive(self, websocket: aiohttp.ClientWebSocketResponse) -> None:
-        while (message := await websocket.receive()).type is aiohttp.WSMsgType.BINARY:
-            self._take(message.data)
+        while (message := self._content(await websocket.receive())) is not None:
+            self._take(message)
+
+    def _content(self, message: aiohttp.WSMessage) -> bytes | None:
+        """None when the connection is lost. Raises SandboxError when there is no use in another."""
+        if message.type is aiohttp.WSMsgType.BINARY:
+            return message.data
         if message.type is aiohttp.WSMsgType.CLOSE and message.data == GONE:
             raise SandboxGoneError(f"sandbox {self._sandbox_id} is gone: {message.extra}")
         if message.type is aiohttp.WSMsgType.CLOSE and message.data == MISBEHAVED:
             raise SandboxError(f"the server ended the line to sandbox {self._sandbox_id}: {message.extra}")
         if message.type is aiohttp.WSMsgType.TEXT:
             raise SandboxError(f"the server at {self._api.url} sent text, not frames")
-        # Anything else is a lost connection.
+        return None
 
     def _take(self, message: bytes) -> None:
         content = self._stream.take(message)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -11,7 +12,7 @@ from upspiral.sandbox.connected import ConnectedSandbox
 from upspiral.sandbox.connection import Connection
 from upspiral.sandbox.remote.api import FORK_S, SNAPSHOT_S, Api
 from upspiral.sandbox.remote.line import Line
-from upspiral.sandbox.server.wire import ForkRequest, LeaseAnswer, LeasesAnswer, RestoreRequest
+from upspiral.sandbox.server.wire import DiffAnswer, ForkRequest, LeaseAnswer, LeasesAnswer, RestoreRequest
 
 
 class Holder(Protocol):
@@ -42,7 +43,8 @@ class RemoteSandbox(ConnectedSandbox):
         await self._end(SandboxGoneError(why))
 
     async def diff(self) -> Diff:
-        return await self._api.post(f"/sandboxes/{self.id}/diff", None, Diff, timeout_s=SNAPSHOT_S)
+        told = await self._api.post(f"/sandboxes/{self.id}/diff", None, DiffAnswer, timeout_s=SNAPSHOT_S)
+        return Diff(told.archive, [os.fsdecode(path) for path in told.removed])
 
     async def snapshot(self) -> Snapshot:
         snapshot = await self._api.post(f"/sandboxes/{self.id}/snapshot", None, Snapshot, timeout_s=SNAPSHOT_S)
