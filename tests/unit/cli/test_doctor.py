@@ -66,6 +66,15 @@ def test_an_engine_that_does_not_answer_is_no_error(tmp_path: Path, monkeypatch:
     assert not docker.works and "Cannot connect to the Docker daemon" in docker.found
 
 
+def test_an_engine_by_another_s_name_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = tmp_path / "docker"
+    engine.write_text("#!/bin/sh\necho '{\"host\": {}}'\n")
+    engine.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.path.dirname(sys.executable)}:/usr/bin:/bin")
+    (docker,) = (each for each in survey() if each.backend == "docker")
+    assert not docker.works and "does not answer as docker does" in docker.found
+
+
 def test_square_brackets_are_printed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """They are markup to the library that prints the table."""
     monkeypatch.setenv("COLUMNS", "200")

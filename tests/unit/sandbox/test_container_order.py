@@ -15,15 +15,16 @@ from pathlib import Path
 
 import pytest
 
-from upspiral.errors import SandboxError
+from upspiral.errors import CapabilityError, SandboxError
 from upspiral.sandbox import inside
-from upspiral.sandbox.base import Limits, SandboxSpec
+from upspiral.sandbox.base import HOST_IMAGE, Limits, SandboxSpec
 from upspiral.sandbox.connected import ConnectedSandbox, settings_for
 from upspiral.sandbox.connection import Connection
 from upspiral.sandbox.container.doorway import SOCKET_NAME, Doorway
 from upspiral.sandbox.container.engine import Abilities, Engine
 from upspiral.sandbox.container.host_image import host_archive
-from upspiral.sandbox.container.order import Origin, agent_settings, run_arguments
+from upspiral.sandbox.container.images import Images
+from upspiral.sandbox.container.order import Origin, agent_settings, check_mounts, run_arguments
 
 ALL, NONE = Abilities(memory=True, processes=True, cpus=True), Abilities(memory=False, processes=False, cpus=False)
 IMAGE = Origin("sha256:0", {"PATH": "/image", "A": "image"}, "/app")
@@ -70,6 +71,15 @@ def test_mounts_may_have_commas_and_quotes_in_their_names(folder: Path) -> None:
     (mount,) = [each for each in arguments(SandboxSpec(mounts={str(awkward): "/opt/x"})) if "/opt/x" in each]
     (fields,) = csv.reader([mount.removeprefix("--mount=")])
     assert fields == ["type=bind", f"source={awkward}", "target=/opt/x", "readonly"]
+
+
+def test_what_has_other_mounts_in_it_is_not_mounted(folder: Path) -> None:
+    """It would be a way to write on the host: what is mounted below a read-only mount need not be that."""
+    check_mounts(SandboxSpec(mounts={str(folder): "/opt/x", "/dev/null": "/opt/null"}))
+    (folder / "link").symlink_to("/dev")
+    for path in ("/", "/dev", str(folder / "link")):
+        with pytest.raises(CapabilityError, match="is a mount of its own inside"):
+            check_mounts(SandboxSpec(mounts={path: "/opt/x"}))
 
 
 def test_the_machine_s_own_image_tells_nothing_of_the_machine(folder: Path) -> None:
@@ -120,6 +130,57 @@ def test_an_agent_that_finds_a_closed_doorway_ends(folder: Path) -> None:
         assert await asyncio.wait_for(agent.wait(), 60) != 0
 
     asyncio.run(check())
+
+
+SLOW_ENGINE = """#!/bin/bash
+# It finishes what it was told to make, whatever becomes of this program.
+name=${!#}
+case $1 in
+    import | commit)
+        cat > /dev/null
+        setsid bash -c "touch $0.began; sleep 0.5; echo $name >> $0.images" < /dev/null > /dev/null 2>&1 &
+        wait $! ;;
+    rmi)
+        grep -qxF "$name" "$0.images" || { echo "Error: No such image: $name" >&2; exit 1; }
+        grep -vxF "$name" "$0.images" > "$0.rest"
+        mv "$0.rest" "$0.images" ;;
+esac
+"""
+
+
+def test_images_whose_making_is_given_up_are_removed(folder: Path) -> None:
+    program, images_there = folder / "docker", folder / "docker.images"
+    program.write_text(SLOW_ENGINE)
+    program.chmod(0o755)
+
+    async def check() -> None:
+        images = Images(Engine.find("docker", str(program)), "label")
+        for make in (images.origin_of(HOST_IMAGE), images.commit("container", IMAGE)):
+            making = asyncio.ensure_future(make)
+            while not (folder / "docker.began").exists():
+                await asyncio.sleep(0.01)
+            making.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await making
+            (folder / "docker.began").unlink()
+        await images.remove_all()
+        await asyncio.sleep(1.0)  # longer than the engine takes to finish what nobody waits for
+        assert images_there.read_text() == ""
+        snapshot = await images.commit("container", IMAGE)
+        assert len(images_there.read_text().splitlines()) == 1
+        images_there.write_text("")  # as when somebody else has removed it
+        await images.drop(snapshot)
+        await images.remove_all()
+
+    asyncio.run(asyncio.wait_for(check(), 60))
+
+
+@pytest.mark.parametrize("said", ['{"host": {}}', "[]", "not JSON"])
+def test_an_engine_by_another_s_name_is_told(folder: Path, said: str) -> None:
+    (folder / "docker").write_text(f"#!/bin/sh\necho '{said}'\n")
+    (folder / "docker").chmod(0o755)
+    with pytest.raises(SandboxError, match="does not answer as docker does"):
+        Engine.find("docker", str(folder / "docker")).abilities()
 
 
 def test_an_engine_s_troubles_are_infrastructure(folder: Path) -> None:

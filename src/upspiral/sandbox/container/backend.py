@@ -24,7 +24,7 @@ from upspiral.sandbox.container.doorway import Doorway
 from upspiral.sandbox.container.engine import Engine, RefusedError
 from upspiral.sandbox.container.images import Images
 from upspiral.sandbox.container.leftovers import sweep
-from upspiral.sandbox.container.order import Origin, agent_settings, run_arguments
+from upspiral.sandbox.container.order import Origin, agent_settings, check_mounts, run_arguments
 from upspiral.sandbox.container.sandbox import Container, ContainerSandbox, Making
 from upspiral.sandbox.egress import EgressLog, EgressRecord, way_out
 from upspiral.sandbox.host_paths import check_host_paths
@@ -84,6 +84,7 @@ class ContainerBackend:
     async def acquire(self, spec: SandboxSpec) -> AsyncIterator[ContainerSandbox]:
         self.capabilities.check(spec, backend=self._engine.name)
         check_host_paths(spec)
+        check_mounts(spec)
         sandbox = await self._tracked(self._start(spec))
         try:
             await sandbox.lay_out(spec.files)
@@ -99,12 +100,18 @@ class ContainerBackend:
             return
         self._stopped = True
         for start in self._starts:
-            start.cancel()
+            if not start.cancelling():  # a second one would cut short what the first one has it put away
+                start.cancel()
         await asyncio.gather(*self._starts, return_exceptions=True)
-        await asyncio.gather(*(sandbox.stop() for sandbox in list(self._live.values())))
-        await self._images.remove_all()
-        if self._folder:
-            await asyncio.to_thread(remove_tree, self._folder)
+        ended = await asyncio.gather(*(each.stop() for each in list(self._live.values())), return_exceptions=True)
+        try:
+            await self._images.remove_all()
+        finally:
+            if self._folder:
+                await asyncio.to_thread(remove_tree, self._folder)
+        for problem in ended:
+            if isinstance(problem, BaseException):
+                raise problem
 
     async def commit(self, container: Container) -> Snapshot:
         return await self._images.commit(container.name, container.origin)

@@ -86,13 +86,17 @@ class Engine:
 
     def abilities(self, *, timeout_s: float = _ANSWER_TIMEOUT_S) -> Abilities:
         """Raises SandboxError when the engine cannot be reached."""
-        told = json.loads(self.ask_now("info", "--format", "{{json .}}", timeout_s=timeout_s))
-        if problems := told.get("ServerErrors"):
-            raise SandboxError(f"{self.name} cannot be reached: {'; '.join(problems)[:_MAX_SAID]}")
-        if self.name == "podman":
-            controllers = told["host"].get("cgroupControllers") or ()
-            return Abilities("memory" in controllers, "pids" in controllers, "cpu" in controllers)
-        return Abilities(told["MemoryLimit"], told["PidsLimit"], told["CpuCfsQuota"])
+        said = self.ask_now("info", "--format", "{{json .}}", timeout_s=timeout_s)
+        try:
+            told = json.loads(said)
+            if problems := told.get("ServerErrors"):
+                raise SandboxError(f"{self.name} cannot be reached: {'; '.join(problems)[:_MAX_SAID]}")
+            if self.name == "podman":
+                controllers = told["host"].get("cgroupControllers") or ()
+                return Abilities("memory" in controllers, "pids" in controllers, "cpu" in controllers)
+            return Abilities(told["MemoryLimit"], told["PidsLimit"], told["CpuCfsQuota"])
+        except (ValueError, KeyError, TypeError, AttributeError) as error:  # as of Podman by the name of docker
+            raise SandboxError(f"{self.command[0]} does not answer as {self.name} does: {said[:200]!r}") from error
 
     def _answer(self, arguments: Sequence[str], exit_code: int, stdout: bytes, stderr: bytes) -> str:
         if exit_code != 0:

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import secrets
+from typing import Any
 
 from upspiral.errors import ImageError, SandboxError
-from upspiral.sandbox.base import HOST_IMAGE, WORKSPACE, Snapshot
+from upspiral.sandbox.base import HOST_IMAGE, Snapshot
 from upspiral.sandbox.container.engine import Engine, RefusedError
 from upspiral.sandbox.container.host_image import host_archive
 from upspiral.sandbox.container.order import OWNER_LABEL, Origin
+from upspiral.sandbox.images.docker import settings_of
 
 _COPY_TIMEOUT_S = 150.0
+_NOT_THERE = ("no such image", "image not known")
+"""What Docker and what Podman says of an image that it does not have."""
 
 
 class Images:
@@ -24,7 +29,8 @@ class Images:
         self._named: dict[str, Origin] = {}
         self._snapshots: dict[str, Origin] = {}
         self._made: list[str] = []
-        """Later ones may stand on earlier ones."""
+        """Also those that are being made. Later ones may stand on earlier ones."""
+        self._under_way: dict[str, asyncio.Future[str]] = {}
         self._dropped: set[str] = set()
         self._turn = asyncio.Lock()
 
@@ -47,8 +53,7 @@ class Images:
     async def commit(self, container: str, origin: Origin) -> Snapshot:
         snapshot = Snapshot(f"snapshot-{secrets.token_hex(8)}", "copied")
         name = f"{self._label}:{snapshot.id}"
-        await self._engine.ask("commit", "--pause=true", container, name, timeout_s=_COPY_TIMEOUT_S)
-        self._made.append(name)
+        await self._make(name, "commit", "--pause=true", container, timeout_s=_COPY_TIMEOUT_S)
         self._snapshots[snapshot.id] = Origin(name, origin.env, origin.workdir, origin.is_host)
         return snapshot
 
@@ -60,27 +65,52 @@ class Images:
     async def collect(self) -> None:
         """Removes dropped snapshots on which nothing stands any more: the engine knows, and refuses the others."""
         for name in [each for each in reversed(self._made) if each in self._dropped]:
-            try:
-                await self._engine.ask("rmi", name)
-            except RefusedError:
-                continue
-            self._made.remove(name)
-            self._dropped.discard(name)
+            if name not in self._under_way:
+                with contextlib.suppress(RefusedError):
+                    await self._remove(name)
 
     async def remove_all(self) -> None:
         """When the containers are gone."""
+        if self._under_way:
+            await asyncio.wait(self._under_way.values())
         while self._made:
-            await self._engine.ask("rmi", "--force", self._made[-1])
-            self._made.pop()
+            await self._remove(self._made[-1], "--force")
         self._named.clear()
         self._snapshots.clear()
 
+    async def _make(self, name: str, *order: str, **options: Any) -> None:
+        """`order` is what the engine is told, without the name at its end.
+
+        An engine finishes what it was told to make although whoever told it was cut off. So a name is noted before,
+        and what was given up goes on and is removed later.
+        """
+        making = asyncio.ensure_future(self._engine.ask(*order, name, **options))
+        self._made.append(name)
+        self._under_way[name] = making
+        making.add_done_callback(lambda _: self._under_way.pop(name))
+        try:
+            await asyncio.shield(making)
+        except BaseException:
+            self._dropped.add(name)
+            raise
+
+    async def _remove(self, name: str, *options: str) -> None:
+        """Raises RefusedError when something stands on it."""
+        try:
+            await self._engine.ask("rmi", *options, name)
+        except RefusedError as error:
+            if not any(said in str(error).lower() for said in _NOT_THERE):
+                raise
+        self._dropped.discard(name)
+        if name in self._made:  # two may be at it
+            self._made.remove(name)
+
     async def _host(self) -> Origin:
-        name = f"{self._label}:{HOST_IMAGE}"
+        # A name of its own each time: one that was given up may still be under way.
+        name = f"{self._label}:{HOST_IMAGE}-{secrets.token_hex(3)}"
         content = await asyncio.to_thread(host_archive)
         label = f"LABEL {OWNER_LABEL}={self._label}"
-        await self._engine.ask("import", "--change", label, "-", name, content=content)
-        self._made.append(name)
+        await self._make(name, "import", "--change", label, "-", content=content)
         return Origin(name, is_host=True)
 
     async def _inspected(self, image: str) -> Origin:
@@ -89,7 +119,7 @@ class Images:
             (told,) = json.loads(await self._engine.ask("image", "inspect", "--", image))
         except RefusedError as error:
             raise ImageError(f"{error}; `{name} pull {image}` gets an image, `{name} build` makes one") from error
-        config = told["Config"]
-        env = dict(each.split("=", 1) for each in config.get("Env") or [] if "=" in each)
-        workdir = config.get("WorkingDir") or "/"
-        return Origin(told["Id"], env, WORKSPACE if workdir == "/" else workdir)
+        try:
+            return Origin(told["Id"], *settings_of(told["Config"]))
+        except ValueError as error:
+            raise ImageError(f"image {image!r}: {error}") from error

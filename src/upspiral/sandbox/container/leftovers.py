@@ -19,10 +19,10 @@ def sweep(engine: Engine, root: Path | None) -> Sequence[str]:
     images = engine.ask_now("images", f"--filter={mine}", "--format={{.Repository}}:{{.Tag}}").split()
     # The newest are listed first, so that none is removed before those that stand on it.
     stale = [name for name in images if _is_dead(name.rpartition("/")[2].partition(":")[0], engine)]
-    for command, names in (("rm", dead), ("rmi", stale)):
+    for command, names in ((("rm", "--force", "--volumes"), dead), (("rmi", "--force"), stale)):
         for name in names:
             with contextlib.suppress(RefusedError):  # somebody else sweeps at the same time, or the next sweep will
-                engine.ask_now(command, "--force", name)
+                engine.ask_now(*command, name)
     folders = left_over_folders(root, engine.name)
     for folder in folders:
         remove_tree(folder)

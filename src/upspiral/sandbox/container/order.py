@@ -5,11 +5,13 @@ from __future__ import annotations
 import csv
 import io
 import os
+import re
 import resource
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from upspiral.errors import CapabilityError
 from upspiral.sandbox import inside
 from upspiral.sandbox.base import WORKSPACE, SandboxSpec
 from upspiral.sandbox.connected import settings_for
@@ -102,6 +104,20 @@ def _limits(spec: SandboxSpec, abilities: Abilities) -> Iterator[str]:
 def _hard_limit(kind: int) -> int:
     hard = resource.getrlimit(kind)[1]
     return 1 << 20 if hard == resource.RLIM_INFINITY else hard
+
+
+def check_mounts(spec: SandboxSpec) -> None:
+    """Raises CapabilityError for a folder in which something else is mounted: engines make that visible, too, and many
+    of them (Docker before 25, Podman) leave it writable."""
+    lines = Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines()
+    places = [re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), line.split()[4]) for line in lines]
+    for path in spec.mounts:
+        folder = os.path.realpath(path)
+        if inner := [each for each in places if each.startswith(f"{folder.rstrip('/')}/")]:
+            raise CapabilityError(
+                f"mounts: {inner[0]} is a mount of its own inside {path}, which an engine might leave writable; mount "
+                "folders without others in them, or take the namespace backend"
+            )
 
 
 def _mounts(spec: SandboxSpec, origin: Origin, doorway: Path) -> Iterator[str]:
