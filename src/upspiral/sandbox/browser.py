@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import binascii
 import contextlib
 import itertools
 import json
@@ -139,7 +138,7 @@ class Browser:
             answer.set_result(message)
 
     async def _why_it_ended(self) -> SandboxError:
-        if isinstance(problem := self._reading.exception(), SandboxError):
+        if not self._reading.cancelled() and isinstance(problem := self._reading.exception(), SandboxError):
             return problem
         code = (await self._process.wait(timeout_s=_CLOSE_TIMEOUT_S)).exit_code
         if code == _NOT_FOUND:
@@ -190,7 +189,7 @@ class Page:
         said = await self.ask("Page.captureScreenshot", timeout_s=timeout_s, format="png")
         try:
             return base64.b64decode(said["data"], validate=True)
-        except (KeyError, TypeError, binascii.Error) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise SandboxError(f"Chromium sent what is no picture: {error!r}") from error
 
     async def close(self) -> None:

@@ -38,7 +38,7 @@ async def open_desktop(sandbox: Sandbox, *, width: int = 1024, height: int = 768
     try:
         await asyncio.wait([reading, said.is_ready], timeout=_START_TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED)
         if not said.is_ready.done():
-            raise await _not_started(process, said)
+            raise await _not_started(process, said, has_ended=reading.done())
         folder, number = said.is_ready.result()
         yield Desktop(sandbox, f":{number}", f"{folder}/Xvfb_screen0")
     finally:
@@ -90,9 +90,10 @@ class _Said:
                     self.is_ready.set_result((folder.decode(errors="replace"), int(number)))
 
 
-async def _not_started(process: Process, said: _Said) -> SandboxError:
+async def _not_started(process: Process, said: _Said, *, has_ended: bool) -> SandboxError:
     with contextlib.suppress(TimeoutError):
-        code = (await process.wait(timeout_s=0.0)).exit_code
+        # How it ended is told after the end of its output.
+        code = (await process.wait(timeout_s=_CLOSE_TIMEOUT_S if has_ended else 0.0)).exit_code
         if code == _NOT_FOUND:
             return CapabilityError("there is no Xvfb in this sandbox; recipes/images/desktop.toml makes an image")
         complaints = said.complaints.decode(errors="replace").strip()

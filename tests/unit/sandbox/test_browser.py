@@ -39,6 +39,8 @@ def answer(message):
         url = parameters["url"]
         return {"result": {"errorText": "net::ERR"} if url == "bad:" else {"frameId": "F"}}
     if method == "Page.captureScreenshot":
+        if url == "odd:":
+            return {"result": {"data": "\u00e9"}}
         return {"result": {"data": base64.b64encode(b"\\x89PNG" + url.encode() * 300_000).decode()}}
     if method == "Runtime.evaluate":
         expression = parameters["expression"]
@@ -124,6 +126,16 @@ def test_what_fails_on_a_page_is_not_infrastructure(root: Path) -> None:
         with pytest.raises(PageError, match="not found"):
             await browser.ask("unknown")
         assert await page.evaluate("12") == 2
+
+    with_browser(check, root)
+
+
+def test_a_picture_that_is_none(root: Path) -> None:
+    async def check(browser: Browser) -> None:
+        page = await browser.page()
+        await page.go("odd:")
+        with pytest.raises(SandboxError, match="no picture"):
+            await page.screenshot()
 
     with_browser(check, root)
 
