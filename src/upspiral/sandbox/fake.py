@@ -15,6 +15,7 @@ from typing import Literal
 
 from upspiral.errors import DeadlineError, SandboxError, SandboxGoneError
 from upspiral.sandbox.base import (
+    HOST_IMAGE,
     WORKSPACE,
     ByteStream,
     Capabilities,
@@ -49,7 +50,7 @@ class Faults:
     stop_s: float = 0.0
     """How long it takes to stop one."""
     hang_at: int | None = None
-    """This command never returns, its deadline notwithstanding."""
+    """This command does not return before the sandbox is stopped, its deadline notwithstanding."""
     break_at: int | None = None
     """The sandbox breaks while this command runs and stays broken."""
     gone_at: int | None = None
@@ -100,10 +101,13 @@ class FakeSandbox:
         self.spec = spec
         self._snapshots = snapshots if snapshots is not None else {}
         image = self._files_of(spec.image) if isinstance(spec.image, Snapshot) else {}
-        self.files = {**image, **spec.files}
+        self._before = {**image, **{_relative(path): content for path, content in spec.files.items()}}
+        self.files = dict(self._before)
         self.commands: list[str] = []
         """What was run so far."""
         self.is_stopped = False
+        self.forks: list[FakeSandbox] = []
+        self._ended = asyncio.Event()
         self._script = list(script)
         self._respond = respond
         self._faults = faults
@@ -127,14 +131,16 @@ class FakeSandbox:
         if not command.op_id:
             return await self._run(command.script, timeout_s)
         if command.op_id not in self._operations:
-            self._operations[command.op_id] = asyncio.ensure_future(self._run(command.script, timeout_s))
+            operation = asyncio.ensure_future(self._run(command.script, timeout_s))
+            operation.add_done_callback(lambda done: done.cancelled() or done.exception())  # it may be nobody's by then
+            self._operations[command.op_id] = operation
         return await asyncio.shield(self._operations[command.op_id])
 
     async def _run(self, script: str, timeout_s: float) -> ExecResult:
         number = len(self.commands)
         self.commands.append(script)
         if number == self._faults.hang_at:
-            await asyncio.get_running_loop().create_future()
+            await self._ended.wait()
         if number == self._faults.break_at:
             self._unusable = SandboxError("the fake sandbox broke, as it was told to")
         await asyncio.sleep(min(self._faults.command_s, timeout_s))
@@ -182,10 +188,9 @@ class FakeSandbox:
 
     async def diff(self) -> Diff:
         self._check_usable()
-        before = dict(self.spec.files)
-        changed = {name: content for name, content in self.files.items() if before.get(name) != content}
+        changed = {name: content for name, content in self.files.items() if self._before.get(name) != content}
         archive = _archive_of({f"{WORKSPACE[1:]}/{name}": content for name, content in changed.items()})
-        return Diff(archive, [f"{WORKSPACE}/{name}" for name in before if name not in self.files])
+        return Diff(archive, [f"{WORKSPACE}/{name}" for name in self._before if name not in self.files])
 
     async def snapshot(self) -> Snapshot:
         self._check_usable()
@@ -195,8 +200,10 @@ class FakeSandbox:
 
     async def fork(self, count: int = 1) -> Sequence[FakeSandbox]:
         self._check_usable()
-        spec = replace(self.spec, files=self.files)
-        return [FakeSandbox(spec, self._script, self._respond, self._faults, self._snapshots) for _ in range(count)]
+        spec = replace(self.spec, image=HOST_IMAGE, files=self.files)
+        made = [FakeSandbox(spec, self._script, self._respond, self._faults, self._snapshots) for _ in range(count)]
+        self.forks += made
+        return made
 
     async def restore(self, snapshot: Snapshot) -> None:
         self._check_usable()
@@ -210,9 +217,8 @@ class FakeSandbox:
         if not self.is_stopped:
             await asyncio.sleep(self._faults.stop_s)
         self.is_stopped = True
-        for operation in self._operations.values():
-            operation.cancel()
         self._unusable = self._unusable or SandboxGoneError(f"sandbox {self.id} was stopped")
+        self._ended.set()
 
     def _below(self, path: str) -> dict[str, bytes]:
         folder = _relative(path)
@@ -326,5 +332,8 @@ class FakeBackend:
         self._snapshots.pop(snapshot.id, None)
 
     async def stop(self) -> None:
-        for sandbox in self.sandboxes:
+        living = list(self.sandboxes)
+        while living:
+            sandbox = living.pop(0)
+            living += sandbox.forks
             await sandbox.stop()

@@ -145,5 +145,37 @@ def test_a_snapshot_lasts_until_it_is_dropped() -> None:
     asyncio.run(check())
 
 
+@pytest.mark.parametrize("name", ["", "a"])
+def test_stopping_ends_a_command_that_hangs(name: str) -> None:
+    async def check() -> None:
+        sandbox = FakeSandbox(PLAIN, faults=Faults(hang_at=0))
+        hanging = asyncio.create_task(sandbox.exec(Command("true", op_id=name), timeout_s=1))
+        await asyncio.sleep(0)
+        await sandbox.stop()
+        with pytest.raises(SandboxGoneError):
+            await asyncio.wait_for(hanging, 5)
+
+    asyncio.run(check())
+
+
+def test_a_fork_has_the_files_of_its_parent_alone_and_ends_with_the_backend() -> None:
+    async def check() -> None:
+        backend = FakeBackend()
+        async with backend.acquire(SandboxSpec(files={"/work/a": b"1", "b": b"2"})) as first:
+            image = await first.snapshot()
+        async with backend.acquire(SandboxSpec(image=image)) as second:
+            assert await second.read("a") == b"1"
+            assert (await second.diff()).removed == []
+            del second.files["a"]
+            (fork,) = await second.fork()
+            assert await fork.list_files() == ["b"]
+        assert await fork.list_files() == ["b"]
+        await backend.stop()
+        with pytest.raises(SandboxGoneError):
+            await fork.list_files()
+
+    asyncio.run(check())
+
+
 def test_truncation_is_what_was_dropped() -> None:
     assert ExecResult(0, b"", b"", dropped_bytes=1).truncated and not ExecResult(0, b"", b"").truncated
