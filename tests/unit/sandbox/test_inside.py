@@ -5,12 +5,14 @@ from __future__ import annotations
 import ast
 import asyncio
 import contextlib
+import io
 import os
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tarfile
 import zipfile
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
@@ -380,6 +382,122 @@ def test_commands_and_files_are_another_user_s(tmp_path: Path) -> None:
             assert "Uid:\t0\t0\t0\t0" in status
             rights = await sandbox.exec("grep -E 'Cap(Prm|Eff|Inh|Amb)' /proc/self/status", timeout_s=TIMEOUT_S)
             assert set(rights.stdout.split()[1::2]) == {b"0" * 16}
+
+    run(check)
+
+
+def test_a_deadline_may_be_far_away(tmp_path: Path) -> None:
+    async def check() -> None:
+        async with agent(settings_in(tmp_path)) as (sandbox, _):
+            for timeout_s in (1e9, float("inf")):
+                assert (await sandbox.exec("sleep 0.1; echo hi", timeout_s=timeout_s)).stdout == b"hi\n"
+
+    run(check)
+
+
+def test_a_command_that_can_never_start_is_a_result(tmp_path: Path) -> None:
+    """Also the first one of a shell, and none of them takes anything along."""
+
+    async def check() -> None:
+        async with agent(settings_in(tmp_path, env={"A=B": "x"})) as (sandbox, process):
+            done = await sandbox.exec("true", timeout_s=TIMEOUT_S)
+            before = len(os.listdir(f"/proc/{process.pid}/fd"))
+            shell = await sandbox.shell()
+            for each in (done, *[await shell.run("true", timeout_s=TIMEOUT_S) for _ in range(3)]):
+                assert each.exit_code == 126 and b"environment" in each.stderr
+            await sandbox.write("a", b"x")
+            assert len(os.listdir(f"/proc/{process.pid}/fd")) == before
+
+    run(check)
+
+
+def test_a_status_that_a_command_makes_up_is_one_that_a_shell_can_have(tmp_path: Path) -> None:
+    """Bash keeps its own pipes beside a command's, where builtins find them."""
+
+    async def check() -> None:
+        async with agent(settings_in(tmp_path)) as (sandbox, _):
+            shell = await sandbox.shell()
+            forge = f"for n in {{10..30}}; do echo {10**400 + 7} >&$n; done 2>/dev/null; sleep 0.2"
+            done = await shell.run(forge, timeout_s=TIMEOUT_S)
+            assert done.exit_code == (10**400 + 7) & 0xFF
+            await asyncio.sleep(0.5)
+            assert (await shell.run("echo on", timeout_s=TIMEOUT_S)).stdout == b"on\n"
+
+    run(check)
+
+
+def test_a_listener_that_takes_nobody_in_breaks_nothing(tmp_path: Path) -> None:
+    listen = (
+        "import socket, time\ns = socket.socket()\ns.bind(('127.0.0.1', {}))\ns.listen(0)\n"
+        "full = [socket.socket() for _ in range(4)]\nfor each in full:\n    each.setblocking(False)\n"
+        "    each.connect_ex(s.getsockname())\nprint('full', flush=True)\ntime.sleep(1000)"
+    )
+
+    async def check() -> None:
+        async with agent(settings_in(tmp_path)) as (sandbox, _):
+            port = free_port()
+            server = await sandbox.spawn(f'{sys.executable} -c "{listen.format(port)}"')
+            assert await anext(server.output()) == ("stdout", b"full\n")
+            with pytest.raises(OSError, match="timed out"):
+                await sandbox.connect(port)
+            await sandbox.exec("true", timeout_s=TIMEOUT_S)
+
+    run(check)
+
+
+def test_a_program_that_is_given_up_for_an_error_is_ended(tmp_path: Path) -> None:
+    async def check() -> None:
+        async with agent(settings_in(tmp_path)) as (sandbox, _):
+            script = SLEEP.encode()
+            request = {"do": "spawn", "script_bytes": len(script), "env": {}, "cwd": "/work"}
+            call = sandbox.connection.call(request, script)
+            await call.start()
+            call.control(signal=999)
+            assert (await call.result()).error == "OSError"
+
+            async def is_over() -> bool:
+                return sleepers() == []
+
+            await eventually(is_over, "the program is gone")
+
+    run(check)
+
+
+LEASE = """
+import fcntl, signal, time
+signal.signal(signal.SIGIO, signal.SIG_IGN)
+held = open("held")
+fcntl.fcntl(held, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+print("held", flush=True)
+time.sleep(1000)
+"""
+
+
+def test_work_that_commands_hold_up_is_ended(tmp_path: Path) -> None:
+    """With a lease the kernel has an opener wait for 45 s, for each file."""
+    archive = tmp_path / "agent.zip"
+    with zipfile.ZipFile(archive, "w") as zipped:
+        for path in Path(FOLDER).glob("*.py"):
+            zipped.writestr(path.name, path.read_text().replace("_STANDSTILL_S = 20.0", "_STANDSTILL_S = 0.3"))
+    work = tmp_path / "work"
+
+    async def check() -> None:
+        async with agent(settings_in(work), program=str(archive)) as (sandbox, _):
+            await sandbox.write("held", b"x" * 1_000_000)
+            holder = await sandbox.spawn(Command(f"exec {sys.executable} -", stdin=LEASE.encode()))
+            kind, said = await anext(holder.output())
+            if kind == "stderr":
+                pytest.skip(f"there are no leases here: {said.decode()[-100:]}")
+            with pytest.raises(OSError, match="stood still"):
+                await sandbox.download()
+            await holder.kill()
+            with tarfile.open(fileobj=io.BytesIO(await sandbox.download())) as packed:
+                assert packed.getmember("./held").size == 1_000_000
+            slow = sandbox.connection.call({"do": "pack", "path": "/work"})
+            await asyncio.sleep(1.5)
+            while await slow.receive():
+                pass
+            assert not (await slow.result()).error, "who is slow at this end keeps it waiting for as long as it takes"
 
     run(check)
 

@@ -190,8 +190,7 @@ class Program(Operation):
     def release(self) -> None:
         if self._stdin:
             self._stdin.close()
-        if not self.has_result:
-            self._running.abandon()
+        self._running.abandon()
 
     def _take(self, kind: int, content: memoryview) -> None:
         self.put(bytes(content), kind)
@@ -210,6 +209,11 @@ class Inlet:
         self._waiting: deque[bytes] = deque()
         self._ending = False
         os.set_blocking(writer, False)
+
+    @property
+    def is_waiting(self) -> bool:
+        """For the host: all that came is written, and more may come."""
+        return not (self._waiting or self._ending)
 
     def put(self, content: bytes) -> None:
         if self._writer < 0:

@@ -93,8 +93,8 @@ class Judge:
         env: Mapping[str, str] | None = None,
         hand_over: Sequence[int] = (),
     ) -> Finished:
-        """Runs a program in the workspace, and ends what it left in its session. Of its output, and of its complaints,
-        the first MiB is kept. One that cannot be started has exit code 126, and says why in `stderr`."""
+        """Runs a program in the workspace, and ends what it left in its process group. Of its output, and of its
+        complaints, the first MiB is kept. One that cannot be started has exit code 126, and says why in `stderr`."""
         files = [os.memfd_create(name, os.MFD_CLOEXEC) for name in ("stdin", "stdout", "stderr")]
         try:
             _fill(files[0], stdin)

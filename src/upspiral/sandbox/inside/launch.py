@@ -6,6 +6,7 @@ unlike `$(<file)`, needs no process, so that a command still starts when the san
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import signal
@@ -74,6 +75,18 @@ class Launcher:
         arguments, environment = ["bash", "-c", script], {**self._settings.env, **request["env"]}
         if self._settings.proc_fd is not None:
             inherited = [*inherited, self._settings.proc_fd]
+        try:
+            return self._spawn(arguments, environment, stdio, inherited)
+        except ValueError as error:  # a NUL, half of a surrogate pair, or an "=" in a name
+            raise OSError(errno.EINVAL, f"no process can be given this environment or folder: {error}") from None
+
+    def _spawn(
+        self,
+        arguments: Sequence[str],
+        environment: Mapping[str, str],
+        stdio: tuple[int, int, int],
+        inherited: Sequence[int],
+    ) -> int:
         if self._settings.uid is not None:
             return start_as(self._settings, self._bash, arguments, environment, (stdio, inherited))
         actions = [(os.POSIX_SPAWN_DUP2, descriptor, number) for number, descriptor in enumerate(stdio)]
@@ -95,7 +108,11 @@ def set_mark(mark: int) -> str:
 def file_of(content: bytes) -> int:
     """A descriptor of a file in memory, to be read from its start."""
     descriptor = os.memfd_create("input", os.MFD_CLOEXEC)
-    _fill(descriptor, content)
+    try:
+        _fill(descriptor, content)
+    except OSError:
+        os.close(descriptor)
+        raise
     return descriptor
 
 

@@ -15,6 +15,7 @@ from typing import Any
 READABLE = select.EPOLLIN | select.EPOLLHUP | select.EPOLLERR | select.EPOLLRDHUP
 WRITABLE = select.EPOLLOUT
 _MAX_WAIT_S = 3600.0
+"""The kernel takes 24 days at most, and a deadline may be further away than that."""
 
 
 class Timer:
@@ -72,7 +73,7 @@ class Loop:
             if self._stopping:
                 return
             wait_s = max(0.0, self._timers[0][0] - time.monotonic()) if self._timers else _MAX_WAIT_S
-            for descriptor, events in self._epoll.poll(wait_s):
+            for descriptor, events in self._epoll.poll(min(wait_s, _MAX_WAIT_S)):
                 if known := self._callbacks.get(descriptor):
                     known[1](events)
             self._fire()

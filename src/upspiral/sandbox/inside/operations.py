@@ -249,11 +249,6 @@ class Operation:
         """Ends whatever runs for it and closes what is open. Called once, at the end or when it is given up."""
 
     @property
-    def has_result(self) -> bool:
-        """It came to its end, and was not given up."""
-        return self._result is not None
-
-    @property
     def has_room(self) -> bool:
         """More output may be produced. When not, `produce` is called once it may."""
         if not self.agent.has_room:

@@ -16,6 +16,8 @@ from .operations import Agent, Operation
 _BACKLOG = 128
 _MAX_CALLERS = 256
 """At a time. Further ones wait in the kernel's queue."""
+_CONNECT_S = 5.0
+"""Loopback takes no time, but a listener whose queue is full lets callers wait for minutes."""
 
 
 class Stream(Operation):
@@ -115,6 +117,7 @@ class Outward(Stream):
     """`connect`: to a TCP port that something inside listens on, by IPv4 or IPv6."""
 
     def begin(self) -> None:
+        self._deadline = self.agent.loop.after(_CONNECT_S, lambda: self._refused(errno.ETIMEDOUT, []))
         self._try([(socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")])
 
     def _try(self, addresses: list[tuple[int, str]]) -> None:
@@ -133,6 +136,7 @@ class Outward(Stream):
         code = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         if code:
             return self._refused(code, addresses)
+        self._deadline.cancel()
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.agent.send_json(frames.STARTED, self.number, {})
         self._send()

@@ -149,6 +149,11 @@ def _stands(pid: int) -> bool:
         return True
 
 
+def sleeps(pid: int) -> bool:
+    """It waits for something that may never come, or is stopped."""
+    return _state(f"/proc/{pid}/stat") in b"STt"
+
+
 def _state(stat_path: str) -> bytes:
     try:
         with open(stat_path, "rb") as file:

@@ -12,7 +12,7 @@ from . import frames
 from .loop import Timer
 from .operations import Agent
 from .output import Outlet
-from .processes import Lineage
+from .processes import Lineage, sleeps
 
 GRACE_S = 0.15
 """How long output is waited for after a command's own process has ended: what it left running may hold the pipes."""
@@ -66,10 +66,15 @@ class Running:
             self._lineage.signal(number, leader_lives=self._exit is None)
 
     def abandon(self) -> None:
-        """Ends it, and tells nobody."""
-        self._ended = None
-        self.signal(signal.SIGKILL)
-        self._let_go()
+        """Ends it, and tells nobody. What it left running when it ended by itself is left alone."""
+        if self._ended:
+            self._ended = None
+            self.signal(signal.SIGKILL)
+            self._let_go()
+
+    def sleeps(self) -> bool:
+        """Its process waits for something, or is stopped. One that only gets no processor does not sleep."""
+        return self._lineage is not None and sleeps(self._lineage.leader)
 
     def pull(self) -> None:
         """There is room for output again."""

@@ -8,6 +8,7 @@ when an interrupt threw the first line away.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import signal
 import time
@@ -36,30 +37,37 @@ class Bash:
         self._pid = 0
         self._mark = 0
         """Of what is being evaluated."""
-        self._outlets = [
-            Outlet(self._loop, lambda content, kind=kind: self._take(kind, content), lambda: 1 << 20, lambda: None)
-            for kind in (frames.DATA, frames.ERRORS)
-        ]
+        self._outlets: list[Outlet] = []
         self._is_ready = False
         self._first: bytes | None = None
-        self._script = os.memfd_create("script", os.MFD_CLOEXEC)
-        commands, self._commands = os.pipe2(os.O_CLOEXEC)
-        self._status, self._status_writer = os.pipe2(os.O_CLOEXEC)
-        os.set_blocking(self._status, False)
+        self._script = self._commands = self._status = self._status_writer = -1
         try:
-            stdio = (commands, self._outlets[0].writer, self._outlets[1].writer)
-            self._pid = shell.agent.launcher.shell(request, stdio, [self._script, self._status_writer])
+            self._start(request)
         except OSError:
             self.close()
             raise
-        finally:
-            os.close(commands)
-            os.close(self._status_writer)
         for outlet in self._outlets:
             outlet.begin()
         self._loop.child(self._pid, lambda code, _usage: shell.ended(self, code))
         self._loop.watch(self._status, READABLE, self._told)
-        self._ask_status()
+        with contextlib.suppress(BrokenPipeError):  # it has died, which will be told
+            self._say("")
+
+    def _start(self, request: dict[str, Any]) -> None:
+        """Raises OSError when there is no process or descriptor left."""
+        for kind in (frames.DATA, frames.ERRORS):
+            take = functools.partial(self._take, kind)
+            self._outlets.append(Outlet(self._loop, take, lambda: 1 << 20, lambda: None))
+        self._script = os.memfd_create("script", os.MFD_CLOEXEC)
+        with contextlib.ExitStack() as its_ends:
+            commands, self._commands = os.pipe2(os.O_CLOEXEC)
+            its_ends.callback(os.close, commands)
+            self._status, self._status_writer = os.pipe2(os.O_CLOEXEC)
+            its_ends.callback(os.close, self._status_writer)
+            for ours in (self._commands, self._status):  # commands may fill them, too: nobody here waits for that
+                os.set_blocking(ours, False)
+            stdio = (commands, self._outlets[0].writer, self._outlets[1].writer)
+            self._pid = self._shell.agent.launcher.shell(request, stdio, [self._script, self._status_writer])
 
     def evaluate(self, script: bytes) -> None:
         """Nothing else is being evaluated."""
@@ -76,8 +84,7 @@ class Bash:
         os.lseek(self._script, 0, os.SEEK_SET)
         line = f'{set_mark(self._mark)}; {{ read -rd "" -u {self._script} || :; }} 2>/dev/null; '
         line += f'eval "$REPLY" </dev/null {self._hidden()}\n'
-        os.write(self._commands, line.encode())
-        self._ask_status()
+        self._say(line)
 
     def pull(self) -> None:
         for outlet in self._outlets:
@@ -107,7 +114,8 @@ class Bash:
     def close(self) -> None:
         self._loop.forget(self._status)
         for descriptor in (self._script, self._commands, self._status):
-            os.close(descriptor)
+            if descriptor >= 0:
+                os.close(descriptor)
         for outlet in self._outlets:
             outlet.drop()
 
@@ -130,14 +138,16 @@ class Bash:
             self.pull()
             self._is_ready = True
             if self._first is not None:
-                with contextlib.suppress(BrokenPipeError):  # it has died, which will be told
+                with contextlib.suppress(OSError):  # it has died, which will be told, or will not answer in time
                     self.evaluate(self._first)
         elif lines[-1].isdigit():
             self._mark = 0
-            self._shell.done(int(lines[-1]))
+            self._shell.done(int(lines[-1]) & 0xFF)  # commands can find the pipe, and say any number
 
-    def _ask_status(self) -> None:
-        os.write(self._commands, f"{{ echo $? >&{self._status_writer}; }} 2>/dev/null\n".encode())
+    def _say(self, line: str) -> None:
+        """And asks for its status. Raises BrokenPipeError when bash has died, BlockingIOError when it does not read."""
+        question = f"{{ echo $? >&{self._status_writer}; }} 2>/dev/null\n"
+        os.write(self._commands, (line + question).encode())
 
     def _take(self, kind: int, content: memoryview) -> None:
         """What bash says before it is ready is that it has no terminal."""
@@ -159,6 +169,8 @@ class Shell(Operation):
             self._bash = Bash(self, self.request)
         except MissingBashError as error:
             return self.fail("MissingBashError", str(error))
+        except OSError:  # as with any command, the sandbox's own doing: the first one tries again, and says so
+            pass
         self.agent.send_json(frames.STARTED, self.number, {})
 
     def evaluate(self, run: ShellRun, script: bytes) -> None:

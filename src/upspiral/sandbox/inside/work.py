@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 import resource
 import signal
+import stat
 from typing import Any
 
 from . import frames
@@ -16,6 +18,8 @@ from .running import Running
 
 _MAX_COMPLAINT_BYTES = 4096
 _BLOCK_BYTES = 64 << 10
+_STANDSTILL_S = 20.0
+"""Twice that is less than the host's patience, which would take the agent for broken."""
 
 
 class Work(Operation):
@@ -25,6 +29,7 @@ class Work(Operation):
         super().__init__(agent, number, request)
         self._complaint = Kept(_MAX_COMPLAINT_BYTES)
         self._inlet: Inlet | None = None
+        self._moved = False
         self._running = Running(agent, self._take, self._room, self._ended)
         self._path = agent.launcher.place(request["path"])
 
@@ -38,6 +43,11 @@ class Work(Operation):
             self._running.start(lambda stdout, stderr, _mark: self._fork((reader, stdout, stderr)))
         finally:
             os.close(reader)
+        self.agent.loop.after(_STANDSTILL_S, self._look)
+
+    def used(self, count: int) -> None:
+        self._moved = True
+        super().used(count)
 
     def data(self, content: bytes) -> None:
         if self._inlet:
@@ -56,10 +66,21 @@ class Work(Operation):
     def release(self) -> None:
         if self._inlet:
             self._inlet.close()
-        if not self.has_result:
-            self._running.abandon()
+        self._running.abandon()
+
+    def _look(self) -> None:
+        """Ends a child that stands still although nobody here keeps it waiting: commands are the same user's, and may
+        have stopped it, or put a pipe or a lease in its way."""
+        if self.finished:
+            return
+        waits_for_host = not self.has_room or (self._inlet is not None and self._inlet.is_waiting)
+        if not (self._moved or waits_for_host) and self._running.sleeps():
+            return self.fail("OSError", "the work on it stood still and was ended")
+        self._moved = False
+        self.agent.loop.after(_STANDSTILL_S, self._look)
 
     def _take(self, kind: int, content: memoryview) -> None:
+        self._moved = True
         if kind == frames.ERRORS:
             self._complaint.take(content)
         else:
@@ -174,9 +195,18 @@ def _checked(member: Any, root: str) -> Any:
         raise OSError(f"{member.name!r} in the archive leads out of the folder")
     if member.islnk() and not _is_within(root, member.linkname):
         raise OSError(f"{member.name!r} in the archive links to {member.linkname!r}, out of the folder")
+    if member.isreg():
+        _remove_pipe(os.path.realpath(os.path.join(root, member.name)))
     member.mode &= 0o755
     member.uid, member.gid, member.uname, member.gname = os.getuid(), os.getgid(), "", ""
     return member
+
+
+def _remove_pipe(path: str) -> None:
+    """Whoever opens one in place of a file to write waits for its reader."""
+    with contextlib.suppress(OSError):
+        if stat.S_ISFIFO(os.lstat(path).st_mode):
+            os.unlink(path)
 
 
 def _is_within(root: str, path: str) -> bool:
