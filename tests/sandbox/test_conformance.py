@@ -137,7 +137,10 @@ def test_what_a_command_runs_with(stage: Stage) -> None:
         assert (missing.exit_code, missing.stdout) == (1, b"") and b"no/such" in missing.stderr
         unread = await sandbox.exec(Command("true", stdin=b"z" * 300_000), timeout_s=TIMEOUT_S)
         assert unread.exit_code == 0
-        for bad in (Command("true", env={"A=B": ""}), Command("true", env={"A": "\0"}), Command("true", cwd="\0")):
+        for bad in (
+            Command("true", env={"A=B": ""}), Command("true", env={"A": "\0"}), Command("true", env={"A": "\ud800"}),
+            Command("true", cwd="\0"), Command("true", cwd="\ud800"), Command("true", output_bytes=-1),
+        ):  # fmt: skip
             with pytest.raises(ValueError):
                 await sandbox.exec(bad, timeout_s=TIMEOUT_S)
 

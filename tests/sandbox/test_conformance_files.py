@@ -79,7 +79,7 @@ def test_only_regular_files_are_read_and_written(stage: Stage) -> None:
         await sandbox.write("link", b"through")
         assert await sandbox.read("text") == b"through"
         assert await sandbox.list_files() == ["secret", "text"]
-        for bad in ("", "a\0b"):
+        for bad in ("", "a\0b", "half a pair \ud800"):
             with pytest.raises(ValueError):
                 await sandbox.read(bad)
             with pytest.raises(ValueError):
@@ -192,6 +192,33 @@ def test_archives_keep_modes_links_and_empty_folders(stage: Stage) -> None:
         mode_of_set_user_id = archive_of({"suid": b""}, lambda member: setattr(member, "mode", 0o6755))
         await sandbox.upload(mode_of_set_user_id)
         assert await output_of(sandbox, "stat -c %a suid") == b"755\n"
+
+    stage.run(check)
+
+
+def test_an_archive_replaces_pipes(stage: Stage) -> None:
+    """Which whoever opens them to write waits at."""
+    stage.needs("commands")
+
+    async def check(sandbox: Sandbox) -> None:
+        await output_of(sandbox, "mkdir tests; mkfifo tests/a pipe; ln -s ../pipe tests/b")
+        await sandbox.upload(archive_of({"tests/a": b"1", "tests/b": b"2"}))
+        assert (await sandbox.read("tests/a"), await sandbox.read("tests/b")) == (b"1", b"2")
+
+    stage.run(check)
+
+
+def test_a_list_of_files_has_a_limit(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sandbox may have more names than anybody wants, and is not broken by that."""
+    stage.needs("commands")
+    monkeypatch.setattr("upspiral.sandbox.connected._MAX_LIST_BYTES", 1000)
+
+    async def check(sandbox: Sandbox) -> None:
+        await output_of(sandbox, "mkdir many; for i in {1..300}; do > many/$i; done")
+        with pytest.raises(OSError, match="larger than 1000 bytes"):
+            await sandbox.list_files()
+        await output_of(sandbox, "rm many/???")
+        assert len(await sandbox.list_files()) == 99
 
     stage.run(check)
 

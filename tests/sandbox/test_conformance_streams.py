@@ -64,6 +64,10 @@ def test_a_program_gets_its_stdin(stage: Stage) -> None:
     async def check(sandbox: Sandbox) -> None:
         process = await sandbox.spawn(Command("wc -c", stdin=b"x" * 3_000_000))
         assert await all_output(process) == (b"3000000\n", b"")
+        echo = await sandbox.spawn(Command("cat", stdin=b"x" * 3_000_000))
+        assert await all_output(echo) == (b"x" * 3_000_000, b"")
+        unread = await sandbox.spawn(Command("exit 3", stdin=b"x" * 3_000_000))
+        assert (await unread.wait(timeout_s=TIMEOUT_S)).exit_code == 3
         deaf = await sandbox.spawn("exec 0<&-; echo closed; sleep 1000")
         assert await anext(deaf.output()) == ("stdout", b"closed\n")
         with pytest.raises(BrokenPipeError):
@@ -221,6 +225,23 @@ def test_a_fork_has_the_shells_of_its_parent(stage: Stage) -> None:
         assert [await said(shell, "echo $X") for shell in shells] == [b"forked\n", b"second\n", b"\n"]
         for each in (fork, grandchild):
             await each.stop()
+
+    stage.run(check)
+
+
+def test_a_shell_whose_replay_is_cancelled_is_replayed_to_the_next_who_asks(stage: Stage) -> None:
+    stage.needs("commands", "snapshot", "shell_fork")
+
+    async def check(sandbox: Sandbox) -> None:
+        await (await sandbox.shell()).run("X=1; sleep 0.5", timeout_s=TIMEOUT_S)
+        (fork,) = await sandbox.fork()
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.2):
+                await fork.shell()
+        again = await fork.shell()
+        assert again.restored == "replayed"
+        assert (await again.run("echo $X", timeout_s=TIMEOUT_S)).stdout == b"1\n"
+        await fork.stop()
 
     stage.run(check)
 

@@ -235,7 +235,7 @@ class Sandbox(Protocol):
         ...
 
     async def list_files(self, path: str = WORKSPACE) -> Sequence[str]:
-        """All regular files below a folder, relative to it, sorted."""
+        """All regular files below a folder, relative to it, sorted. OSError when their names take more than 64 MiB."""
         ...
 
     async def upload(self, archive: bytes, path: str = WORKSPACE) -> None:
@@ -261,7 +261,8 @@ class Sandbox(Protocol):
         ...
 
     async def connect(self, port: int) -> ByteStream:
-        """A connection to a TCP port that something inside listens on. ConnectionRefusedError when nothing does."""
+        """A connection to a TCP port that something inside listens on. ConnectionRefusedError when nothing does,
+        OSError when what does takes nobody in."""
         ...
 
     async def stop(self) -> None:

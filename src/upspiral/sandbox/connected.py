@@ -103,14 +103,16 @@ class ConnectedSandbox:
         command = _checked(command)
         script = _script(command)
         call = self._connection.call(_request("spawn", command, script), None)
-        with call.bounded(len(script)):
-            await call.send(script)
-        await call.start()
-        process = ConnectedProcess(call)
+        try:
+            with call.bounded(len(script)):
+                await call.send(script)
+            await call.start()
+        except BaseException:
+            await call.cancel()
+            raise
         if command.stdin:
-            await process.write(command.stdin)
-            await process.close_stdin()
-        return process
+            self._connection.feed(call, command.stdin)
+        return ConnectedProcess(call, stdin_closed=bool(command.stdin))
 
     async def shell(self) -> ConnectedShell:
         """In a fork first one for each that was open, in the order in which these were opened: the commands that had
@@ -122,7 +124,12 @@ class ConnectedSandbox:
         shell = ConnectedShell(self._connection, call, self._limits.output_bytes)
         if self._inherited:
             commands, *self._inherited = self._inherited
-            await shell.replay(commands)
+            try:
+                await shell.replay(commands)
+            except BaseException:
+                self._inherited = [commands, *self._inherited]
+                await shell.close()
+                raise
         self._shells = [*(each for each in self._shells if each.is_open), shell]
         return shell
 
@@ -146,30 +153,35 @@ class ConnectedSandbox:
         _check(await call.result(), path)
 
     async def list_files(self, path: str = WORKSPACE) -> Sequence[str]:
-        call = self._connection.call({"do": "list", "path": _path(path)}, limits={frames.DATA: _MAX_LIST_BYTES})
-        _check(await call.result(), path)
-        return sorted(os.fsdecode(bytes(name)) for name in call.kept[frames.DATA].split(b"\0") if name)
+        names = await self._output_of("list", path, _MAX_LIST_BYTES, "its list")
+        return sorted(os.fsdecode(name) for name in names.split(b"\0") if name)
 
     async def upload(self, archive: bytes, path: str = WORKSPACE) -> None:
         call = self._connection.call({"do": "unpack", "path": _path(path)}, archive)
         _check(await call.result(), path)
 
     async def download(self, path: str = WORKSPACE, *, max_bytes: int = 1 << 28) -> bytes:
-        call = self._connection.call({"do": "pack", "path": _path(path)})
-        archive = bytearray()
+        return await self._output_of("pack", path, max_bytes, "as a tar it")
+
+    async def _output_of(self, do: str, path: str, max_bytes: int, what: str) -> bytes:
+        """Of an operation on a folder, whose length depends on what lies there. Raises OSError when it is too long."""
+        call = self._connection.call({"do": do, "path": _path(path)})
+        output = bytearray()
         try:
             with call.bounded(max_bytes):
                 while received := await call.receive():
-                    archive += received[1]
-                    if len(archive) > max_bytes:
-                        raise OSError(f"{path}: as a tar it is larger than {max_bytes} bytes")
+                    output += received[1]
+                    if len(output) > max_bytes:
+                        raise OSError(f"{path}: {what} is larger than {max_bytes} bytes")
         except BaseException:
             await call.cancel()
             raise
         _check(await call.result(), path)
-        return bytes(archive)
+        return bytes(output)
 
     async def connect(self, port: int) -> ByteStream:
+        if not 0 < port < 1 << 16:
+            raise ValueError(f"{port} is no port; give one from 1 to 65535")
         call = self._connection.call({"do": "connect", "port": port}, None)
         await call.start()
         if call.ended.done():
@@ -217,9 +229,9 @@ class ConnectedSandbox:
 class ConnectedProcess:
     """Satisfies Process."""
 
-    def __init__(self, call: Call):
+    def __init__(self, call: Call, *, stdin_closed: bool):
         self._call = call
-        self._stdin_closed = False
+        self._stdin_closed = stdin_closed
 
     async def output(self) -> AsyncIterator[tuple[Literal["stdout", "stderr"], bytes]]:
         while received := await self._call.receive():
@@ -236,6 +248,8 @@ class ConnectedProcess:
             self._call.end()
 
     async def kill(self, signal: int = 9) -> None:
+        if not 0 < signal <= 64:
+            raise ValueError(f"{signal} is no signal; give one from 1 to 64")
         self._call.control(signal=signal)
 
     async def wait(self, *, timeout_s: float) -> ExecResult:
@@ -302,18 +316,31 @@ def _checked(command: str | Command) -> Command:
     """Raises ValueError for what no process can be given."""
     command = Command(command) if isinstance(command, str) else command
     for name, value in command.env.items():
-        if not name or "=" in name or "\0" in name + value:
-            raise ValueError(f"env: {name!r} = {value!r} cannot be in an environment; no NUL, and no = in a name")
-    if "\0" in command.cwd:
-        raise ValueError(f"cwd: {command.cwd!r} has a NUL in it")
+        if not name or "=" in name or not _is_plain(name + value):
+            raise ValueError(
+                f"env: {name!r} = {value!r} cannot be in an environment; "
+                "no NUL, no half of a surrogate pair, and no = in a name"
+            )
+    if not _is_plain(command.cwd):
+        raise ValueError(f"cwd: {command.cwd!r} has a NUL or half of a surrogate pair in it")
+    if command.output_bytes is not None and command.output_bytes < 0:
+        raise ValueError(f"output_bytes: {command.output_bytes} is less than none; 0 keeps nothing")
     return command if "\0" not in command.script else replace(command, script=command.script.replace("\0", ""))
 
 
 def _path(path: str) -> str:
     """Names that are no text travel as surrogates, as everywhere in Python."""
-    if not path or "\0" in path:
-        raise ValueError(f"{path!r} is no path; it is empty or has a NUL in it")
+    if not path or not _is_plain(path):
+        raise ValueError(f"{path!r} is no path; it is empty, or has a NUL or half of a surrogate pair in it")
     return path
+
+
+def _is_plain(text: str) -> bool:
+    """The system can be given it. A model may write half a surrogate pair, which stands for no byte."""
+    try:
+        return b"\0" not in text.encode(errors="surrogateescape")
+    except UnicodeEncodeError:
+        return False
 
 
 def _script(command: Command) -> bytes:

@@ -29,6 +29,8 @@ _SLOWEST_BYTES_PER_S = 64 << 10
 """What an operation takes in and gives out has that time, beside its own."""
 _MAX_STRAY_BYTES = 512 << 20
 """Of operations that were given up, on their way at a time."""
+_SMALL_BYTES = 1024
+"""Output that waits for its reader is kept in no smaller pieces, for what a piece costs beside its bytes."""
 _MAX_CALLERS = 512
 """Of forwarded ports, at a time. Further ones are refused."""
 
@@ -208,7 +210,7 @@ class Call:
         """A frame from inside. Raises BrokenRuleError, or msgspec's error, for one that must not come, or that says
         nothing: else an agent could keep this process busy for nothing."""
         self._heard_s = asyncio.get_running_loop().time()
-        if kind in (frames.DATA, frames.ERRORS):
+        if kind == frames.DATA or (kind == frames.ERRORS and self.number < frames.INSIDE):
             self._keep(kind, body)
         elif kind == frames.STARTED:
             if self.started.done():
@@ -257,6 +259,8 @@ class Call:
         self._unused += len(body)
         if self._unused + self._used > frames.WINDOW_BYTES:
             raise BrokenRuleError("more output than the window allows")
+        if self._arrived and self._arrived[-1][0] == kind and len(self._arrived[-1][1]) < _SMALL_BYTES:
+            body = self._arrived.pop()[1] + body
         self._arrived.append((kind, body))
 
     def _note(self, notice: Notice) -> None:
@@ -357,8 +361,12 @@ class Connection(asyncio.Protocol):
             self.write(opening + data + frames.frame(frames.END, call.number))
         else:
             self.write(opening)
-            self._keep_task(self._send_all(call, content))
+            self.feed(call, content)
         return call
+
+    def feed(self, call: Call, content: bytes) -> None:
+        """Sends all the input that an operation gets, while whoever began it goes on."""
+        self._keep_task(self._send_all(call, content))
 
     @property
     def is_idle(self) -> bool:
@@ -427,7 +435,7 @@ class Connection(asyncio.Protocol):
                     return
                 self._take(kind, number, body)
         except (frames.FrameError, BrokenRuleError, msgspec.MsgspecError, RecursionError) as error:
-            self.lose(SandboxError(f"the sandbox's agent broke the protocol: {error}"))
+            self.lose(SandboxError(f"the sandbox's agent broke the protocol: {str(error)[:500]}"))
 
     def connection_lost(self, exc: Exception | None) -> None:
         ended = SandboxError(f"the sandbox's agent has ended ({exc or 'it closed the connection'})")

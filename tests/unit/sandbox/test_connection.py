@@ -94,6 +94,11 @@ LIES: dict[str, Callable[[Liar, int], object]] = {
     "an operation of another kind": lambda liar, n: liar.send(frames.OPEN, frames.INSIDE, b'{"do":"exec","port":80}'),
     "an operation of the host's number": lambda liar, n: liar.send(frames.OPEN, n + 9, b'{"do":"forward","port":80}'),
     "an ACK that is no number": lambda liar, n: liar.send(frames.ACK, n, b"x"),
+    "complaints of a caller, who has none": lambda liar, n: (
+        liar.send(frames.OPEN, frames.INSIDE, b'{"do":"forward","port":80}'),
+        liar.send(frames.ERRORS, frames.INSIDE, b"x"),
+    ),
+    "text that is none": lambda liar, n: liar.send(frames.RESULT, n, b'{"error": "\xff"}'),
     "settings": lambda liar, n: liar.send(frames.SETTINGS, n, b"{}"),
     "the end": lambda liar, n: liar.writer.close(),
 }
@@ -235,6 +240,53 @@ def test_the_window_holds_both_ways() -> None:
                 liar.send(frames.DATA, number, b"y" * frames.CHUNK_BYTES)
             with pytest.raises(SandboxError, match="more output than the window allows"):
                 await process.wait(timeout_s=TIMEOUT_S)
+
+    run(check)
+
+
+def test_output_that_waits_is_not_kept_in_crumbs() -> None:
+    """Each of which takes a hundred times its own room."""
+
+    async def check() -> None:
+        async with stage() as (sandbox, liar):
+            spawning = asyncio.create_task(sandbox.spawn("x"))
+            number, _ = await liar.until(frames.OPEN)
+            liar.send(frames.STARTED, number, b"{}")
+            output = (await spawning).output()
+            for _ in range(3000):
+                liar.send(frames.DATA, number, b"x")
+            liar.result(number, exit_code=0)
+            await asyncio.sleep(0.1)
+            assert [len(content) async for _, content in output] == [1024, 1024, 952]
+
+    run(check)
+
+
+def test_a_program_that_is_cancelled_before_it_began_is_given_up() -> None:
+    async def check() -> None:
+        async with stage() as (sandbox, liar):
+            spawning = asyncio.create_task(sandbox.spawn("x" * (2 * frames.WINDOW_BYTES)))
+            number, _ = await liar.until(frames.DATA)
+            spawning.cancel()
+            assert await liar.until(frames.CONTROL) == (number, b'{"cancel": true}')
+            liar.result(number, error="cancelled")
+            with pytest.raises(asyncio.CancelledError):
+                await spawning
+            assert sandbox.connection.is_idle
+
+    run(check)
+
+
+def test_numbers_that_are_out_of_range_are_the_caller_s_mistake() -> None:
+    async def check() -> None:
+        async with stage() as (sandbox, liar):
+            spawning = asyncio.create_task(sandbox.spawn("x"))
+            number, _ = await liar.until(frames.OPEN)
+            liar.send(frames.STARTED, number, b"{}")
+            process = await spawning
+            for attempt in (process.kill(0), process.kill(65), sandbox.connect(0), sandbox.connect(1 << 16)):
+                with pytest.raises(ValueError):
+                    await attempt
 
     run(check)
 
