@@ -12,13 +12,42 @@ from dataclasses import replace
 import pytest
 
 from tests.unit.sandbox.virtual_time import run_in_virtual_time
-from upspiral.errors import CapabilityError, SandboxBusyError, SandboxError, SandboxGoneError
-from upspiral.sandbox.base import Limits, SandboxSpec
-from upspiral.sandbox.fake import FakeBackend, Faults
+from upspiral.errors import (
+    CapabilityError,
+    ConfigError,
+    ImageError,
+    SandboxBusyError,
+    SandboxError,
+    SandboxGoneError,
+)
+from upspiral.sandbox.base import Allow, Capabilities, Limits, SandboxSpec
+from upspiral.sandbox.fake import FakeBackend, FakeSandbox, Faults
 from upspiral.sandbox.pool import Pool, PoolLimits
-from upspiral.sandbox.pool.queue import PURPOSE_LABEL, RUN_LABEL, SCORING
+from upspiral.sandbox.pool.queue import PURPOSE_LABEL, RUN_LABEL, SCORING, TENANT_LABEL
 
 SPEC = SandboxSpec()
+BAD = SandboxSpec(env={"BAD": "1"})
+
+
+class PickyBackend(FakeBackend):
+    """Makes all kinds but BAD, and those with a way out, too."""
+
+    def __init__(self, failure: SandboxError) -> None:
+        super().__init__()
+        self.failure = failure
+        self.asked = 0
+
+    @property
+    def capabilities(self) -> Capabilities:
+        return replace(super().capabilities, egress=True)
+
+    @contextlib.asynccontextmanager
+    async def acquire(self, spec: SandboxSpec) -> AsyncIterator[FakeSandbox]:
+        self.asked += 1
+        if spec.env:
+            raise self.failure
+        async with super().acquire(spec) as sandbox:
+            yield sandbox
 
 
 def of_run(run: str, **labels: str) -> SandboxSpec:
@@ -226,6 +255,103 @@ def test_a_backend_that_fails_again_and_again_is_left_alone_for_a_while() -> Non
     run_in_virtual_time(play())
 
 
+def test_a_kind_that_was_never_made_keeps_nobody_from_the_others() -> None:
+    async def play() -> None:
+        backend = PickyBackend(SandboxError("no such luck"))
+        async with closing(Pool(backend, PoolLimits(attempts=2, breaker_failures=2, warm_max=0))) as pool:
+            await use(pool, SPEC, 0.0)
+            for _ in range(5):
+                with pytest.raises(SandboxError, match="no such luck"):
+                    await use(pool, BAD, 0.0)
+            await use(pool, SPEC, 0.0)
+        # Where nothing else was made, either, the backend may be down.
+        async with closing(Pool(backend, PoolLimits(attempts=2, breaker_failures=2, warm_max=0))) as pool:
+            with pytest.raises(SandboxError):
+                await use(pool, BAD, 0.0)
+            with pytest.raises(SandboxBusyError, match="2 sandboxes in a row"):
+                await use(pool, SPEC, 0.0)
+
+    run_in_virtual_time(play())
+
+
+def test_an_image_that_is_not_there_is_asked_for_once() -> None:
+    async def play() -> None:
+        backend = PickyBackend(ImageError("there is no image"))
+        async with closing(Pool(backend, PoolLimits(breaker_failures=1))) as pool:
+            with pytest.raises(ImageError):
+                await use(pool, BAD, 0.0)
+            assert backend.asked == 1
+            await use(pool, SPEC, 0.0)
+
+    run_in_virtual_time(play())
+
+
+def test_a_pool_rests_while_a_start_is_on_trial() -> None:
+    class Counting(Pool):
+        decisions = 0
+
+        def _pump(self) -> None:
+            self.decisions += 1
+            super()._pump()
+
+    async def play() -> None:
+        backend = FakeBackend(faults=Faults(start_s=10.0, start_failures=1))
+        limits = PoolLimits(attempts=1, breaker_failures=1, breaker_rest_s=5.0, warm_max=0)
+        async with closing(Counting(backend, limits)) as pool:
+            with pytest.raises(SandboxError):
+                await use(pool, SPEC, 0.0)
+            await asyncio.sleep(5.0)
+            await asyncio.gather(*(use(pool, SPEC, 0.0) for _ in range(3)))
+            assert pool.decisions < 50
+
+    run_in_virtual_time(play())
+
+
+def test_what_goes_out_is_written_down_with_the_labels_of_its_owner() -> None:
+    async def play() -> None:
+        backend = PickyBackend(SandboxError(""))
+        out = SandboxSpec(network=Allow(("example.org",)), labels={"rollout": "1"})
+        async with closing(Pool(backend, PoolLimits(warm_min=1))) as pool:
+            pool.keep_warm(out, minimum=1)
+            await asyncio.sleep(1)
+            for rollout in "123":
+                async with pool.acquire(replace(out, labels={"rollout": rollout})) as sandbox:
+                    (made,) = (each for each in backend.sandboxes if each.id == sandbox.id)
+                    assert made.spec.labels["rollout"] == rollout
+                await asyncio.sleep(1)
+            # One was warm, and was replaced; for labels that nobody may have again none waits.
+            assert pool.stats.made == 4 and pool.stats.warm == 1
+
+    run_in_virtual_time(play())
+
+
+def test_a_file_that_has_no_path_is_an_error_of_its_spec() -> None:
+    class Strict(FakeSandbox):
+        async def write(self, path: str, content: bytes, *, mode: int = 0o644) -> None:
+            raise ValueError(f"{path!r} is no path")
+
+    class Backend(FakeBackend):
+        @contextlib.asynccontextmanager
+        async def acquire(self, spec: SandboxSpec) -> AsyncIterator[FakeSandbox]:
+            yield Strict(spec)
+
+    async def play() -> None:
+        async with closing(Pool(Backend())) as pool:
+            with pytest.raises(SandboxError, match="'' is no path"):
+                await use(pool, SandboxSpec(files={"": b""}), 0.0)
+
+    run_in_virtual_time(play())
+
+
+def test_limits_with_which_nobody_gets_anything_are_refused() -> None:
+    for name in ("live", "starting", "queued", "starts_per_s", "start_burst", "wait_s", "attempts"):
+        for value in (0, -1):
+            with pytest.raises(ConfigError, match=f"{name} = {value}"):
+                PoolLimits(**{name: value})
+    with pytest.raises(ConfigError, match="warm_max"):
+        PoolLimits(warm_max=-1)
+
+
 def test_a_warm_sandbox_that_broke_is_replaced_when_files_are_written() -> None:
     async def play() -> None:
         backend = FakeBackend()
@@ -272,6 +398,65 @@ def test_forks_are_counted_and_refused_where_there_is_no_room() -> None:
             await pool.stop()
             with pytest.raises(SandboxGoneError):
                 await children[2].read("a")
+
+    run_in_virtual_time(play())
+
+
+def test_room_for_forks_that_were_not_made_goes_to_whoever_waits() -> None:
+    class Unforkable(FakeSandbox):
+        async def fork(self, count: int = 1) -> list[FakeSandbox]:
+            await asyncio.sleep(1.0)
+            raise SandboxError("no fork")
+
+    class Backend(FakeBackend):
+        @contextlib.asynccontextmanager
+        async def acquire(self, spec: SandboxSpec) -> AsyncIterator[FakeSandbox]:
+            yield Unforkable(spec)
+
+    async def play() -> None:
+        pool = Pool(Backend(), PoolLimits(live=3, warm_max=0))
+        async with closing(pool), pool.acquire(SPEC) as sandbox:
+            forking = asyncio.create_task(sandbox.fork(2))
+            await asyncio.sleep(0.1)
+            waiting = asyncio.create_task(use(pool, SPEC, 0.0))
+            await asyncio.sleep(0.1)
+            assert (pool.stats.live, pool.stats.queued, pool.stats.made) == (1, 1, 1)
+            with pytest.raises(SandboxError, match="no fork"):
+                await forking
+            await asyncio.wait_for(waiting, 1.0)
+
+    run_in_virtual_time(play())
+
+
+def test_what_is_made_when_a_pool_is_drained_is_given_to_nobody() -> None:
+    async def play() -> None:
+        async with closing(Pool(FakeBackend(faults=Faults(start_s=3.0)))) as pool:
+            waiting = asyncio.create_task(use(pool, SPEC, 0.0))
+            await asyncio.sleep(1)
+            await pool.drain(timeout_s=60.0)
+            assert pool.stats.live == 0
+            with pytest.raises(SandboxBusyError, match="is being drained"):
+                await waiting
+
+    run_in_virtual_time(play())
+
+
+def test_a_tenant_that_calls_everything_urgent_gets_no_more_than_others() -> None:
+    async def play() -> None:
+        order: list[str] = []
+
+        async def take(tenant: str, purpose: str) -> None:
+            async with pool.acquire(SandboxSpec(labels={TENANT_LABEL: tenant, PURPOSE_LABEL: purpose})):
+                order.append(f"{tenant} {purpose}")
+                await asyncio.sleep(10.0)
+
+        async with closing(Pool(FakeBackend(), PoolLimits(live=2, warm_max=0, wait_s=500.0))) as pool:
+            pushy = [asyncio.create_task(take("pushy", SCORING)) for _ in range(10)]
+            await asyncio.sleep(0.1)
+            modest = [asyncio.create_task(take("modest", purpose)) for purpose in ("", SCORING)]
+            await asyncio.gather(*pushy, *modest)
+        # Its own scoring still goes first.
+        assert [each for each in order[:6] if each.startswith("modest")] == ["modest scoring", "modest "]
 
     run_in_virtual_time(play())
 

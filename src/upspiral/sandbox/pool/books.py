@@ -21,6 +21,8 @@ class Books:
         self.limit = limit
         self.live = 0
         """From the beginning of a start to the end of a stop."""
+        self.reserved = 0
+        """Room for forks that are being made."""
         self.starting = 0
         self.made = 0
         self.stopped = 0
@@ -34,7 +36,7 @@ class Books:
 
     @property
     def has_room(self) -> bool:
-        return self.live < self.limit
+        return self.live + self.reserved < self.limit
 
     def start_begins(self) -> None:
         self.live += 1
@@ -56,20 +58,24 @@ class Books:
 
     def reserve(self, count: int) -> None:
         """Room for forks, before they are made. Raises SandboxBusyError when there is none."""
-        if self.live + count > self.limit:
+        if self.live + self.reserved + count > self.limit:
             self._metrics.refused("fork")
             raise SandboxBusyError(
                 f"{count} forks do not fit: {self.live} of {self.limit} sandboxes are live; stop some, or fork fewer",
                 retry_after_s=1.0,
             )
-        self.live += count
+        self.reserved += count
 
     def forked(self, count: int, reserved: int, owner: str) -> None:
         """So many of the reserved ones were made."""
-        self.live -= reserved - count
-        self.made += count
-        self._metrics.made.inc(count)
-        self.in_use[owner] += count
+        self.reserved -= reserved
+        if count:
+            self.live += count
+            self.made += count
+            self._metrics.made.inc(count)
+            self.in_use[owner] += count
+        if count < reserved:
+            self._freed()
 
     def returned(self, owner: str) -> None:
         self.in_use[owner] -= 1

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+
+from upspiral.errors import ConfigError
+
+_MAY_BE_ZERO = ("warm_min", "warm_max", "retry_delay_s")
 
 
 @dataclass(frozen=True, slots=True)
 class PoolLimits:
-    """Times in seconds."""
+    """Times in seconds. Raises ConfigError for one with which nobody would get anything."""
 
     live: int = 1000
     """Sandboxes at the same time: warm, starting, in use and being stopped, together."""
@@ -39,3 +43,9 @@ class PoolLimits:
     """A warm sandbox that nobody took for so long is stopped: its lifetime runs from when it was made."""
     warm_kinds: int = 64
     """Kinds of sandboxes that are remembered; the one that was not asked for longest is forgotten."""
+
+    def __post_init__(self) -> None:
+        for each in fields(self):
+            value = getattr(self, each.name)
+            if not (value > 0 or (value == 0 and each.name in _MAY_BE_ZERO)):
+                raise ConfigError(f"a pool with {each.name} = {value} gives nothing out; it must be above 0")

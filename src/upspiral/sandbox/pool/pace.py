@@ -71,7 +71,9 @@ class Breaker:
         return self._failures >= self._limit and not self._on_trial and now < self._open_until
 
     def wait_s(self, now: float) -> float:
-        """Until a start may be tried, as far as time decides it."""
+        """Until a start may be tried, as far as time decides it: infinite while one is on trial."""
+        if self._on_trial:
+            return math.inf
         return max(0.0, self._open_until - now) if self._failures >= self._limit else 0.0
 
     def allows(self, now: float) -> bool:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import random
 import secrets
 from collections.abc import AsyncIterator, Callable, Coroutine, Hashable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from upspiral.errors import CapabilityError, SandboxBusyError, SandboxError
+from upspiral.errors import CapabilityError, ImageError, SandboxBusyError, SandboxError
 from upspiral.sandbox.base import Capabilities, Sandbox, SandboxBackend, SandboxSpec, Snapshot
 from upspiral.sandbox.pool.books import Books
 from upspiral.sandbox.pool.limits import PoolLimits
@@ -49,7 +50,7 @@ class Pool:
     A sandbox has one owner in its life: it is made, perhaps waits warm, is given away, and is stopped. Requests that
     cannot be served at once wait in a fair queue, for `limits.wait_s` at most; then, or when too many wait already,
     they get SandboxBusyError. Starts that the infrastructure failed are tried again; a spec that the backend cannot
-    honour (CapabilityError) is not.
+    honour (CapabilityError, ImageError) is not.
     """
 
     def __init__(self, backend: SandboxBackend, limits: PoolLimits = DEFAULT_LIMITS) -> None:
@@ -90,6 +91,7 @@ class Pool:
     @contextlib.asynccontextmanager
     async def acquire(self, spec: SandboxSpec) -> AsyncIterator[Sandbox]:
         kept = await self._acquire(spec)
+        del spec  # its files are in the sandbox, and need not be kept here for as long as that lives
         owner = kept.owner or ""
         try:
             yield PooledSandbox(kept.sandbox, owner, self._books, self.metrics)
@@ -153,7 +155,7 @@ class Pool:
                 return kept, is_warm
             except BaseException as error:
                 self._discard(kept)
-                if isinstance(error, OSError):
+                if isinstance(error, OSError | ValueError):
                     raise SandboxError(f"the files of the spec could not be written: {error}") from error
                 if not isinstance(error, SandboxError):
                     raise
@@ -241,8 +243,9 @@ class Pool:
         if not self._closed and any(shelf.lacks(max(now, shelf.not_before)) for shelf in self._shelves.values()):
             times.append(now + _LACK_LOOK_S)
         has_room = self._books.has_room and self._books.starting < self.limits.starting
-        if has_room and (rested_at := self._queue.first_rested_at()) is not None:
-            times.append(max(rested_at, now + max(self._bucket.wait_s(now), self._breaker.wait_s(now))))
+        wait_s = max(self._bucket.wait_s(now), self._breaker.wait_s(now))
+        if has_room and wait_s < math.inf and (rested_at := self._queue.first_rested_at()) is not None:
+            times.append(max(rested_at, now + wait_s))
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -285,7 +288,7 @@ class Pool:
         self._freed()
 
     async def _make(self, shelf: Shelf, request: Request | None) -> Kept:
-        labels = {**(request.spec.labels if request else {}), ATTEMPT_LABEL: secrets.token_hex(8)}
+        labels = {**(request.spec if request else shelf.spec).labels, ATTEMPT_LABEL: secrets.token_hex(8)}
         context = self._backend.acquire(replace(shelf.spec, labels=labels))
         try:
             async with asyncio.timeout(self.limits.start_timeout_s):
@@ -298,7 +301,10 @@ class Pool:
         """Gives it to whom it was made for; to another, when that one has gone; or lets it wait."""
         if request is None or request.answer.done():
             request = self._queue.next(now, self._books.in_use, kind_of(shelf.spec))
-        if request is not None:
+        if request is not None and self._closed:
+            self._discard(kept)
+            request.answer.set_exception(self._busy("closed", f"the pool {self._closed}"))
+        elif request is not None:
             self._queue.discard(request)
             self._hand_over(kept, request.owner, now)
             request.answer.set_result(kept)
@@ -308,7 +314,7 @@ class Pool:
             self._discard(kept)
 
     def _start_failed(self, error: BaseException, shelf: Shelf, request: Request | None, now: float) -> None:
-        rest_s = self._rest_s(error, request, now)
+        rest_s = self._rest_s(error, shelf, request, now)
         if request is None:
             shelf.not_before = now + (self.limits.breaker_rest_s if rest_s is None else rest_s)
         elif not request.answer.done():
@@ -320,18 +326,22 @@ class Pool:
         if self._breaker.is_open(now):
             self._refuse_all(lambda: self._broken(now))
 
-    def _rest_s(self, error: BaseException, request: Request | None, now: float) -> float | None:
+    def _rest_s(self, error: BaseException, shelf: Shelf, request: Request | None, now: float) -> float | None:
         """After how long the start is tried again; None: not."""
         if self._closed:
             return None
         if isinstance(error, SandboxBusyError):
             self._breaker.abandoned()
             return error.retry_after_s
-        if isinstance(error, CapabilityError) or not isinstance(error, SandboxError):
+        if isinstance(error, CapabilityError | ImageError) or not isinstance(error, SandboxError):
             self._breaker.abandoned()
             return None
         self.metrics.failed("create")
-        self._breaker.failed(now, str(error))
+        if shelf.has_been_made or not self._books.made:
+            self._breaker.failed(now, str(error))
+        else:
+            # The backend makes others, and never made this kind: its spec may be at fault, for which nobody else pays.
+            self._breaker.abandoned()
         if request is None:
             return self.limits.retry_delay_s
         request.failures += 1

@@ -15,7 +15,7 @@ RUN_LABEL = "run"
 """Sandboxes are shared fairly between the values of the first of these that a spec's labels have."""
 PURPOSE_LABEL = "purpose"
 SCORING = "scoring"
-"""A sandbox for scoring ends a rollout, and with it frees others: it goes first."""
+"""A sandbox for scoring ends a rollout, and with it frees others: it goes first, but not before another tenant's."""
 
 
 @dataclass(eq=False, slots=True)
@@ -30,10 +30,13 @@ class Request:
     """After a failure it rests for a while."""
     owner: str = field(init=False)
     is_urgent: bool = field(init=False)
+    is_tenant: bool = field(init=False)
+    """Its owner is: the others need not trust it."""
 
     def __post_init__(self) -> None:
         self.owner = owner_of(self.spec)
         self.is_urgent = self.spec.labels.get(PURPOSE_LABEL) == SCORING
+        self.is_tenant = bool(self.spec.labels.get(TENANT_LABEL))
 
 
 def owner_of(spec: SandboxSpec) -> str:
@@ -78,9 +81,10 @@ class FairQueue:
     def next(self, now: float, in_use: Mapping[str, int], kind: Hashable | None = None) -> Request | None:
         """Whose turn it is, of those that do not rest. With `kind`, of those that ask for it, rested or not: a sandbox
         that is there need not be started."""
-        best: tuple[tuple[bool, int], Request] | None = None
+        best: tuple[tuple[bool, int, bool], Request] | None = None
         for (later, owner), line in self._lines.items():
-            rank = (later, in_use.get(owner, 0))
+            # What a tenant says of its requests concerns nobody else.
+            rank = (later and not line[0].is_tenant, in_use.get(owner, 0), later)
             if best is not None and best[0] <= rank:
                 continue
             for request in line:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections import deque
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, replace
 
@@ -32,7 +32,7 @@ class Kept:
 
 def kind_of(spec: SandboxSpec) -> Hashable:
     """Equal for specs that the same warm sandbox fits: all but files, which are written when it is given away, and
-    labels."""
+    labels, where none of them is written down: what goes out of a sandbox is."""
     return (
         spec.image,
         tuple(sorted(spec.env.items())),
@@ -40,16 +40,21 @@ def kind_of(spec: SandboxSpec) -> Hashable:
         spec.network,
         tuple(sorted(spec.forward_sockets.items())),
         tuple(sorted(spec.mounts.items())),
+        tuple(sorted(_lasting_labels(spec).items())),
     )
+
+
+def _lasting_labels(spec: SandboxSpec) -> Mapping[str, str]:
+    return {} if spec.network == "none" else spec.labels
 
 
 class Shelf:
     """The warm sandboxes of one kind, and how many of them there should be."""
 
     def __init__(self, spec: SandboxSpec, limits: PoolLimits) -> None:
-        self.spec = replace(spec, files={}, labels={})
-        self.minimum = limits.warm_min
-        self.maximum = limits.warm_max
+        self.spec = replace(spec, files={}, labels=_lasting_labels(spec))
+        # With a way out there is a kind for each set of labels, of which another one is rarely asked for.
+        self.minimum, self.maximum = (limits.warm_min, limits.warm_max) if spec.network == "none" else (0, 0)
         self.is_wanted = True
         """False once the pool has forgotten this kind."""
         self.starting = 0
@@ -66,6 +71,11 @@ class Shelf:
 
     def asked(self, now: float) -> None:
         self._arrivals.add(now)
+
+    @property
+    def has_been_made(self) -> bool:
+        """At least once, as long as the pool remembers this kind."""
+        return self._create_s is not None
 
     def created(self, seconds: float) -> None:
         mean = seconds if self._create_s is None else self._create_s
