@@ -9,7 +9,7 @@ import secrets
 import signal
 import sys
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,6 +18,7 @@ from cyclopts import Parameter
 from upspiral.errors import ConfigError
 
 if TYPE_CHECKING:
+    from upspiral.sandbox.egress import EgressRecord
     from upspiral.sandbox.server.tenants import Tenants
 
 TOKEN_VARIABLE = "UPSPIRAL_SANDBOX_TOKEN"
@@ -61,7 +62,8 @@ def serve(
 
     Without --tenants there is one tenant, whose token is a new one each time, or the one in the environment variable
     UPSPIRAL_SANDBOX_TOKEN, which is not printed. SIGTERM or Ctrl-C: no more sandboxes are given out, and those that
-    are out may be used for --drain-s seconds; a second signal ends them at once.
+    are out may be used for --drain-s seconds; a second signal ends them at once. What sandboxes connect to is written
+    to stderr, a JSON line {"egress": ...} each.
 
     Parameters
     ----------
@@ -101,14 +103,18 @@ def collect_garbage() -> None:
 async def _serve(backend: str, drain_s: float, heartbeat_s: float, size: Size, exposure: Exposure) -> None:
     # Imported here so that `upspiral --help` stays instant.
     from upspiral.gateway.http import check_address, serve_app
+    from upspiral.sandbox.open_files import allow_many
     from upspiral.sandbox.pool import Pool, PoolLimits
     from upspiral.sandbox.registry import make_backend
     from upspiral.sandbox.server.app import SandboxServer
 
+    if not heartbeat_s > 0:
+        raise ConfigError(f"--heartbeat-s {heartbeat_s:g} would end every sandbox at once; give seconds, such as 60")
     check_address(exposure.host, exposure.port)
     tenants, new_token = _tenants(exposure)
     limits = PoolLimits(live=size.live, starting=size.starting, queued=size.queued, warm_max=size.warm)
-    server = SandboxServer(Pool(make_backend(backend), limits), tenants, heartbeat_s=heartbeat_s)
+    server = SandboxServer(Pool(make_backend(backend, _write_down), limits), tenants, heartbeat_s=heartbeat_s)
+    allow_many()
     stop, hurry = _stop_on_signals()
     try:
         async with serve_app(server.app, host=exposure.host, port=exposure.port) as url:
@@ -121,6 +127,11 @@ async def _serve(backend: str, drain_s: float, heartbeat_s: float, size: Size, e
                 each.cancel()
     finally:
         await server.drain(timeout_s=0.0)
+
+
+def _write_down(record: EgressRecord) -> None:
+    with suppress(OSError):  # nobody reads it
+        print(json.dumps({"egress": asdict(record)}), file=sys.stderr, flush=True)
 
 
 async def _list(url: str) -> None:

@@ -27,6 +27,8 @@ def no_token(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         (["--backend", "cloud"], "", "choose one of namespace, process"),
         (["--tenants", "/nowhere/tenants.toml"], "", "cannot be read"),
         ([], "short", "at least 16"),
+        (["--heartbeat-s", "0"], "", "--heartbeat-s 0 would end"),
+        (["--starting", "0"], "", "starting = 0"),
     ],
 )
 def test_serve_says_what_is_missing(

@@ -22,7 +22,7 @@ from tests.unit.sandbox.cut_line import cut_line
 from tests.unit.sandbox.live_server import ALICE, BOB, LiveServer, live_server, server_process
 from upspiral.cli.main import run_command
 from upspiral.errors import CapabilityError, ConfigError, SandboxBusyError, SandboxError, SandboxGoneError
-from upspiral.sandbox.base import Command, SandboxSpec
+from upspiral.sandbox.base import Command, Diff, SandboxSpec
 from upspiral.sandbox.fake import FakeBackend
 from upspiral.sandbox.inside import frames
 from upspiral.sandbox.namespace import NamespaceBackend
@@ -174,6 +174,22 @@ def test_lost_connections_are_not_noticed(root: Path) -> None:
     run(check, root)
 
 
+def test_a_line_that_is_lost_before_the_first_word_is_taken_up_again(root: Path) -> None:
+    async def check(live: LiveServer) -> None:
+        async with cut_line(live.url) as line, remote(line.url) as backend:
+            line.mute_upgrades = 3
+            async with backend.acquire(SPEC) as sandbox:
+                assert (await sandbox.exec("echo here", timeout_s=5)).stdout == b"here\n"
+                assert line.mute_upgrades == 0
+                # Also one that stood before.
+                line.mute_upgrades = 2
+                line.cut()
+                assert (await sandbox.exec("echo still", timeout_s=5)).stdout == b"still\n"
+                assert line.mute_upgrades == 0
+
+    run(check, root)
+
+
 def test_a_create_over_a_bad_line_makes_one_sandbox(root: Path) -> None:
     async def check(live: LiveServer) -> None:
         async with cut_line(live.url) as line, remote(line.url) as backend:
@@ -206,6 +222,79 @@ def test_a_line_that_stays_down_is_an_error_of_the_infrastructure(root: Path) ->
             await backend.stop()
 
     run(check, root)
+
+
+def test_heartbeats_do_not_wait_for_connections_that_sandboxes_keep() -> None:
+    async def play() -> None:
+        async with remote("http://localhost:1") as backend:
+            connector = backend._api.session.connector
+            assert connector is not None and connector.limit == 0
+
+    asyncio.run(play())
+
+
+def test_a_backend_whose_server_is_gone_stops_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("upspiral.sandbox.remote.backend._FAREWELL_S", 0.5)
+
+    async def play() -> None:
+        async with live_server(FakeBackend()) as live, cut_line(live.url) as line:
+            backend = RemoteBackend(line.url, ALICE, patience_s=0.5)
+            async with backend.acquire(SPEC) as sandbox:
+                for _ in range(5):
+                    await sandbox.snapshot()
+                line.is_down = True
+                line.cut()
+                async with asyncio.timeout(5):
+                    await backend.stop()
+
+    asyncio.run(play())
+
+
+def test_paths_that_are_no_text_are_told_as_removed() -> None:
+    async def play() -> None:
+        fake = FakeBackend()
+        async with live_server(fake) as live, remote(live.url) as backend, backend.acquire(SPEC) as sandbox:
+            (inner,) = fake.sandboxes
+
+            async def diff() -> Diff:
+                return Diff(b"", ["/work/\udcff"])
+
+            inner.diff = diff  # type: ignore[method-assign]
+            assert (await sandbox.diff()).removed == ["/work/\udcff"]
+
+    asyncio.run(play())
+
+
+def test_what_is_no_server_of_sandboxes_is_told_as_that_and_a_proxy_is_asked_again() -> None:
+    answers: list[tuple[str, bytes]] = []
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        status, body = answers.pop(0)
+        writer.write(f"HTTP/1.1 {status}\r\nConnection: close\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
+        await writer.drain()
+        writer.close()
+
+    async def play() -> None:
+        async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+            port = server.sockets[0].getsockname()[1]
+            async with remote(f"http://127.0.0.1:{port}") as backend:
+                for body in (b"<html>", b'{"hello": 1}'):
+                    answers.append(("200 OK", body))
+                    with pytest.raises(SandboxError, match="is it the right address"):
+                        await backend.list_sandboxes()
+                answers.append(("404 Not Found", b"<html>"))
+                with pytest.raises(SandboxError, match="is it the right address"):
+                    await backend.list_sandboxes()
+                answers.extend(
+                    [("502 Bad Gateway", b"<html>"), ("503 Unavailable", b""), ("200 OK", b'{"sandboxes": []}')]
+                )
+                assert await backend.list_sandboxes() == []
+        async with remote("http://") as nowhere:
+            with pytest.raises(SandboxError, match="is it the right address"):
+                await nowhere.connect()
+
+    asyncio.run(play())
 
 
 def test_a_cancelled_command_is_killed_inside(root: Path) -> None:

@@ -13,10 +13,12 @@ import aiohttp
 import pytest
 
 from tests.unit.sandbox.live_server import ALICE, BOB, LiveServer, live_server
-from upspiral.errors import ConfigError
+from upspiral.errors import CapabilityError, ConfigError, ImageError, SandboxError, SandboxGoneError
+from upspiral.sandbox.base import Snapshot
 from upspiral.sandbox.fake import FakeBackend, Faults
 from upspiral.sandbox.pool import PoolLimits
 from upspiral.sandbox.server.tenants import Quota, Tenants
+from upspiral.sandbox.server.wire import error_answer, raised
 
 Client = aiohttp.ClientSession
 Check = Callable[[LiveServer, Client, Client], Awaitable[None]]
@@ -232,6 +234,7 @@ def test_quotas_are_of_one_tenant() -> None:
         for spec, word in (
             ({"limits": {"lifetime_s": 20_001}}, "lifetime_s = 20001"),
             ({"limits": {"memory_mb": 2000}}, "memory_mb = 2000"),
+            ({"limits": {"memory_mb": 1, "disk_mb": 2000}}, "disk_mb = 2000"),
             ({"network": {"hosts": ["example.org"]}}, "may not have a network"),
             ({"mounts": {"/etc": "/opt/etc"}}, "mounts name paths"),
             ({"forward_sockets": {"80": "/run/x"}}, "forward_sockets name paths"),
@@ -252,6 +255,10 @@ def test_quotas_are_of_one_tenant() -> None:
         ({"spec": {"imagee": "x"}}, "imagee"),
         ({"spec": {"limits": {"memory": 5}}}, "memory"),
         ({"spec": {"limits": {"memory_mb": -5}}}, "memory_mb must be positive"),
+        ({"spec": {"limits": {"cpus": 1e308}}}, "cpus must be positive, and at most"),
+        ({"spec": {"limits": {"inodes": 10**30}}}, "inodes"),
+        ({"spec": {"env": {"A=B": "1"}}}, "A=B"),
+        ({"spec": {"env": {"A": "\0"}}}, "spec.env"),
         ({"spec": {"limits": {"memory_mb": "lots"}}}, "memory_mb"),
         ({"spec": {"files": {"a": "not base64!"}}}, "files"),
         ({"spec": {"network": {"hosts": [], "all": True}}}, "all"),
@@ -333,6 +340,74 @@ def test_snapshots_are_of_their_tenant_and_dropped_without_heartbeats() -> None:
         assert status == 410 and "may have been dropped" in answer["message"]
 
     serve(check, backend, heartbeat_s=0.5, quota=Quota(snapshots=1))
+
+
+def test_snapshots_that_are_being_taken_count() -> None:
+    backend = FakeBackend()
+
+    async def check(live: LiveServer, alice: Client, bob: Client) -> None:
+        _, lease = await create(alice)
+        take = backend.sandboxes[0].snapshot
+
+        async def take_slowly() -> Snapshot:
+            await asyncio.sleep(0.2)
+            return await take()
+
+        backend.sandboxes[0].snapshot = take_slowly  # type: ignore[method-assign]
+        path = f"/sandboxes/{lease['id']}/snapshot"
+        answers = await asyncio.gather(*(ask(alice, "POST", path, key=f"s{number}") for number in range(6)))
+        assert sorted(status for status, _ in answers) == [200, 200, 429, 429, 429, 429]
+
+    serve(check, backend, quota=Quota(snapshots=2))
+
+
+@pytest.mark.parametrize(
+    ("network", "code", "word"),
+    [
+        ({"hosts": ["example.org"], "networks": ["10.0.0.0/8"]}, "capability", "10.0.0.0/8"),
+        ({"hosts": ["example.org", "169.254.169.254:80"]}, "capability", "169.254.169.254:80"),
+        ({"hosts": ["[::1]:22"]}, "capability", "::1"),
+        ({"hosts": ["*"]}, "config", "allowed host"),
+    ],
+)
+def test_a_tenant_reaches_nothing_of_the_servers_own(network: Any, code: str, word: str) -> None:
+    async def check(live: LiveServer, alice: Client, bob: Client) -> None:
+        status, answer = await create(alice, spec={"network": network})
+        assert (answer["code"], status) == (code, 400 if code == "config" else 422) and word in answer["message"]
+
+    serve(check, quota=Quota(egress=True))
+
+
+def test_nothing_large_is_kept_of_what_was_leased() -> None:
+    async def check(live: LiveServer, alice: Client, bob: Client) -> None:
+        leases = live.server._leases
+        _, lease = await create(alice, spec={"files": {"a": "eA=="}})
+        (held,) = leases._live.values()
+        assert held.spec.files == {}
+        # The same again is the same, though its files are not kept to compare.
+        assert (await create(alice, spec={"files": {"a": "eA=="}}))[1]["id"] == lease["id"]
+        assert (await create(alice, spec={"files": {"a": "eQ=="}}))[0] == 409
+        await ask(alice, "DELETE", f"/sandboxes/{lease['id']}")
+        status, answer = await create(alice, spec={"files": {"a": "eA=="}})
+        assert status == 410 and "stopped by its owner" in answer["message"]
+        (creation,) = leases._creations.values()
+        assert creation.lease.exception() is not None, "it keeps the sandbox"
+
+    serve(check)
+
+
+def test_errors_are_of_the_same_kind_at_the_client() -> None:
+    for error in (
+        ImageError("there is no image 'x'"),
+        ConfigError("allowed host '*'"),
+        CapabilityError("mounts"),
+        SandboxGoneError("gone"),
+        SandboxError("broken"),
+        OSError("larger than the disk"),
+    ):
+        status, answer = error_answer(error)
+        again = raised(answer)
+        assert type(again) is type(error) and str(again) == str(error) and 400 <= status < 600
 
 
 def test_a_server_that_is_drained_gives_nothing_out_and_waits() -> None:

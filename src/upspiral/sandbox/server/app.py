@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import replace
@@ -14,7 +15,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, HTTPConnection, Request
 from starlette.responses import Response
 from starlette.routing import Route, WebSocketRoute
-from starlette.websockets import WebSocket
+from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from upspiral.errors import CapabilityError, RequestError, SandboxGoneError, UnknownKeyError
 from upspiral.sandbox.base import SandboxSpec
@@ -27,6 +28,7 @@ from upspiral.sandbox.server.wire import (
     KEY_HEADER,
     LONGEST_KEY,
     MOST_FORKS,
+    DiffAnswer,
     ErrorAnswer,
     ForkRequest,
     HeartbeatAnswer,
@@ -159,7 +161,8 @@ class SandboxServer:
         return Response(status_code=204)
 
     async def _diff(self, tenant: Tenant, request: Request) -> Response:
-        return _json(await self._lease(tenant, request).sandbox.diff())
+        diff = await self._lease(tenant, request).sandbox.diff()
+        return _json(DiffAnswer(diff.archive, [os.fsencode(path) for path in diff.removed]))
 
     async def _snapshot(self, tenant: Tenant, request: Request) -> Response:
         lease = self._lease(tenant, request)
@@ -195,10 +198,14 @@ class SandboxServer:
         except Exception as error:
             refused = _failed(error)
             self._metrics.answered(refused.status_code)
-            await websocket.send_denial_response(refused)
+            with suppress(WebSocketDisconnect, RuntimeError, OSError):  # it has gone already
+                await websocket.send_denial_response(refused)
             return
         self._metrics.connections.inc()
-        await websocket.accept()
+        try:
+            await websocket.accept()
+        except (WebSocketDisconnect, RuntimeError, OSError):
+            return  # as above
         await session.carry(websocket, received)
 
     def _lease(self, tenant: Tenant, request: HTTPConnection) -> Lease:

@@ -79,7 +79,8 @@ class Lease:
         return session
 
     def _forget_idle_sessions(self) -> None:
-        for session_id, session in list(self._sessions.items()):
+        # First those that are over: another one's client may come back.
+        for session_id, session in sorted(self._sessions.items(), key=lambda each: not each[1].is_over):
             if len(self._sessions) >= _MOST_SESSIONS and not session.is_carried:
                 session.close(GONE, "its client opened others")
                 del self._sessions[session_id]

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
+
+import msgspec
 
 from upspiral.errors import RequestError, SandboxBusyError, SandboxGoneError
 from upspiral.sandbox.base import Sandbox, SandboxSpec, Snapshot
@@ -15,7 +18,7 @@ from upspiral.sandbox.pool import Pool
 from upspiral.sandbox.pool.queue import TENANT_LABEL
 from upspiral.sandbox.server.lease import DELETED, Lease
 from upspiral.sandbox.server.snapshots import Snapshots
-from upspiral.sandbox.server.tenants import Tenant, Usage
+from upspiral.sandbox.server.tenants import Tenant, Usage, memory_of
 
 _MOST_REMEMBERED = 10_000
 """Ended leases, and creations that are over, of which one can still learn what became of them."""
@@ -40,10 +43,12 @@ class KeyReusedError(RequestError):
 
 @dataclass(eq=False, slots=True)
 class _Creation:
-    """What was asked for under an idempotency key; `spec` is None when it was cancelled before it was asked for."""
+    """What was asked for under an idempotency key."""
 
-    spec: SandboxSpec | None
+    asked: bytes
+    """Tells one spec from another; empty when it was cancelled before it was asked for."""
     lease: asyncio.Future[Lease]
+    """The error, once that has ended."""
     holder: asyncio.Task[None] | None = None
 
 
@@ -104,9 +109,9 @@ class Leases:
                 raise SandboxBusyError("the server is being drained; use another one", retry_after_s=_DRAIN_RETRY_S)
             tenant.check(spec)
             resolved = self.snapshots.resolve(tenant, spec)
-            creation = self._remember(tenant, key, spec)
+            creation = self._remember(tenant, key, _fingerprint(spec))
             creation.holder = self._run(self._hold(tenant, key, resolved, creation))
-        elif creation.spec is not None and creation.spec != spec:
+        elif creation.asked not in (b"", _fingerprint(spec)):
             raise KeyReusedError("this Idempotency-Key was used for another sandbox; take a new one for each")
         lease = await asyncio.shield(creation.lease)
         lease.check()
@@ -121,7 +126,7 @@ class Leases:
 
     async def cancel_creation(self, tenant: Tenant, key: str) -> None:
         """Nothing is made, or stays, of what was or will be asked for under this key."""
-        creation = self._creations.get((tenant.name, key)) or self._remember(tenant, key, None)
+        creation = self._creations.get((tenant.name, key)) or self._remember(tenant, key, b"")
         if not creation.lease.done():
             _refuse(creation.lease, SandboxGoneError("the creation was cancelled by its client"))
             if creation.holder is not None:
@@ -133,7 +138,7 @@ class Leases:
         """Leases like this one, of sandboxes with the same files."""
         if self.is_draining:
             raise SandboxBusyError("the server is being drained; nothing is forked", retry_after_s=_DRAIN_RETRY_S)
-        memory_mb = lease.spec.limits.memory_mb
+        memory_mb = memory_of(lease.spec.limits)
         self._usage.take(lease.tenant, memory_mb, count)
         children: Sequence[Sandbox] = ()
         try:
@@ -147,9 +152,9 @@ class Leases:
         return leases
 
     async def snapshot(self, lease: Lease) -> Snapshot:
-        self.snapshots.check_room(lease.tenant)
-        snapshot = await lease.sandbox.snapshot()
-        self.snapshots.add(lease.tenant, snapshot)
+        with self.snapshots.room(lease.tenant):
+            snapshot = await lease.sandbox.snapshot()
+            self.snapshots.add(lease.tenant, snapshot)
         return snapshot
 
     async def drain(self, *, timeout_s: float) -> None:
@@ -170,12 +175,14 @@ class Leases:
 
     async def _hold(self, tenant: Tenant, key: str, spec: SandboxSpec, creation: _Creation) -> None:
         labels = {**spec.labels, TENANT_LABEL: tenant.name}
-        memory_mb = spec.limits.memory_mb
+        memory_mb = memory_of(spec.limits)
         lease: Lease | None = None
         try:
             self._usage.take(tenant, memory_mb)
             try:
                 async with self._pool.acquire(replace(spec, labels=labels)) as sandbox:
+                    # They are in the sandbox. Thousands of these may be here, for hours.
+                    spec = replace(spec, files={})
                     lease = self._lease(tenant, spec, sandbox)
                     async with self._listed(lease):
                         if not creation.lease.done():
@@ -185,6 +192,7 @@ class Leases:
                 self._usage.give_back(tenant, memory_mb)
                 if lease is not None:
                     lease.stopped.set()
+                    creation.lease = _refused(SandboxGoneError(f"sandbox {lease.id} is gone: {lease.why_over}"))
         except Exception as error:
             # Whatever it was, whoever waits is told; the next try with this key is a new one.
             if creation.lease.done():
@@ -200,7 +208,7 @@ class Leases:
             try:
                 await lease.sandbox.stop()
             finally:
-                self._usage.give_back(lease.tenant, lease.spec.limits.memory_mb)
+                self._usage.give_back(lease.tenant, memory_of(lease.spec.limits))
                 lease.stopped.set()
 
     def _lease(self, tenant: Tenant, spec: SandboxSpec, sandbox: Sandbox) -> Lease:
@@ -219,8 +227,8 @@ class Leases:
                 self._over.popitem(last=False)
             await lease.operations.stop()
 
-    def _remember(self, tenant: Tenant, key: str, spec: SandboxSpec | None) -> _Creation:
-        creation = _Creation(spec, asyncio.get_running_loop().create_future())
+    def _remember(self, tenant: Tenant, key: str, asked: bytes) -> _Creation:
+        creation = _Creation(asked, asyncio.get_running_loop().create_future())
         self._creations[tenant.name, key] = creation
         if len(self._creations) > _MOST_REMEMBERED:
             oldest = next(iter(self._creations))
@@ -236,6 +244,17 @@ class Leases:
         self._holders.add(task)
         task.add_done_callback(self._holders.discard)
         return task
+
+
+def _fingerprint(spec: SandboxSpec) -> bytes:
+    """In place of the spec, whose files may be large: so many are remembered."""
+    return hashlib.sha256(msgspec.json.encode(spec, order="deterministic")).digest()
+
+
+def _refused(error: Exception) -> asyncio.Future[Lease]:
+    lease: asyncio.Future[Lease] = asyncio.get_running_loop().create_future()
+    _refuse(lease, error)
+    return lease
 
 
 def _refuse(lease: asyncio.Future[Lease], error: Exception) -> None:

@@ -20,9 +20,6 @@ class Once:
         self._tasks: dict[str, asyncio.Task[Any]] = {}
 
     async def do(self, op_id: str, work: Callable[[], Coroutine[Any, Any, Answer]]) -> Answer:
-        """Without an id it is done anew, and cancelled with whoever asked."""
-        if not op_id:
-            return await work()
         task = self._tasks.get(op_id)
         if task is None:
             task = self._tasks[op_id] = asyncio.create_task(work())
@@ -34,12 +31,6 @@ class Once:
             if task.cancelled() and not _is_being_cancelled():
                 raise SandboxGoneError("the operation was cancelled, or its sandbox was stopped") from None
             raise
-
-    def cancel(self, op_id: str) -> None:
-        """Ends an operation that nobody will come back for."""
-        task = self._tasks.pop(op_id, None)
-        if task is not None:
-            task.cancel()
 
     async def stop(self) -> None:
         tasks = list(self._tasks.values())

@@ -88,6 +88,8 @@ class Session:
 
     async def _carry_until(self, replaced: asyncio.Event, websocket: WebSocket, received: int) -> tuple[int, str]:
         """Returns with what the WebSocket is to be closed."""
+        if self.is_over:
+            return self._why_over
         try:
             self._stream.resume(received)
             await websocket.send_bytes(self._stream.next_message())
@@ -124,7 +126,7 @@ class Session:
                 # Without a pause up to here: what was counted as received is on its way.
                 for kind, number, body in self._decoder.feed(self._stream.take(content)):
                     self._relay.from_client(kind, number, body)
-            except (FrameError, ResumeError) as error:
+            except (FrameError, ResumeError, RecursionError) as error:
                 self.close(MISBEHAVED, str(error)[:100])
                 return
             if self._stream.has_news:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -27,16 +30,24 @@ class Snapshots:
         self._backend = backend
         self._heartbeat_s = heartbeat_s
         self._held: dict[str, _Held] = {}
+        self._taking: Counter[str] = Counter()
+        """Snapshots that are being taken, by tenant."""
         self._expiries: set[asyncio.Task[Any]] = set()
 
-    def check_room(self, tenant: Tenant) -> None:
-        """Raises SandboxBusyError when the tenant has as many as it may."""
-        count = sum(held.tenant.name == tenant.name for held in self._held.values())
+    @contextmanager
+    def room(self, tenant: Tenant) -> Iterator[None]:
+        """Meanwhile there is room to `add` one. Raises SandboxBusyError when the tenant has as many as it may."""
+        count = sum(held.tenant.name == tenant.name for held in self._held.values()) + self._taking[tenant.name]
         if count >= tenant.quota.snapshots:
             raise SandboxBusyError(
                 f"{tenant.name} has {count} of {tenant.quota.snapshots} snapshots; drop some first",
                 retry_after_s=_QUOTA_RETRY_S,
             )
+        self._taking[tenant.name] += 1
+        try:
+            yield
+        finally:
+            self._taking[tenant.name] -= 1
 
     def add(self, tenant: Tenant, snapshot: Snapshot) -> None:
         held = self._held[snapshot.id] = _Held(tenant, snapshot)

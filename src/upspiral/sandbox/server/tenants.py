@@ -6,12 +6,14 @@ import hashlib
 import tomllib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from ipaddress import ip_address
 from pathlib import Path
 
 import msgspec
 
 from upspiral.errors import CapabilityError, ConfigError, SandboxBusyError
-from upspiral.sandbox.base import SandboxSpec
+from upspiral.sandbox.base import Allow, Limits, SandboxSpec
+from upspiral.sandbox.egress.policy import parse_rule
 
 SHORTEST_TOKEN = 16
 _QUOTA_RETRY_S = 1.0
@@ -22,12 +24,14 @@ class Quota(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     live: int = 1000
     memory_mb: int = 1_000_000
-    """The sum of `limits.memory_mb` of its live sandboxes."""
+    """The sum of `memory_of` its live sandboxes."""
     lifetime_s: float = 4 * 3600.0
     """The longest `limits.lifetime_s` that it may ask for."""
     snapshots: int = 256
     egress: bool = False
-    """Whether its sandboxes may reach hosts, from where the server stands."""
+    """Whether its sandboxes may reach public hosts, by name, from where the server stands."""
+    private_hosts: bool = False
+    """And whether also addresses and networks of the tenant's choice: whatever the server itself can reach."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,13 +48,29 @@ class Tenant:
                 f"limits.lifetime_s = {spec.limits.lifetime_s:g} is beyond the quota of {self.name}, "
                 f"{self.quota.lifetime_s:g} s; ask for less"
             )
-        if spec.limits.memory_mb > self.quota.memory_mb:
+        if (memory_mb := memory_of(spec.limits)) > self.quota.memory_mb:
             raise CapabilityError(
-                f"limits.memory_mb = {spec.limits.memory_mb} is beyond the quota of {self.name}, "
-                f"{self.quota.memory_mb} MB for all its sandboxes; ask for less"
+                f"limits.memory_mb = {spec.limits.memory_mb} with disk_mb = {spec.limits.disk_mb} takes {memory_mb} MB "
+                f"of memory, beyond the quota of {self.name}, {self.quota.memory_mb} MB for all its sandboxes; ask for "
+                "less"
             )
-        if spec.network != "none" and not self.quota.egress:
+        if spec.network != "none":
+            self._check_network(spec.network)
+
+    def _check_network(self, network: Allow) -> None:
+        if not self.quota.egress:
             raise CapabilityError(f"{self.name} may not have a network; whoever runs the server can set egress = true")
+        private = [*network.networks, *filter(_is_address, network.hosts)]
+        if private and not self.quota.private_hosts:
+            raise CapabilityError(
+                f"{self.name} may reach hosts by name, and not {private[0]!r}; whoever runs the server can set "
+                "private_hosts = true"
+            )
+
+
+def memory_of(limits: Limits) -> int:
+    """The MB of the machine's memory that a sandbox may take: what it writes lies there, too (namespace/backend.py)."""
+    return max(limits.memory_mb, limits.disk_mb + limits.memory_mb // 2)
 
 
 class Usage:
@@ -126,6 +146,16 @@ def _entry(name: str, table: object) -> tuple[str, Tenant]:
         fields = ", ".join(["token", *Quota.__struct_fields__])
         raise ConfigError(f"tenant {name}: {error}; the keys are {fields}") from error
     return token, Tenant(name, quota)
+
+
+def _is_address(host: str) -> bool:
+    """Of an entry of an allow-list. What is listed as an address can be reached, whatever it is of."""
+    name = parse_rule(host).host
+    try:
+        ip_address(name)
+    except ValueError:
+        return False
+    return True
 
 
 def _digest(token: str) -> bytes:

@@ -10,7 +10,9 @@ import msgspec
 
 from upspiral.errors import (
     CapabilityError,
+    ConfigError,
     DeadlineError,
+    ImageError,
     RequestError,
     SandboxBusyError,
     SandboxError,
@@ -21,6 +23,8 @@ from upspiral.sandbox.base import Allow, Limits, SandboxSpec, Snapshot
 KEY_HEADER = "Idempotency-Key"
 LONGEST_KEY = 200
 MOST_FORKS = 256
+_LARGEST_LIMIT = 1 << 31
+"""Of whatever: a larger one is none, and may be more than those who set it can count to."""
 
 
 class CreateRequest(msgspec.Struct, forbid_unknown_fields=True):
@@ -75,6 +79,13 @@ class Listing(msgspec.Struct):
     sandboxes: Sequence[ListedSandbox]
 
 
+class DiffAnswer(msgspec.Struct):
+    """A `Diff`, whose paths need not be text."""
+
+    archive: bytes
+    removed: Sequence[bytes]
+
+
 class ErrorAnswer(msgspec.Struct):
     """Any answer of 4xx or 5xx, and how an operation in a sandbox failed."""
 
@@ -87,6 +98,8 @@ Body = TypeVar("Body")
 
 _STATUS_OF_CODE = {
     "capability": 422,
+    "image": 422,
+    "config": 400,
     "gone": 410,
     "busy": 429,
     "deadline": 504,
@@ -101,12 +114,14 @@ _CODES: Sequence[tuple[type[Exception], str]] = (
     (CapabilityError, "capability"),
     (SandboxGoneError, "gone"),
     (SandboxBusyError, "busy"),
+    (ImageError, "image"),
     (SandboxError, "sandbox"),
     (DeadlineError, "deadline"),
     (FileNotFoundError, "no_file"),
     (ConnectionRefusedError, "refused"),
     (BrokenPipeError, "broken_pipe"),
     (OSError, "os"),
+    (ConfigError, "config"),
 )
 _PLAIN_KINDS: Mapping[str, Callable[[str], Exception]] = {
     code: kind for kind, code in _CODES if kind is not SandboxBusyError
@@ -132,8 +147,11 @@ def read_spec(raw: bytes) -> SandboxSpec:
     _check_keys(given.get("image"), Snapshot, "spec.image")
     for each in fields(Limits):
         value = getattr(spec.limits, each.name)
-        if isinstance(value, int | float) and not value > 0:
-            raise RequestError(f"spec.limits.{each.name} must be positive, not {value}")
+        if isinstance(value, int | float) and not 0 < value <= _LARGEST_LIMIT:
+            raise RequestError(f"spec.limits.{each.name} must be positive, and at most {_LARGEST_LIMIT}, not {value}")
+    for name, value in spec.env.items():
+        if not name or "=" in name or "\0" in name + value:
+            raise RequestError(f"spec.env: {name!r} cannot be in an environment; no NUL, and no = in a name")
     return spec
 
 
