@@ -16,6 +16,7 @@ from tests.sandbox.probes import python
 from upspiral.errors import SandboxError
 from upspiral.sandbox.base import Limits, SandboxBackend, SandboxSpec
 from upspiral.sandbox.grading import Exam, Verdict, Work, grade, hand_in, pytest_check
+from upspiral.sandbox.grading.work import WorkError, sift
 
 SQUARES = """
 for number, square in {3: 9, 12: 144}.items():
@@ -333,6 +334,23 @@ def test_infrastructure_that_fails_is_no_verdict(stage: Stage) -> None:
             await grading
 
     stage.run_backend(check)
+
+
+def test_a_name_that_changes_on_its_way_is_refused() -> None:
+    """What unpacks it would end the name at the NUL, and lay out a conftest.py."""
+    for name in ("conftest.py\0.txt", "tests/test_it.py\0"):
+        work = Work(_archive({"pax_headers": {"path": name}}), (), is_whole=True)
+        with pytest.raises(WorkError, match="is no path"):
+            sift(work, "/work", ["tests/test_it.py"])
+    with pytest.raises(WorkError, match="is no path"):
+        sift(Work(_archive({}), ("/work/a\0/etc/passwd",), is_whole=False), "/work", [])
+
+
+def test_an_exam_that_no_sandbox_holds_is_an_error() -> None:
+    with pytest.raises(ValueError, match="file_mb or disk_mb"):
+        Exam("", files={"a": bytes(2 << 20)}, spec=SandboxSpec(limits=Limits(file_mb=1)))
+    with pytest.raises(ValueError, match="file_mb or disk_mb"):
+        Exam("", files={"a": bytes(1 << 20), "b": b"x"}, spec=SandboxSpec(limits=Limits(disk_mb=1)))
 
 
 def test_an_exam_s_paths_are_in_the_workspace() -> None:

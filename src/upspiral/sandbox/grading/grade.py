@@ -40,6 +40,7 @@ import asyncio
 import hashlib
 import hmac
 import json
+import os
 import posixpath
 import secrets
 import shlex
@@ -56,6 +57,7 @@ _SETUP_TIMEOUT_S = 60.0
 _START_TIMEOUT_S = 20.0
 """How long the judge may take to begin and to end, beside the check."""
 _VERDICT_BYTES = 8 << 20
+_NOT_STARTED = (126, 127)
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
@@ -77,6 +79,9 @@ class Exam:
         for path in self.files:
             if path != posixpath.normpath(path) or path.startswith(("/", "..")) or path == ".":
                 raise ValueError(f"exam files: {path!r} is no path in the workspace; use one such as tests/test_it.py")
+        limits, sizes = self.spec.limits, [len(content) for content in self.files.values()]
+        if max(sizes, default=0) > limits.file_mb << 20 or sum(sizes) > limits.disk_mb << 20:
+            raise ValueError(f"exam files: {sum(sizes)} bytes, more than the file_mb or disk_mb of its spec's limits")
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,23 +136,27 @@ async def grade(backend: SandboxBackend, exam: Exam, work: Work) -> Verdict:
 
 async def _lay_out(sandbox: Sandbox, exam: Exam, work: Work) -> Sifted:
     """Nothing of the work runs meanwhile."""
-    place = await sandbox.exec("pwd -P", timeout_s=_SETUP_TIMEOUT_S)
-    sifted = await asyncio.to_thread(sift, work, place.stdout.decode().strip(), exam.files)
+    place = await _must(sandbox, "pwd -P", SandboxError)
+    sifted = await asyncio.to_thread(sift, work, os.fsdecode(place).strip(), exam.files)
     if work.is_whole:
-        await _must(sandbox, "find . -mindepth 1 -delete")
+        await _must(sandbox, "find . -mindepth 1 -delete", SandboxError)
     elif sifted.removed:
         names = b"\0".join(f"./{name}".encode(errors="surrogateescape") for name in sifted.removed)
-        await _must(sandbox, Command("xargs -0 rm -rf --", stdin=names))
+        await _must(sandbox, Command("xargs -0 rm -rf --", stdin=names), OSError)
     await sandbox.upload(sifted.archive, WORKSPACE)
     for path, content in exam.files.items():
         await sandbox.write(path, content)
     return sifted
 
 
-async def _must(sandbox: Sandbox, command: str | Command) -> None:
+async def _must(sandbox: Sandbox, command: str | Command, failure: type[SandboxError | OSError]) -> bytes:
+    """What it says. `failure`: SandboxError for what has nothing to do with the work."""
     done = await sandbox.exec(command, timeout_s=_SETUP_TIMEOUT_S)
+    if done.exit_code in _NOT_STARTED:
+        failure = SandboxError
     if done.exit_code != 0:
-        raise OSError(done.stderr.decode(errors="replace").strip() or f"{command} failed")
+        raise failure(done.stderr.decode(errors="replace").strip() or f"{command} failed: {done}")
+    return done.stdout
 
 
 def _judging(exam: Exam, key: bytes) -> Command:

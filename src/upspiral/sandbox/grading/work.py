@@ -136,7 +136,9 @@ class _Sieve:
                 self._folders.add(path)
 
     def name(self, path: str) -> str | None:
-        """Relative to the workspace; None for what is not in it."""
+        """Relative to the workspace; None for what is not in it. Raises WorkError."""
+        if "\0" in path:  # whoever unpacks it would take what stands before that for the name
+            raise WorkError(f"{path!r} is no path")
         normal = posixpath.normpath("/" + path.lstrip("/"))
         if normal == self._base:
             return "."
