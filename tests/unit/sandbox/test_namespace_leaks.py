@@ -25,6 +25,8 @@ from tests.unit.sandbox.namespace_stage import (
 from upspiral.errors import SandboxError, SandboxGoneError
 from upspiral.sandbox.base import Limits, SandboxSpec
 from upspiral.sandbox.namespace import NamespaceBackend
+from upspiral.sandbox.namespace.keeper_process import KeeperProcess
+from upspiral.sandbox.owner import Owner
 
 OWNER = """
 import asyncio, sys
@@ -212,6 +214,97 @@ def test_whoever_gives_up_while_a_sandbox_is_made_leaves_nothing(tmp_path: Path)
         assert below == []
 
     in_backend(check, tmp_path)
+
+
+def test_what_is_refused_while_it_is_made_leaves_no_control_group(tmp_path: Path) -> None:
+    async def check(backend: NamespaceBackend) -> None:
+        if not backend.capabilities.cpu_limit:
+            pytest.skip("the namespace backend may make no control groups here")
+        with pytest.raises(SandboxError):
+            async with backend.acquire(SandboxSpec(limits=Limits(cpus=0.001))):  # the kernel wants 0.01 at least
+                pass
+        assert [each for group in control_groups_of(os.getpid()) for each in group.iterdir() if each.is_dir()] == []
+
+    in_backend(check, tmp_path)
+
+
+def test_a_keeper_that_cannot_begin_leaves_no_control_groups(tmp_path: Path) -> None:
+    label = Owner.this_process().label("namespace")
+    with pytest.raises(SandboxError, match="No such file"):
+        KeeperProcess(label, tmp_path / "none", None, lambda *_: None)
+    assert_nothing_is_left(tmp_path)
+
+
+TRIAL = """
+import time
+from upspiral.sandbox.namespace.keeper.control_groups import Hierarchies
+
+class Slow(Hierarchies):
+    def make(self, name, allowance):
+        print("trying", flush=True)
+        time.sleep(1000)
+
+Slow({}, 1).can_be_entered()
+"""
+
+
+def test_a_keeper_that_is_killed_while_it_tries_control_groups_leaves_no_process() -> None:
+    environment = {**os.environ, "PYTHONPATH": ":".join(sys.path)}
+    with subprocess.Popen([sys.executable, "-c", TRIAL], env=environment, stdout=subprocess.PIPE) as keeper:
+        assert keeper.stdout and keeper.stdout.readline() == b"trying\n"
+        (tried,) = children_of(keeper.pid)
+        keeper.kill()
+        assert keeper.stdout.read() == b"", "and nobody holds what it held"
+    wait_until(lambda: not Path(f"/proc/{tried}").exists())
+
+
+HINDERED = """
+import os, signal, subprocess, sys, time
+from upspiral.sandbox.namespace.keeper import pause
+
+HINDER = '''
+import os, sys
+if os.fork() == 0:
+    print("up", flush=True)
+    while True:
+        try:
+            os.kill(-1, int(sys.argv[1]))
+        except ProcessLookupError:
+            pass
+os.wait()
+'''
+
+class Stage:
+    group = None
+    def signal(self, number): pass
+    def open_pid_namespace(self): return os.open(f"/proc/{self.first}/ns/pid", os.O_RDONLY)
+
+reader, writer = os.pipe2(os.O_NONBLOCK)
+signal.set_wakeup_fd(writer)
+signal.signal(signal.SIGTERM, lambda *_: None)
+stage, hinderer = Stage(), [sys.executable, "-c", HINDER, sys.argv[1]]
+with subprocess.Popen(["unshare", "--pid", "--fork", "--kill-child", *hinderer], stdout=subprocess.PIPE) as inside:
+    inside.stdout.readline()
+    stage.first = open(f"/proc/{inside.pid}/task/{inside.pid}/children").read().split()[0]
+    for _ in range(20):
+        assert not pause.runs_nothing_else(stage)
+        pause.resume(stage)
+    inside.kill()
+try:
+    raise AssertionError(f"somebody told the keeper: {os.read(reader, 99)}")
+except BlockingIOError:
+    print("well")
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="makes a pid namespace without a user namespace")
+@pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGTERM, signal.SIGKILL])
+def test_what_signals_whoever_looks_into_its_sandbox_neither_hangs_nor_ends_the_keeper(number: signal.Signals) -> None:
+    """Without root they are the same user."""
+    environment = {**os.environ, "PYTHONPATH": ":".join(sys.path)}
+    command = [sys.executable, "-c", HINDERED, str(int(number))]
+    done = subprocess.run(command, env=environment, capture_output=True, timeout=TIMEOUT_S, check=False)
+    assert done.stdout == b"well\n", done.stderr.decode()
 
 
 @pytest.mark.slow

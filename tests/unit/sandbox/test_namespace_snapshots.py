@@ -79,6 +79,52 @@ def test_commands_that_begin_while_a_sandbox_is_sealed_wait_for_it(tmp_path: Pat
     in_sandbox(check, tmp_path)
 
 
+def test_a_snapshot_takes_nothing_from_its_sandbox(tmp_path: Path) -> None:
+    async def check(sandbox: NamespaceSandbox) -> None:
+        await output_of(sandbox, "echo 1 > a; echo 2 > /dev/shm/b")
+        await sandbox.snapshot()
+        assert await output_of(sandbox, "cat a /dev/shm/b") == "1\n2\n"
+        await output_of(sandbox, "rm /dev/shm/b")
+        assert (await sandbox.snapshot()).how == "sealed"
+
+    in_sandbox(check, tmp_path)
+
+
+def test_what_lies_in_the_place_of_a_folder_is_no_failure_of_a_snapshot(tmp_path: Path) -> None:
+    async def check(sandbox: NamespaceSandbox) -> None:
+        await output_of(sandbox, "chmod u+w / /var; rm -r /tmp /var/tmp; echo mine > /tmp; ln -s nowhere /var/tmp")
+        assert (await sandbox.snapshot()).how == "sealed"
+        assert await output_of(sandbox, "cat /tmp; readlink /var/tmp") == "mine\nnowhere\n"
+
+    in_sandbox(check, tmp_path)
+
+
+def test_a_copy_outlives_its_sandbox(tmp_path: Path) -> None:
+    """And so do the layers below, on which nobody else stands any more."""
+
+    async def check(backend: NamespaceBackend) -> None:
+        (keeper,) = children_of(os.getpid())
+
+        def num_layers() -> int:
+            return Path(f"/proc/{keeper}/mounts").read_text().count("/layers/")
+
+        async with backend.acquire(SandboxSpec(files={"below": b"1"})) as sandbox:
+            (fork,) = await sandbox.fork()
+        await output_of(fork, "sleep 1000 >/dev/null 2>&1 & for i in {1..10000}; do > $i; done")
+        copying = asyncio.create_task(fork.snapshot())
+        while num_layers() < 2:
+            await asyncio.sleep(0)
+        await fork.stop()
+        assert not copying.done()
+        snapshot = await copying
+        async with backend.acquire(SandboxSpec(image=snapshot)) as other:
+            assert await output_of(other, "cat below; ls | wc -l") == "110001\n"
+        await backend.drop(snapshot)
+        assert num_layers() == 0
+
+    in_backend(check, tmp_path)
+
+
 def test_a_snapshot_is_an_image_until_it_is_dropped(tmp_path: Path) -> None:
     async def check(backend: NamespaceBackend) -> None:
         async with backend.acquire(SandboxSpec(files={"a": b"1"})) as sandbox:

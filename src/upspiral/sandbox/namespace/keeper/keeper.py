@@ -320,7 +320,7 @@ class Keeper:
         """`sealed`: the sandbox's disk has become a layer, and a new agent above it has taken over its socket.
         `copied`: nothing has changed for the sandbox."""
         live = self._the(request["name"])
-        if request["may_seal"] and runs_nothing_else(live):
+        if request["may_seal"] and not live.has_shared_memory() and runs_nothing_else(live):
             live.stack.hold()
             disk, agent = os.dup(live.disk), os.dup(live.agent)
             self._end(live, lambda: self._seal(live, disk, agent, request))

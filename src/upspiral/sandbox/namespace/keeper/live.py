@@ -79,6 +79,14 @@ class Live:
         """What it has written."""
         return os.open("u", FOLDER_FLAGS, dir_fd=self.disk)
 
+    def has_shared_memory(self) -> bool:
+        """Files in /dev/shm, which only this agent's sandbox has: they are on its disk, and in no layer."""
+        folder = os.open("s", FOLDER_FLAGS, dir_fd=self.disk)
+        try:
+            return bool(os.listdir(folder))
+        finally:
+            os.close(folder)
+
     def open_pid_namespace(self) -> int:
         """The caller closes it."""
         if self.pid_namespace >= 0:
