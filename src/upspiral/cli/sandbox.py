@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from upspiral.errors import ConfigError
+from upspiral.sandbox.registry import TOKEN_VARIABLE
 
 if TYPE_CHECKING:
     from upspiral.sandbox.egress import EgressRecord
     from upspiral.sandbox.server.tenants import Tenants
 
-TOKEN_VARIABLE = "UPSPIRAL_SANDBOX_TOKEN"
 _DEFAULT_TENANT = "default"
 
 

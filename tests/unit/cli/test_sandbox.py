@@ -11,7 +11,7 @@ import pytest
 
 from tests.unit.sandbox.live_server import ALICE, server_process
 from upspiral.cli.main import run_command
-from upspiral.cli.sandbox import TOKEN_VARIABLE
+from upspiral.sandbox.registry import TOKEN_VARIABLE
 
 
 @pytest.fixture(autouse=True)

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import aiohttp
 
-from upspiral.cli.sandbox import TOKEN_VARIABLE
 from upspiral.gateway.http import serve_app
 from upspiral.sandbox.base import SandboxBackend
 from upspiral.sandbox.pool import Pool, PoolLimits
+from upspiral.sandbox.registry import TOKEN_VARIABLE
 from upspiral.sandbox.server.app import SandboxServer
 from upspiral.sandbox.server.tenants import Quota, Tenant, Tenants
 
