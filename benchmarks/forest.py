@@ -18,7 +18,7 @@ targets, attention by pairs of query and key. `token_ratio` is the tokens of the
 gradients, which both forms pay whatever they hold; of small graphs it is most of the time. `ratio_beyond_fixed` is the
 ratio without it. Where the flat form has more than MOST_TOKENS tokens, every n-th of its rows is timed
 (`flat_sample`: tokens timed over all) and the time scaled by counted work. Peaks are what a process of its own used at
-most beyond model and imports.
+most beyond model and imports; of many flat rows the longest are taken for it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from collections.abc import Callable, Sequence
 from random import Random
 from typing import Any
 
-from result import report
+from result import commit, report, saved_figures
 from upspiral.config.models import AlgorithmConfig, TrainerConfig
 from upspiral.trainer.flat import call_rows, side_by_side
 from upspiral.trainer.forest import ForestBatch, Item, pack
@@ -150,6 +150,14 @@ def sampled(rows: Sequence[ForestBatch]) -> Sequence[ForestBatch]:
     return rows if tokens <= MOST_TOKENS else rows[every // 2 :: every]
 
 
+def longest(rows: Sequence[ForestBatch], lanes: int) -> Sequence[ForestBatch]:
+    """About SAMPLE_TOKENS tokens of the longest rows, one a lane at least: there the flat form's memory peaks."""
+    if sum(row.num_tokens for row in rows) <= MOST_TOKENS:
+        return rows
+    by_length = sorted(rows, key=lambda row: row.num_tokens, reverse=True)
+    return by_length[: max(lanes, -(-SAMPLE_TOKENS // by_length[0].num_tokens))]
+
+
 # Measuring
 
 
@@ -180,11 +188,15 @@ class Bench:
         multiplied."""
         rows = call_rows(CASES[case]())
         timed = sampled(rows)
-        tokens, longest = sum(row.num_tokens for row in timed), max(row.num_tokens for row in timed)
-        ways = [self.lanes] if tokens > FEW_TOKENS else [1, self.lanes]
-        room = {lanes: min(TOKENS_PER_MICROBATCH, max(-(-tokens // lanes), longest)) for lanes in ways}
-        dealt = [side_by_side(timed, room[lanes], lanes) for lanes in ways]
-        return dealt, self.work.of(rows) / self.work.of(timed)
+        ways = [self.lanes] if sum(row.num_tokens for row in timed) > FEW_TOKENS else [1, self.lanes]
+        return [self._dealt(timed, lanes) for lanes in ways], self.work.of(rows) / self.work.of(timed)
+
+    def flat_at_its_peak(self, case: str) -> list[ForestBatch]:
+        return self._dealt(longest(call_rows(CASES[case]()), self.lanes), self.lanes)
+
+    def _dealt(self, rows: Sequence[ForestBatch], lanes: int) -> list[ForestBatch]:
+        a_lane = max(-(-sum(row.num_tokens for row in rows) // lanes), max(row.num_tokens for row in rows))
+        return side_by_side(rows, min(TOKENS_PER_MICROBATCH, a_lane), lanes)
 
     def seconds(self, batches: Sequence[ForestBatch]) -> float:
         """Of forward and backward of all microbatches, gradients added up."""
@@ -219,7 +231,7 @@ def count(case: str) -> dict[str, float]:
 
 def measure_peak(case: str, form: str) -> dict[str, Any]:
     bench = Bench()
-    batches = bench.graph(case) if form == "graph" else bench.flat(case)[0][-1]
+    batches = bench.graph(case) if form == "graph" else bench.flat_at_its_peak(case)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     bench.seconds(batches)
     return {"peak_mb": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024}
@@ -238,8 +250,15 @@ def measure(case: str, repeats: int) -> dict[str, Any]:
     graph_s, flat_s, fixed_s = (figures[name] for name in ("graph_s", "flat_s", "fixed_s"))
     figures["ratio"] = flat_s / graph_s
     figures["ratio_beyond_fixed"] = (flat_s - fixed_s) / (graph_s - fixed_s)
-    for form, name in (("graph", "peak_mb"), ("flat", "flat_peak_mb")):
-        figures[name] = in_a_process("--peak", case, "--form", form)["peak_mb"]
+    return rounded({**figures, "commit": commit()})
+
+
+def measure_peaks(case: str) -> dict[str, Any]:
+    peaks = {form: in_a_process("--peak", case, "--form", form)["peak_mb"] for form in ("graph", "flat")}
+    return rounded({"peak_mb": peaks["graph"], "flat_peak_mb": peaks["flat"], "peaks_commit": commit()})
+
+
+def rounded(figures: dict[str, Any]) -> dict[str, Any]:
     return {name: round(value, 3) if isinstance(value, float) else value for name, value in figures.items()}
 
 
@@ -249,8 +268,9 @@ def targets() -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="*", choices=list(CASES), help="measure only these")
+    parser.add_argument("--only", nargs="*", choices=list(CASES), help="of others the saved figures stay")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--peaks", action="store_true", help="measure memory again, and no times")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/forest.json")
     parser.add_argument("--time", choices=list(CASES), help=argparse.SUPPRESS)
     parser.add_argument("--peak", choices=list(CASES), help=argparse.SUPPRESS)
@@ -261,9 +281,10 @@ def main() -> None:
     elif options.peak:
         print(json.dumps(measure_peak(options.peak, options.form)))
     else:
-        figures = {}
+        figures = saved_figures("forest")
         for case in options.only or CASES:
-            figures[case] = measure(case, options.repeats)
+            timed = figures.get(case, {}) if options.peaks else measure(case, options.repeats)
+            figures[case] = {**timed, **measure_peaks(case)}
             print(case, figures[case], file=sys.stderr, flush=True)
         report("forest", {**figures, "model": MODEL, "dtype": "bfloat16"}, targets(), save=options.save)
 

@@ -34,7 +34,9 @@ def saved_figures(benchmark: str) -> dict[str, Any]:
 
 
 def commit() -> str:
-    return _git("rev-parse", "--short", "HEAD") + ("-dirty" if _git("status", "--porcelain") else "")
+    """Results that were saved meanwhile do not make it dirty."""
+    changed = _git("status", "--porcelain", "--", ".", ":!benchmarks/results")
+    return _git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
 
 
 def machine() -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """The order in which one lane computes its batches: a batch is kept until everything that hangs below it is done.
 
-What is alive at any time is two batches with all that their gradients need, the one under way and the lowest on its
+What is alive at any time is WHOLE batches with all that their gradients need, the one under way and the lowest on its
 path; of the path above these, keys, values and each layer's input. Layers there are computed again, once, when their
 turn comes.
 """
@@ -16,6 +16,9 @@ from torch import Tensor
 
 from upspiral.trainer.attention import ForestPass
 from upspiral.trainer.forest import ForestBatch
+
+WHOLE = 3
+"""Two would compute most of a path of three batches again, which flat rows of its length would not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,9 +52,7 @@ class Lane:
         self.batches = batches
         self._exact, self._recompute = exact, recompute
         self.remaining = deque(depth_first(batches))
-        paths = _contexts(batches)
-        self._above = _contexts([batches[number] for number in paths])
-        """Batches on a path that goes on in a later batch."""
+        self._below = _longest_below(batches)
         self._passes: list[ForestPass | None] = [None] * len(batches)
         self._losses: dict[int, Tensor] = {}
 
@@ -62,7 +63,7 @@ class Lane:
             self._passes,
             keeps=work.kind == "forward",
             exact=self._exact,
-            recompute=self._recompute or work.batch in self._above,
+            recompute=self._recompute or self._below[work.batch] >= WHOLE,
         )
         self._passes[work.batch] = begun
         return begun
@@ -78,9 +79,13 @@ class Lane:
         ended.backward(self._losses.pop(work.batch, None))
 
 
-def _contexts(batches: Sequence[ForestBatch]) -> set[int]:
-    """The batches that these have as context."""
-    return {run.batch for batch in batches for run in batch.context}
+def _longest_below(batches: Sequence[ForestBatch]) -> list[int]:
+    """For each batch, how many are on the longest path that goes on below it. Contexts come before what needs them."""
+    below = [0] * len(batches)
+    for number, batch in reversed(list(enumerate(batches))):
+        for run in batch.context:
+            below[run.batch] = max(below[run.batch], below[number] + 1)
+    return below
 
 
 def lanes_of(batches: Sequence[ForestBatch], *, exact: bool = False, recompute: bool = False) -> list[Lane]:

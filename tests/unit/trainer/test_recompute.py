@@ -77,7 +77,7 @@ def test_outside_of_a_step_the_model_is_as_it_came() -> None:
 
 @pytest.mark.parametrize("head_width", HEAD_WIDTHS)
 def test_a_long_rollout_in_parts_takes_less_memory_than_whole(head_width: int) -> None:
-    """Two parts have all that their gradients need; of those above, layers are computed again."""
+    """Three parts have all that their gradients need; of those above, layers are computed again."""
     graph = demonstration_graph("long", [([1, 2, 3] * 10, [9, 8, 7] * 10)] * 20)
     peaks = []
     for budget in (2000, 100):
