@@ -85,4 +85,4 @@ def test_a_long_rollout_in_parts_takes_less_memory_than_whole(head_width: int) -
         _, learner = trainer(False, head_width, inner_width=512)
         learner.gradients(forest, "sft")
         peaks.append(peak_bytes(lambda learner=learner, forest=forest: learner.gradients(forest, "sft")))
-    assert peaks[1] < peaks[0] / 2, peaks
+    assert peaks[1] < 0.6 * peaks[0], peaks
