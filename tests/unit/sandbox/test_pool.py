@@ -297,7 +297,8 @@ def test_a_pool_rests_while_a_start_is_on_trial() -> None:
     async def play() -> None:
         backend = FakeBackend(faults=Faults(start_s=10.0, start_failures=1))
         limits = PoolLimits(attempts=1, breaker_failures=1, breaker_rest_s=5.0, warm_max=0)
-        async with closing(Counting(backend, limits)) as pool:
+        pool = Counting(backend, limits)
+        async with closing(pool):
             with pytest.raises(SandboxError):
                 await use(pool, SPEC, 0.0)
             await asyncio.sleep(5.0)
