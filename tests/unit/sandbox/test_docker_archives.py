@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import hashlib
 import json
 import os
 import stat
+import subprocess
+import sys
 import tarfile
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -262,6 +266,37 @@ def test_programs_that_are_missing_are_said(store: ImageStore, tmp_path: Path, m
         get(store, "debian:bookworm", tmp_path)
     with pytest.raises(ImageError, match="needs the docker program; or give an archive"):
         get(store, "docker:python:3.12", tmp_path)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="debootstrap needs root")
+def test_debootstrap_ends_with_a_process_that_is_killed(tmp_path: Path) -> None:
+    """The program is replaced by one that takes its time: who removes the folder next must not meet it there."""
+    mark = f"1000.{os.getpid()}"
+    (tmp_path / "debootstrap").write_text(f"#!/bin/sh\ntouch {tmp_path}/began\nsleep {mark}\n")
+    (tmp_path / "debootstrap").chmod(0o755)
+    program = "import sys, pathlib; from upspiral.sandbox.images.debian import bootstrap; "
+    program += f"bootstrap('bookworm', pathlib.Path({str(tmp_path)!r}))"
+    env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHONPATH": os.pathsep.join(sys.path)}
+    maker = subprocess.Popen([sys.executable, "-c", program], env=env)
+    try:
+        wait_until((tmp_path / "began").exists)
+    finally:
+        maker.kill()
+        maker.wait()
+    wait_until(lambda: not any(mark in line for line in command_lines()))
+
+
+def command_lines() -> Iterator[str]:
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            yield path.read_text(errors="replace")
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def test_what_docker_says_when_it_fails_is_passed_on(
