@@ -99,6 +99,21 @@ def test_what_lies_in_the_place_of_a_folder_is_no_failure_of_a_snapshot(tmp_path
     in_sandbox(check, tmp_path)
 
 
+@pytest.mark.parametrize("instead", ["> /opt", "ln -s nowhere /opt", "ln -s /usr /opt", "mkdir -p /opt/a; mkfifo /opt/a/b"])
+def test_what_lies_in_the_way_of_a_mount_is_no_failure_of_a_snapshot(tmp_path: Path, instead: str) -> None:
+    shared, root = tmp_path / "shared", tmp_path / "root"
+    for folder in (shared, root):
+        folder.mkdir()
+    (shared / "f").write_text("shared")
+
+    async def check(sandbox: NamespaceSandbox) -> None:
+        await output_of(sandbox, f"chmod u+w /; mv /opt /other; {instead}")
+        await sandbox.snapshot()
+        assert await output_of(sandbox, "cat /opt/a/b/f") == "shared"
+
+    in_sandbox(check, root, SandboxSpec(mounts={str(shared): "/opt/a/b"}))
+
+
 def test_a_copy_outlives_its_sandbox(tmp_path: Path) -> None:
     """And so do the layers below, on which nobody else stands any more."""
 

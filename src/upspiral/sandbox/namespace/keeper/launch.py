@@ -11,6 +11,7 @@ import struct
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 from typing import NoReturn
 
 from upspiral.sandbox.inside.agent import serve
@@ -162,7 +163,14 @@ def _make_root(order: Order, ground: Ground, trees: Sequence[int]) -> int:
     syscalls.mount("proc", "/proc", "proc", _HARMLESS | MountFlag.NOEXEC)
     syscalls.drop_old_root()
     for path, tree in (*programs, ("/dev", dev), *zip(order.mounts, mounted, strict=True)):
-        _mount_at(path, tree)
+        try:
+            _mount_at(path, tree)
+        except OSError:
+            if not ground.lower:
+                raise
+            _make_way(path, tree)
+            _mount_at(path, tree)
+        os.close(tree)
     syscalls.attach(shared_memory, "/dev/shm")
     os.close(shared_memory)
     syscalls.mount("devpts", "/dev/pts", "devpts", MountFlag.NOSUID | MountFlag.NOEXEC, "newinstance,ptmxmode=0666")
@@ -187,15 +195,29 @@ def _furnish() -> None:
     os.chmod("t/u/var", 0o555)
 
 
+def _make_way(path: str, tree: int) -> None:
+    """Takes away the files and links that somebody in the sandbox left there, on which nothing can be mounted. What
+    follows on its snapshots could not begin, which would pass for a failure of ours."""
+    folders = [*map(str, reversed(PurePosixPath(path).parents)), *([path] if _is_folder(tree) else ())]
+    for folder in folders:
+        if os.path.islink(folder) or (os.path.exists(folder) and not os.path.isdir(folder)):
+            os.unlink(folder)
+    if os.path.islink(path):
+        os.unlink(path)
+
+
+def _is_folder(tree: int) -> bool:
+    return os.path.isdir(f"/proc/self/fd/{tree}")
+
+
 def _mount_at(path: str, tree: int) -> None:
     if not os.path.exists(path):
-        if os.path.isdir(f"/proc/self/fd/{tree}"):
+        if _is_folder(tree):
             os.makedirs(path)
         else:
             os.makedirs(os.path.dirname(path), exist_ok=True)
             os.close(os.open(path, os.O_CREAT | os.O_WRONLY, 0o644))
     syscalls.attach(tree, path)
-    os.close(tree)
 
 
 def _raise_loopback() -> None:
