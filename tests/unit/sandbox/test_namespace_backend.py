@@ -6,6 +6,7 @@ import asyncio
 import gc
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -19,6 +20,8 @@ import pytest
 
 from tests.unit.sandbox.namespace_stage import (
     TIMEOUT_S,
+    assert_nothing_is_left,
+    children_of,
     in_backend,
     in_sandbox,
     output_of,
@@ -504,3 +507,53 @@ def test_missing_namespaces_are_said_at_construction(root: Path) -> None:
     )  # fmt: skip
     assert "sysctl user.max_user_namespaces" in done.stdout, done
     assert list(root.iterdir()) == []
+
+
+def test_a_keeper_that_followed_is_not_taken_for_the_one_that_died(root: Path) -> None:
+    async def check(backend: NamespaceBackend) -> None:
+        (keeper,) = children_of(os.getpid())
+        async with backend.acquire(SandboxSpec()) as sandbox:
+            os.kill(keeper, signal.SIGSTOP)
+            stopping = asyncio.create_task(sandbox.stop())
+            await asyncio.sleep(0.2)
+            os.kill(keeper, signal.SIGKILL)
+            while not backend._keeper.is_dead:
+                await asyncio.sleep(0)
+            async with backend.acquire(SandboxSpec()) as other:
+                await stopping
+                assert await output_of(other, "echo alive") == "alive\n"
+
+    in_backend(check, root)
+
+
+def test_whoever_gives_a_snapshot_up_leaves_the_sandbox_whole_and_no_layer(root: Path) -> None:
+    async def check(backend: NamespaceBackend) -> None:
+        (keeper,) = children_of(os.getpid())
+        async with backend.acquire(SandboxSpec()) as sandbox:
+            os.kill(keeper, signal.SIGSTOP)
+            taking = asyncio.create_task(sandbox.snapshot())
+            await asyncio.sleep(0.2)
+            taking.cancel()
+            await asyncio.wait([taking])
+            assert taking.cancelled()
+            after = asyncio.create_task(output_of(sandbox, "echo alive"))
+            assert not (await asyncio.wait([after], timeout=0.3))[0], "an agent that is to be replaced took a command"
+            os.kill(keeper, signal.SIGCONT)
+            assert await after == "alive\n"
+        wait_until(lambda: "/layers/" not in Path(f"/proc/{keeper}/mountinfo").read_text())
+
+    in_backend(check, root)
+
+
+def test_a_stop_that_was_given_up_goes_on(root: Path) -> None:
+    async def check() -> None:
+        backend = NamespaceBackend(root)
+        stopping = asyncio.create_task(backend.stop())
+        await asyncio.sleep(0)
+        stopping.cancel()
+        await asyncio.wait([stopping])
+        await backend.stop()
+        assert children_of(os.getpid()) == []
+        assert_nothing_is_left(root)
+
+    asyncio.run(check())

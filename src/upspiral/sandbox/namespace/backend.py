@@ -70,7 +70,7 @@ class NamespaceBackend:
         self._used_images: dict[str, UsedImage] = {}
         self._using = threading.Lock()
         self._starting = asyncio.Semaphore(_MAX_STARTING)
-        self._stopped = False
+        self._stopping: asyncio.Future[None] | None = None
         self._keeper = self._start_keeper()
 
     def _start_keeper(self) -> KeeperProcess:
@@ -84,9 +84,11 @@ class NamespaceBackend:
             except BaseException:
                 keeper.kill()
                 raise
-        except SandboxError as error:
+        except BaseException as error:
             self._folder.rmdir()
-            raise SandboxError(explain(str(error))) from error
+            if isinstance(error, SandboxError):
+                raise SandboxError(explain(str(error))) from error
+            raise
         return keeper
 
     @property
@@ -124,35 +126,45 @@ class NamespaceBackend:
             await self.ask("drop", timeout_s=_STOP_TIMEOUT_S, snapshot=snapshot.id)
 
     async def stop(self) -> None:
-        if self._stopped:
-            return
-        self._stopped = True
-        await asyncio.gather(*(sandbox.stop() for sandbox in list(self._live.values())))
-        self._keeper.close()
-        await asyncio.to_thread(self._keeper.wait)
-        self._bury()
-        for image in self._used_images.values():
-            image.release()
+        if self._stopping is None:
+            self._stopping = asyncio.ensure_future(self._close())
+        await asyncio.shield(self._stopping)
+
+    async def _close(self) -> None:
+        try:
+            await asyncio.gather(*(sandbox.stop() for sandbox in list(self._live.values())))
+        finally:
+            self._keeper.close()
+            await asyncio.to_thread(self._keeper.wait)
+            self._bury()
+            for image in self._used_images.values():
+                image.release()
 
     async def start_all(self, snapshot: Snapshot, spec: SandboxSpec, count: int) -> Sequence[NamespaceSandbox]:
-        """Sandboxes on a snapshot: all, or none and the error of one."""
+        """Sandboxes on a snapshot, which is dropped: all, or none and the error of one."""
         spec = replace(spec, image=snapshot)
         starts = [asyncio.ensure_future(self._start(spec)) for _ in range(count)]
         try:
-            return await asyncio.gather(*starts)
+            sandboxes = await asyncio.gather(*starts)
+            await self.drop(snapshot)
+            return sandboxes
         except BaseException:
-            started = await asyncio.gather(*starts, return_exceptions=True)
-            await asyncio.gather(*(each.stop() for each in started if isinstance(each, NamespaceSandbox)))
+            await asyncio.shield(self._give_up(starts, snapshot))
             raise
+
+    async def _give_up(self, starts: Sequence[asyncio.Future[NamespaceSandbox]], snapshot: Snapshot) -> None:
+        started = await asyncio.gather(*starts, return_exceptions=True)
+        await asyncio.gather(*(each.stop() for each in started if isinstance(each, NamespaceSandbox)))
+        await self.drop(snapshot)
 
     async def _start(self, spec: SandboxSpec) -> NamespaceSandbox:
         async with self._starting, contextlib.AsyncExitStack() as exits:
-            self._revive()
-            origin = await self._origin_of(spec.image)
-            furnished = await exits.enter_async_context(way_out(spec, self._folder, self._egress_log))
-            name = f"sandbox-{next(self._names)}-{secrets.token_hex(4)}"
-            order = _order(name, furnished, origin, grouped=self.capabilities.memory_limit == "sandbox")
             with enough_for_a_sandbox():
+                self._revive()
+                origin = await self._origin_of(spec.image)
+                furnished = await exits.enter_async_context(way_out(spec, self._folder, self._egress_log))
+                name = f"sandbox-{next(self._names)}-{secrets.token_hex(4)}"
+                order = _order(name, furnished, origin, grouped=self.capabilities.memory_limit == "sandbox")
                 here, there = socket.socketpair()
             self._beginning[name] = None
             try:
@@ -179,11 +191,12 @@ class NamespaceBackend:
     async def end(self, sandbox: NamespaceSandbox) -> None:
         """Returns when nothing is left of it."""
         self._live.pop(sandbox.id, None)
+        keeper = self._keeper  # another one may have followed when this one's death is heard of here
         try:
-            await self.ask("stop", timeout_s=_STOP_TIMEOUT_S, name=sandbox.id)
+            await keeper.ask("stop", timeout_s=_STOP_TIMEOUT_S, name=sandbox.id)
         except SandboxError:
             # It is dead, or hangs; then it can help nobody, and its death takes all sandboxes with it.
-            self._keeper.kill()
+            keeper.kill()
 
     def remember(self, snapshot: Snapshot, origin: Origin) -> None:
         self._origins[snapshot.id] = origin
@@ -221,7 +234,7 @@ class NamespaceBackend:
             self._beginning[name] = error
 
     def _revive(self) -> None:
-        if self._stopped:
+        if self._stopping is not None:
             raise SandboxGoneError("the sandbox backend was stopped")
         if self._keeper.is_dead:
             self._bury()

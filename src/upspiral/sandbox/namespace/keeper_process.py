@@ -101,8 +101,13 @@ class KeeperProcess:
         self._attach()
         if self._death:
             raise SandboxError(self._death)
-        with enough_for_a_sandbox():
-            copies = [os.dup(descriptor) for descriptor in descriptors]
+        copies: list[int] = []
+        try:
+            with enough_for_a_sandbox():
+                copies.extend(map(os.dup, descriptors))
+        except BaseException:
+            _close_all(copies)
+            raise
         answered = asyncio.get_running_loop().create_future()
         self._waiting[number] = answered
         self._outgoing.append((content, copies, number))

@@ -8,7 +8,7 @@ import os
 import secrets
 import socket
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AsyncExitStack, contextmanager
+from contextlib import AsyncExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO, Protocol
 
@@ -74,6 +74,7 @@ class NamespaceSandbox(ConnectedSandbox):
         self._origin = making.origin
         self._maker = maker
         self._turn = asyncio.Lock()
+        self._unwanted: set[asyncio.Future[None]] = set()
 
     async def diff(self) -> Diff:
         """Since its image, whatever snapshots lie between. Everything inside stands still for as long as it takes."""
@@ -87,7 +88,21 @@ class NamespaceSandbox(ConnectedSandbox):
                 return await asyncio.to_thread(lambda: Diff(_content(archive), json.loads(_content(removed))))
 
     async def snapshot(self) -> Snapshot:
-        """Sealed when no operation is under way and nothing runs inside; it then goes on above the sealed layer."""
+        """Sealed when no operation is under way and nothing runs inside; it then goes on above the sealed layer.
+        Cancelled, it is taken all the same, since the keeper may be amid it, and dropped."""
+        taking = asyncio.ensure_future(self._take_snapshot())
+        try:
+            return await asyncio.shield(taking)
+        except asyncio.CancelledError:
+            self._unwanted.add(dropping := asyncio.ensure_future(self._drop_unwanted(taking)))
+            dropping.add_done_callback(self._unwanted.discard)
+            raise
+
+    async def _drop_unwanted(self, taking: asyncio.Future[Snapshot]) -> None:
+        with suppress(SandboxError):
+            await self._maker.drop(await taking)
+
+    async def _take_snapshot(self) -> Snapshot:
         async with self._turn:
             self._check_live()
             name = f"snapshot-{secrets.token_hex(8)}"
@@ -114,10 +129,7 @@ class NamespaceSandbox(ConnectedSandbox):
 
     async def fork(self, count: int = 1) -> Sequence[NamespaceSandbox]:
         shells, snapshot = self.shells_to_inherit(), await self.snapshot()
-        try:
-            forks = await self._maker.start_all(snapshot, self._making.spec, count)
-        finally:
-            await self._maker.drop(snapshot)
+        forks = await self._maker.start_all(snapshot, self._making.spec, count)
         for fork in forks:
             fork.inherit_shells(shells)
         return forks
@@ -125,12 +137,12 @@ class NamespaceSandbox(ConnectedSandbox):
     async def restore(self, snapshot: Snapshot) -> None:
         async with self._turn:
             self._check_live()
-            self._origin = self._maker.origin_of(snapshot)
+            origin = self._maker.origin_of(snapshot)
             with enough_for_a_sandbox():
                 here, there = socket.socketpair()
             with there:
                 following = await self._connect(here)
-                lost, self._connection = self._connection, following
+                lost, self._connection, self._origin = self._connection, following, origin
                 self.inherit_shells(())
                 try:
                     await self._maker.ask(
