@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import secrets
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _PREFIX = "upspiral"
+_MEMORY = Path("/dev/shm")
 _MIN_FREE_BYTES = 1 << 30
 _REMOVE_TIMEOUT_S = 60
 
@@ -66,16 +68,16 @@ def make_folder(root: Path | None, label: str) -> Path:
 
 
 def default_root() -> Path:
-    memory = Path("/dev/shm")
-    if os.access(memory, os.W_OK | os.X_OK) and shutil.disk_usage(memory).free > _MIN_FREE_BYTES:
-        return memory
+    if os.access(_MEMORY, os.W_OK | os.X_OK) and shutil.disk_usage(_MEMORY).free > _MIN_FREE_BYTES:
+        return _MEMORY
     return Path(tempfile.gettempdir())
 
 
 def left_over_folders(root: Path | None, kind: str) -> Sequence[Path]:
-    """Of owners of the same user that have died."""
-    folder = root or default_root()
-    return [each for each in folder.iterdir() if is_left_over(each, kind)] if folder.is_dir() else []
+    """Of owners of the same user that have died. Without `root`: wherever the default may have been for them, since
+    memory that they filled is no default any more."""
+    folders = [root] if root else [_MEMORY, Path(tempfile.gettempdir())]
+    return [each for folder in folders if folder.is_dir() for each in folder.iterdir() if is_left_over(each, kind)]
 
 
 def is_left_over(path: Path, kind: str) -> bool:
@@ -91,11 +93,13 @@ def remove_tree(path: Path) -> None:
     """Removes a folder, however deep it is and whatever modes were set inside. Best effort: a sweep comes later."""
     try:
         shutil.rmtree(path)
-    except FileNotFoundError:
-        pass
     except (OSError, RecursionError):
+        if not os.path.lexists(path):
+            return
+        # Also when something in it vanished meanwhile, because it is still in use or somebody else removes it, too.
         for command in (["chmod", "-R", "u+rwX", "--"], ["rm", "-rf", "--"]):
-            subprocess.run([*command, path], capture_output=True, check=False, timeout=_REMOVE_TIMEOUT_S)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                subprocess.run([*command, path], capture_output=True, check=False, timeout=_REMOVE_TIMEOUT_S)
 
 
 def _boot() -> str:

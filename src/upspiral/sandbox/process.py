@@ -158,7 +158,15 @@ class ProcessBackend:
             raise
         finally:
             theirs.close()
-        sandbox = ProcessSandbox(folder, agent, await Connection.over(ours, settings), spec)
+        try:
+            connection = await Connection.over(ours, settings)
+        except BaseException:
+            ours.close()
+            with contextlib.suppress(ProcessLookupError):
+                agent.kill()
+            await asyncio.shield(asyncio.to_thread(remove_tree, folder))
+            raise
+        sandbox = ProcessSandbox(folder, agent, connection, spec)
         self._live.add(sandbox)
         return sandbox
 

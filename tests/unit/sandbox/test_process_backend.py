@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,8 @@ from tests.sandbox.conformance import SLEEP, TIMEOUT_S, sleepers
 from upspiral.errors import CapabilityError, SandboxError
 from upspiral.sandbox.base import Limits, Sandbox, SandboxSpec
 from upspiral.sandbox.inside.confine import landlock_abi
-from upspiral.sandbox.process import ProcessBackend
+from upspiral.sandbox.owner import Owner, default_root, remove_tree
+from upspiral.sandbox.process import ProcessBackend, sweep
 
 PLAIN = SandboxSpec()
 AS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="needs root to give sandboxes users of their own")
@@ -241,3 +243,46 @@ def test_works_as_an_ordinary_user(root: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["text", "61234", "1", "True"]
     assert os.listdir(root) == []
+
+
+def test_what_filled_the_memory_is_swept_although_that_is_no_default_any_more(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dead = replace(Owner.this_process(), start_time=1)
+    (root / dead.label("process")).mkdir()
+    monkeypatch.setattr("upspiral.sandbox.owner._MEMORY", root)
+    monkeypatch.setattr("upspiral.sandbox.owner._MIN_FREE_BYTES", 1 << 60)
+    assert default_root() != root and root in [each.parent for each in sweep(None)]
+    assert os.listdir(root) == []
+
+
+def test_a_folder_is_removed_although_something_in_it_vanishes(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(path: Path) -> None:
+        raise FileNotFoundError(path / "vanished")
+
+    folder = root / "folder"
+    (folder / "in").mkdir(parents=True)
+    monkeypatch.setattr("upspiral.sandbox.owner.shutil.rmtree", interrupted)
+    remove_tree(folder)
+    assert not folder.exists()
+
+
+def test_whoever_gives_up_while_a_sandbox_is_made_leaves_nothing(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def check() -> None:
+        backend = ProcessBackend(root, allow_network=True)
+
+        async def never(*_: object) -> None:
+            begun.set()
+            await asyncio.sleep(TIMEOUT_S)
+
+        begun = asyncio.Event()
+        monkeypatch.setattr("upspiral.sandbox.process.Connection.over", never)
+        acquiring = asyncio.create_task(backend.acquire(PLAIN).__aenter__())
+        await begun.wait()
+        acquiring.cancel()
+        await asyncio.wait([acquiring])
+        (folder,) = root.iterdir()
+        assert acquiring.cancelled() and os.listdir(folder) == []
+        await backend.stop()
+
+    asyncio.run(asyncio.wait_for(check(), 120))
