@@ -99,7 +99,9 @@ def test_what_lies_in_the_place_of_a_folder_is_no_failure_of_a_snapshot(tmp_path
     in_sandbox(check, tmp_path)
 
 
-@pytest.mark.parametrize("instead", ["> /opt", "ln -s nowhere /opt", "ln -s /usr /opt", "mkdir -p /opt/a; mkfifo /opt/a/b"])
+@pytest.mark.parametrize(
+    "instead", ["> /opt", "ln -s nowhere /opt", "ln -s /usr /opt", "mkdir -p /opt/a; mkfifo /opt/a/b"]
+)
 def test_what_lies_in_the_way_of_a_mount_is_no_failure_of_a_snapshot(tmp_path: Path, instead: str) -> None:
     shared, root = tmp_path / "shared", tmp_path / "root"
     for folder in (shared, root):
