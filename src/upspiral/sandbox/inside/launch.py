@@ -92,7 +92,7 @@ class Launcher:
         actions = [(os.POSIX_SPAWN_DUP2, descriptor, number) for number, descriptor in enumerate(stdio)]
         actions += [(os.POSIX_SPAWN_DUP2, each, each) for each in inherited]  # which lets bash have it, and nobody else
         return os.posix_spawn(
-            self._bash, arguments, environment, file_actions=actions, setsid=True, setsigmask=(),
+            self._bash, list(arguments), environment, file_actions=actions, setsid=True, setsigmask=(),
             setsigdef=(signal.SIGPIPE, signal.SIGXFSZ, signal.SIGCHLD),
         )  # fmt: skip
 
