@@ -244,6 +244,21 @@ def test_an_honest_suite_passes(stage: Stage) -> None:
     assert not graded(stage, {"solution.py": WRONG}, every).passed
 
 
+@pytest.mark.parametrize(
+    "leaves",
+    ["import pytest; pytest.skip(allow_module_level=True)", "raise KeyboardInterrupt", "import pytest; pytest.exit('')"],
+)
+def test_a_work_cannot_pass_by_the_tests_that_do_not_meet_it(stage: Stage, leaves: str) -> None:
+    stage.needs("commands", "mounts")
+    exam = Exam(
+        pytest_check(["tests"], python_path=["/opt/site"]),
+        files={"tests/test_easy.py": b"def test_easy(): pass\n", "tests/test_it.py": ONE_TEST.encode()},
+        spec=suite_exam().spec,
+    )
+    verdict = graded(stage, {"solution.py": leaves}, exam)
+    assert not verdict.passed, verdict
+
+
 def test_a_test_folder_that_leads_elsewhere(stage: Stage) -> None:
     stage.needs("commands", "mounts")
     first = "mkdir other; echo 'def test_square(): pass' > other/test_it.py; ln -s other tests"

@@ -55,11 +55,12 @@ class Reporter:
             self.send(report.nodeid, report.outcome)
 
     def pytest_collectreport(self, report):
-        if report.outcome == "failed":
-            self.send(report.nodeid, "failed")
+        if report.outcome != "passed":  # a module that skips itself, too: its tests are then not known by name
+            self.send(report.nodeid, report.outcome)
 
     def pytest_sessionfinish(self, session, exitstatus):
-        self.send("", "end")
+        if exitstatus in (0, 1):  # all tests ran; the work can break a session off
+            self.send("", "end")
 
 pytest.main(arguments, plugins=[Reporter()])
 """

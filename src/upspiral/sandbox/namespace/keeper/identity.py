@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import secrets
 from collections.abc import Sequence
@@ -21,12 +22,14 @@ class Identity:
     inside: int
 
 
-@dataclass(frozen=True, slots=True)
 class Identities:
-    """Hands them out."""
+    """Hands them out, none twice. Where it begins is chosen by chance, because other keepers on the machine have the
+    same ids to hand out."""
 
-    free: Sequence[int]
-    """None: there is but one, that of this process, which is 0 in the keeper's own namespace."""
+    def __init__(self, free: Sequence[int]):
+        """No free ids: there is but one, that of this process, which is 0 in the keeper's own namespace."""
+        self._free = free
+        self._numbers = itertools.count(secrets.randbelow(len(free)) if free else 0)
 
     @classmethod
     def of_this_process(cls) -> Identities:
@@ -39,11 +42,10 @@ class Identities:
 
     @property
     def many(self) -> bool:
-        return len(self.free) > 0
+        return len(self._free) > 0
 
     def new(self, inside: int) -> Identity:
-        """Chosen by chance, because other keepers on the machine choose from the same."""
-        return Identity(secrets.choice(self.free) if self.many else 0, inside)
+        return Identity(self._free[next(self._numbers) % len(self._free)] if self.many else 0, inside)
 
 
 def _is_mapped(ids: range) -> bool:

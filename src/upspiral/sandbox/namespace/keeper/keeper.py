@@ -151,7 +151,7 @@ class Keeper:
             if flags & socket.MSG_CTRUNC:
                 raise OSError(errno.EMFILE, "no descriptor is free for what came with the request")
             requests[request["do"]](request, descriptors)
-        except OSError as error:
+        except (OSError, ValueError, ArithmeticError) as error:  # of a limit, too, that no machine has
             self._answer(request["number"], problem=str(error), **self._said_of(error))
         finally:
             for descriptor in descriptors:
@@ -166,8 +166,9 @@ class Keeper:
         except OSError:
             raise EOFError from None
 
-    def _said_of(self, error: OSError) -> Message:
-        return {"most_open_files": self._most_descriptors} if error.errno in (errno.EMFILE, errno.ENFILE) else {}
+    def _said_of(self, error: Exception) -> Message:
+        no_more_files = isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE)
+        return {"most_open_files": self._most_descriptors} if no_more_files else {}
 
     # Creating
 
