@@ -246,7 +246,11 @@ def test_an_honest_suite_passes(stage: Stage) -> None:
 
 @pytest.mark.parametrize(
     "leaves",
-    ["import pytest; pytest.skip(allow_module_level=True)", "raise KeyboardInterrupt", "import pytest; pytest.exit('')"],
+    [
+        "import pytest; pytest.skip(allow_module_level=True)",
+        "raise KeyboardInterrupt",
+        "import pytest; pytest.exit('')",
+    ],
 )
 def test_a_work_cannot_pass_by_the_tests_that_do_not_meet_it(stage: Stage, leaves: str) -> None:
     stage.needs("commands", "mounts")

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from upspiral.errors import SandboxError
+
 _PREFIX = "upspiral"
 _MEMORY = Path("/dev/shm")
 _MIN_FREE_BYTES = 1 << 30
@@ -61,9 +63,13 @@ class Owner:
 
 
 def make_folder(root: Path | None, label: str) -> Path:
-    """Below `root`; without: in memory, where making and removing many small files takes the least time."""
+    """Below `root`; without: in memory, where making and removing many small files takes the least time. Raises
+    SandboxError where there can be none."""
     folder = (root or default_root()) / label
-    folder.mkdir(mode=0o700, parents=True)
+    try:
+        folder.mkdir(mode=0o700, parents=True)
+    except OSError as error:
+        raise SandboxError(f"no folder for sandboxes can be made: {error}") from error
     return folder
 
 

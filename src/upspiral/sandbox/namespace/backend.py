@@ -86,6 +86,7 @@ class NamespaceBackend:
                 raise
         except BaseException as error:
             self._folder.rmdir()
+            remove_groups(label)
             if isinstance(error, SandboxError):
                 raise SandboxError(explain(str(error))) from error
             raise

@@ -32,7 +32,9 @@ def remove_groups(label: str) -> None:
 
 
 def _labelled_groups() -> Iterator[Path]:
-    for place in set(mounted_hierarchies().values()):
+    """Those that freeze first: nothing that is frozen can die."""
+    places = mounted_hierarchies()
+    for place in dict.fromkeys(places[name] for name in sorted(places, key=lambda name: name != "freezer")):
         for folder, below, _ in os.walk(place):
             labelled = [name for name in below if name.startswith(f"upspiral-{KIND}-")]
             yield from [Path(folder, name) for name in labelled]
