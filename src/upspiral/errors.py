@@ -5,13 +5,16 @@
     ├── ModelError             a model folder, checkpoint or chat template cannot be used
     │   └── TemplateError      the chat template is not append-only or cannot render what is asked
     │       └── TailMismatch   new messages cannot be rendered behind stored tokens; render the whole conversation
-    ├── RequestError           what an agent sent to the gateway cannot be served (HTTP 4xx)
+    ├── RequestError           what a client sent to a server of ours cannot be served (HTTP 4xx)
     │   ├── ContextLengthError the prompt does not fit the model's context
-    │   ├── UnknownKeyError    no rollout has this key (HTTP 401)
+    │   ├── UnknownKeyError    nobody has this key (HTTP 401)
     │   └── SealedRolloutError the rollout has ended; nothing more is recorded (HTTP 409)
     ├── EngineError            inference failed (infrastructure: the rollout is masked)
     ├── SandboxError           a sandbox could not be made or broke (infrastructure)
-    │   └── CapabilityError    the backend cannot do what the spec asks, said at acquire
+    │   ├── CapabilityError    the backend cannot do what the spec asks, said at acquire
+    │   ├── SandboxGoneError   it was stopped: by its owner, at the end of its lifetime, with its lease or its backend
+    │   ├── ImageError         an image is not there, or its source, recipe or a step of it cannot be used
+    │   └── SandboxBusyError   there is no room for another one now; try again after `retry_after_s`
     ├── AgentError             the agent crashed, hung or broke the protocol
     ├── DeadlineError          a wait ran past its deadline; the message names what it waited for
     ├── StoreError             the trajectory store or a checkpoint could not be written or read
@@ -45,7 +48,7 @@ class TailMismatch(TemplateError):
 
 
 class RequestError(UpspiralError, ValueError):
-    """What an agent sent to the gateway cannot be served. `status` is the HTTP status, `code` a stable short name."""
+    """What a client sent to one of our servers cannot be served. `status` is the HTTP status, `code` a stable name."""
 
     status = 400
     code = "invalid_request"
@@ -58,7 +61,7 @@ class ContextLengthError(RequestError):
 
 
 class UnknownKeyError(RequestError):
-    """No rollout has this key."""
+    """No rollout, or no tenant, has this key."""
 
     status = 401
     code = "invalid_api_key"
@@ -81,6 +84,26 @@ class SandboxError(UpspiralError, RuntimeError):
 
 class CapabilityError(SandboxError):
     """The sandbox backend cannot do what the spec asks."""
+
+
+class SandboxGoneError(SandboxError):
+    """The sandbox was stopped: by its owner, at the end of its lifetime, with its lease or with its backend."""
+
+
+class ImageError(SandboxError):
+    """An image is not there, or its source, recipe or a step of it cannot be used."""
+
+
+class SandboxBusyError(SandboxError):
+    """There is no room for another sandbox now."""
+
+    def __init__(self, message: str, *, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class PageError(UpspiralError, RuntimeError):
+    """A page in a sandbox's browser cannot be loaded, or its JavaScript failed. Browser and sandbox are fine."""
 
 
 class AgentError(UpspiralError, RuntimeError):

@@ -17,7 +17,6 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from tests.fixtures.recording_engine import EngineCall, RecordingEngine
 from tests.fixtures.tiny_model import make_tokenizer
-from upspiral.agent.command import GATEWAY_PORT
 from upspiral.agent.launched import LaunchedAgent
 from upspiral.agent.packages import cached_agent
 from upspiral.algorithm.base import ScoredRollout
@@ -32,7 +31,7 @@ from upspiral.gateway.request import SessionPolicy
 from upspiral.gateway.server import Gateway
 from upspiral.loop.rollouts import Addresses, Attempt, Limits, RolloutRunner, Stage
 from upspiral.rendering.renderer import Renderer
-from upspiral.sandbox.base import Sandbox
+from upspiral.sandbox.base import Sandbox, SandboxSpec
 from upspiral.sandbox.namespace import NamespaceBackend
 from upspiral.trajectory.graph import TrajectoryGraph
 from upspiral.trajectory.ledger import check_closed
@@ -175,8 +174,10 @@ class _Door:
 
 async def _run(gateway: Gateway, store: TrajectoryStore, folder: Path, agent: str, terms: Terms) -> Rollout:
     sandboxes = NamespaceBackend()
-    stage = Stage(gateway, ToolServer(()), sandboxes, LaunchedAgent(agent), Files(), store)
-    addresses = Addresses("", "", "tiny", ((GATEWAY_PORT, str(folder / SOCKET)),), terms.context_length)
+    agents = LaunchedAgent(agent)
+    spec = agents.furnish(SandboxSpec(), str(folder / SOCKET))
+    stage = Stage(gateway, ToolServer(()), sandboxes, spec, agents, Files(), store)
+    addresses = Addresses("", "", "tiny", terms.context_length)
     rollout = Rollout("r1", terms.task.id, "g1", instruction=terms.task.instruction)
     try:
         runner = RolloutRunner(stage, addresses, Limits(1, terms.timeout_s, 5.0))

@@ -17,12 +17,14 @@ import pytest
 pytest.importorskip("torch", reason="needs the [train] extra")
 
 from tests.fixtures.tiny_model import make_model
+from tests.unit.sandbox.live_server import ALICE, server_process
 from upspiral.cli.main import run_command
 from upspiral.config.loader import load_run_config
-from upspiral.errors import LedgerError, RunError
+from upspiral.errors import ConfigError, LedgerError, RunError
 from upspiral.loop.run import run_training
 from upspiral.monitor.metrics import read_metrics
 from upspiral.monitor.progress import LiveProgress
+from upspiral.sandbox.registry import TOKEN_VARIABLE
 from upspiral.trajectory.store import TrajectoryStore
 from upspiral.types import RolloutStatus
 
@@ -167,6 +169,24 @@ def test_what_nobody_could_judge_stops_the_run_and_is_tried_again(
     assert store.ledger().difference == 0
     assert len(store.rollouts(status=RolloutStatus.CANCELLED)) in (12, 48)
     store.close()
+
+
+def test_sandboxes_that_cannot_be_had_stop_the_run_before_it_computes(tmp_path: Path, model: Path) -> None:
+    config = load_run_config(recipe(tmp_path, model, steps=1), {"sandbox.image": "no-such-image"})
+    with pytest.raises(ConfigError, match=r"\[sandbox\] cannot be had.*no-such-image"):
+        run_training(config, tmp_path / "run", resume=False, progress=LiveProgress("tiny", 1, quiet=True))
+
+
+def test_a_run_on_sandboxes_of_a_server(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(TOKEN_VARIABLE, ALICE)
+    with server_process() as (_, url):
+        config = load_run_config(
+            recipe(tmp_path, model, steps=1),
+            {"sandbox.backend": "remote", "sandbox.url": url, "eval.tasks": "2"},
+        )
+        run_training(config, tmp_path / "run", resume=False, progress=LiveProgress("tiny", 1, quiet=True))
+    (step,) = steps_of(tmp_path / "run")
+    assert step["ledger"]["difference"] == 0 and step["trained_tokens"] > 0
 
 
 def test_kill_9_loses_no_committed_node_and_resume_goes_on(tmp_path: Path, model: Path) -> None:

@@ -16,7 +16,7 @@ from starlette.routing import Mount
 
 from tests.fixtures.live_gateway import LiveGateway, live_gateway
 from upspiral.agent.base import AgentRunner
-from upspiral.agent.command import GATEWAY_PORT, CommandAgent
+from upspiral.agent.command import CommandAgent
 from upspiral.agent.pool import WorkerPool
 from upspiral.config.models import EnvConfig
 from upspiral.env.shell.environment import ShellEnvironment
@@ -24,7 +24,7 @@ from upspiral.env.tool_server import ToolServer
 from upspiral.gateway.http import serve_app
 from upspiral.gateway.session import SessionPolicy
 from upspiral.loop.rollouts import Addresses, Attempt, Limits, RolloutRunner, Stage
-from upspiral.sandbox.base import SandboxBackend
+from upspiral.sandbox.base import SandboxBackend, SandboxSpec
 from upspiral.sandbox.fake import FakeBackend, Faults
 from upspiral.sandbox.namespace import NamespaceBackend
 from upspiral.types import Rollout, RolloutStatus
@@ -52,13 +52,14 @@ async def scene(
 ) -> AsyncIterator[Scene]:
     async with live_gateway(folder, script) as live:
         tools = ToolServer(ENVIRONMENT.tools)
-        stage = Stage(live.gateway, tools, sandboxes, agents, ENVIRONMENT, live.store)
         app = Starlette(routes=[Mount("/agent", app=tools.app), Mount("/", app=live.gateway.app)])
         socket = folder / "gateway.sock"
+        spec = agents.furnish(SandboxSpec(), str(socket))
+        stage = Stage(live.gateway, tools, sandboxes, spec, agents, ENVIRONMENT, live.store)
         async with serve_app(app) as url, serve_app(app, unix_socket=socket):
             await agents.start()
             try:
-                addresses = Addresses(f"{url}/v1", f"{url}/agent/tools", "tiny", ((GATEWAY_PORT, str(socket)),))
+                addresses = Addresses(f"{url}/v1", f"{url}/agent/tools", "tiny")
                 yield Scene(live, RolloutRunner(stage, addresses, Limits(4, timeout_s, 5.0)))
             finally:
                 await agents.stop()

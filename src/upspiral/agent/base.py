@@ -31,8 +31,9 @@ class AgentTask:
 class AgentRunner(Protocol):
     """Starts agents."""
 
-    def furnish(self, spec: SandboxSpec) -> SandboxSpec:
-        """The spec of a rollout's sandbox with what the agent needs in it."""
+    def furnish(self, spec: SandboxSpec, gateway_socket: str) -> SandboxSpec:
+        """The spec of a rollout's sandbox with what the agent needs in it: for one that runs inside a way to the
+        gateway, which listens on the unix socket of that path."""
         ...
 
     async def run(self, task: AgentTask, sandbox: Sandbox, *, timeout_s: float) -> str:

@@ -7,23 +7,24 @@ UPSPIRAL_INSTRUCTION (and on stdin). What it prints to stdout is its answer. Its
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from upspiral.agent.base import AgentTask
 from upspiral.errors import AgentError, DeadlineError
-from upspiral.sandbox.base import Sandbox, SandboxSpec
+from upspiral.sandbox.base import Command, Sandbox, SandboxSpec
 
 GATEWAY_PORT = 8417
 """Loopback port inside the sandbox that leads to the gateway."""
 
 
 class CommandAgent:
-    """Satisfies AgentRunner. The sandbox must forward GATEWAY_PORT to the gateway's unix socket."""
+    """Satisfies AgentRunner."""
 
     def __init__(self, command: str) -> None:
         self._command = command
 
-    def furnish(self, spec: SandboxSpec) -> SandboxSpec:
-        return spec
+    def furnish(self, spec: SandboxSpec, gateway_socket: str) -> SandboxSpec:
+        return with_gateway(spec, gateway_socket)
 
     async def start(self) -> None:
         return
@@ -41,11 +42,17 @@ class CommandAgent:
         return await answer_of(self._command, task, environment, sandbox, timeout_s)
 
 
+def with_gateway(spec: SandboxSpec, gateway_socket: str) -> SandboxSpec:
+    """Adds the port that leads to the gateway."""
+    return replace(spec, forward_sockets={**spec.forward_sockets, GATEWAY_PORT: gateway_socket})
+
+
 async def answer_of(
     command: str, task: AgentTask, environment: Mapping[str, str], sandbox: Sandbox, timeout_s: float
 ) -> str:
     """What a command prints that gets the task's instruction on stdin. Raises what AgentRunner.run raises."""
-    result = await sandbox.exec(command, timeout_s=timeout_s, stdin=task.instruction.encode(), env=environment)
+    what = Command(command, stdin=task.instruction.encode(), env=environment)
+    result = await sandbox.exec(what, timeout_s=timeout_s)
     if result.timed_out:
         raise DeadlineError(f"the agent's command did not end within {timeout_s:g} s")
     if result.exit_code != 0:

@@ -8,9 +8,10 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 
 from upspiral.agent.base import AgentTask
-from upspiral.agent.command import answer_of
+from upspiral.agent.command import answer_of, with_gateway
 from upspiral.agent.launchers.base import AGENT_LIMITS, FOLDER
 from upspiral.agent.launchers.registry import launcher_of
 from upspiral.agent.packages import require_agent
@@ -20,7 +21,7 @@ _HOME = "/tmp/home"
 
 
 class LaunchedAgent:
-    """Satisfies AgentRunner. The sandbox must forward GATEWAY_PORT to the gateway's unix socket.
+    """Satisfies AgentRunner.
 
     Raises AgentError when there is no agent of that name or its packages are not in the cache.
     """
@@ -29,8 +30,9 @@ class LaunchedAgent:
         self._launcher = launcher_of(name)
         self._packages = require_agent(name)
 
-    def furnish(self, spec: SandboxSpec) -> SandboxSpec:
-        return replace(spec, mounts={**spec.mounts, str(self._packages): FOLDER}, limits=AGENT_LIMITS)
+    def furnish(self, spec: SandboxSpec, gateway_socket: str) -> SandboxSpec:
+        mounts = {**spec.mounts, str(self._packages): FOLDER, **_interpreter(self._packages)}
+        return replace(with_gateway(spec, gateway_socket), mounts=mounts, limits=AGENT_LIMITS)
 
     async def start(self) -> None:
         return
@@ -42,6 +44,14 @@ class LaunchedAgent:
         launch = self._launcher.launch(task)
         command = f"{_lay_out(launch.files)}{launch.command}"
         return await answer_of(command, task, {**launch.env, "HOME": _HOME}, sandbox, timeout_s)
+
+
+def _interpreter(packages: Path) -> Mapping[str, str]:
+    """Where the Python that packages were installed with lies, if the sandbox does not have it anyway: they name it by
+    its path."""
+    python = (packages / "bin" / "python").resolve()
+    prefix = str(python.parent.parent)
+    return {} if not python.exists() or prefix.startswith("/usr") else {prefix: prefix}
 
 
 def _lay_out(files: Mapping[str, str]) -> str:

@@ -148,8 +148,9 @@ class WorkerPool:
         self._workers = [_WorkerProcess(agent_file) for _ in range(workers)]
         self._replacing = asyncio.Lock()
 
-    def furnish(self, spec: SandboxSpec) -> SandboxSpec:
-        return spec  # the agent runs outside
+    def furnish(self, spec: SandboxSpec, gateway_socket: str) -> SandboxSpec:
+        del gateway_socket  # the agent runs outside
+        return spec
 
     async def start(self) -> None:
         """Raises AgentError when the file cannot be imported or defines no `async def agent(task)`."""

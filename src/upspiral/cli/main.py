@@ -46,8 +46,11 @@ def make_app() -> App:
     from upspiral.cli.agent import get_agents, list_agents
     from upspiral.cli.doctor import doctor
     from upspiral.cli.export import export
+    from upspiral.cli.image import build, collect, list_images, remove, show
     from upspiral.cli.model import get, list_models
     from upspiral.cli.run import run
+    from upspiral.cli.sandbox import collect_garbage, list_sandboxes
+    from upspiral.cli.sandbox import serve as serve_sandboxes
     from upspiral.cli.serve import serve
     from upspiral.cli.template import check
     from upspiral.cli.view import view
@@ -77,6 +80,18 @@ def make_app() -> App:
     agent.command(get_agents, name="get")
     agent.command(list_agents, name="list")
     app.command(agent)
+    image = App(name="image", help="Make, list and remove the images that sandboxes begin with.")
+    image.command(build)
+    image.command(list_images, name="list")
+    image.command(show)
+    image.command(remove)
+    image.command(collect, name="gc")
+    app.command(image)
+    sandbox = App(name="sandbox", help="Serve sandboxes, list them, remove what is left of dead ones.")
+    sandbox.command(serve_sandboxes, name="serve")
+    sandbox.command(list_sandboxes, name="list")
+    sandbox.command(collect_garbage, name="gc")
+    app.command(sandbox)
     return app
 
 

@@ -25,6 +25,8 @@ def switched_off(config: RunConfig) -> dict[str, str]:
         off["trainer.master_weights"] = 'with model.dtype = "float32" weights are their own masters; drop this key'
     elif config.trainer.lora is not None:
         off["trainer.master_weights"] = "the factors of [trainer.lora] are always float32; drop this key"
+    if config.sandbox.backend != "process":
+        off["sandbox.trust_commands"] = 'it is about sandbox.backend = "process" only; drop this key'
     if config.agent.file is None:
         off["agent.workers"] = "only agent.file has worker processes; drop this key"
     return off

@@ -86,6 +86,36 @@ class EnvConfig(_Section):
         return self
 
 
+class SandboxConfig(_Section):
+    """Where tools act, and agents that are no file."""
+
+    backend: Literal["namespace", "process", "docker", "podman", "remote"] = "namespace"
+    """What makes the sandboxes; `upspiral doctor` says which of them this machine can have."""
+    url: str | None = None
+    """For "remote": the address of an `upspiral sandbox serve`. The token is in the environment variable
+    UPSPIRAL_SANDBOX_TOKEN."""
+    image: str = "host"
+    """What a sandbox begins with: a name or digest from `upspiral image list` (for "docker" and "podman": an image of
+    theirs), or "host", the programs of this machine, read-only."""
+    allow_hosts: tuple[str, ...] = ()
+    """Hosts that can be reached from inside, such as "pypi.org" or ".example.org:443"; none named: no network. Every
+    connection is written to egress.jsonl in the run folder, with the rollout's id."""
+    trust_commands: bool = False
+    """For "process", which keeps nobody from your network and your processes: true says that what this model runs may
+    have them."""
+
+    @model_validator(mode="after")
+    def _backend_has_what_it_needs(self) -> SandboxConfig:
+        if (self.backend == "remote") != (self.url is not None):
+            raise ValueError('sandbox.url belongs to sandbox.backend = "remote": set both or neither')
+        if self.backend == "process" and not self.trust_commands:
+            raise ValueError(
+                'sandbox.backend = "process" leaves your network and your processes open to what a model runs; say '
+                "sandbox.trust_commands = true if it may have them, or choose another backend (`upspiral doctor`)"
+            )
+        return self
+
+
 AgentKind = Literal[
     "claude-code",
     "codex",
@@ -288,6 +318,7 @@ class RunConfig(_Section):
     engine: EngineConfig = EngineConfig()
     env: EnvConfig = EnvConfig()
     agent: AgentConfig
+    sandbox: SandboxConfig = SandboxConfig()
     gateway: GatewayConfig = GatewayConfig()
     warm_start: WarmStartConfig = WarmStartConfig()
     algorithm: AlgorithmConfig = AlgorithmConfig()

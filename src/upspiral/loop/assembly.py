@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -12,7 +12,7 @@ from starlette.applications import Starlette
 from starlette.routing import Mount
 
 from upspiral.agent.base import AgentRunner
-from upspiral.agent.command import GATEWAY_PORT, CommandAgent
+from upspiral.agent.command import CommandAgent
 from upspiral.agent.launched import LaunchedAgent
 from upspiral.agent.pool import WorkerPool
 from upspiral.config.models import RunConfig
@@ -20,7 +20,7 @@ from upspiral.engine.embedded.engine import EmbeddedEngine
 from upspiral.env.base import Environment
 from upspiral.env.registry import make_environment
 from upspiral.env.tool_server import ToolServer
-from upspiral.errors import ConfigError
+from upspiral.errors import ConfigError, SandboxError
 from upspiral.gateway.collector import seldom_collected
 from upspiral.gateway.http import serve_app
 from upspiral.gateway.server import Gateway
@@ -28,7 +28,9 @@ from upspiral.loop.folder import RunFolder
 from upspiral.loop.rollouts import Addresses, Limits, RolloutRunner, Stage
 from upspiral.monitor.progress import Progress
 from upspiral.rendering.renderer import Renderer
-from upspiral.sandbox.namespace import NamespaceBackend
+from upspiral.sandbox.base import Allow, SandboxBackend, SandboxSpec
+from upspiral.sandbox.egress.log_file import EgressFile
+from upspiral.sandbox.registry import open_backend
 from upspiral.trainer.local import LocalTrainer
 from upspiral.trajectory.store import TrajectoryStore
 from upspiral.weights.cpu import keep_freed_memory, num_cores
@@ -60,8 +62,10 @@ async def assemble(config: RunConfig, folder: RunFolder, progress: Progress) -> 
         renderer.check_append_only()
         agents = _agents(config)
         environment = make_environment(config.env)
-        sandboxes = NamespaceBackend()
+        sandboxes = await open_backend(config.sandbox, EgressFile(folder.egress_log))
         stack.push_async_callback(sandboxes.stop)
+        spec = agents.furnish(_spec(config), str(folder.gateway_socket))
+        await _try_out(sandboxes, spec, config)
         await agents.start()
         stack.push_async_callback(agents.stop)
         store = TrajectoryStore(folder.store)
@@ -80,7 +84,7 @@ async def assemble(config: RunConfig, folder: RunFolder, progress: Progress) -> 
         await engine.start()
         stack.push_async_callback(engine.stop)
         gateway = Gateway(renderer, engine, store, model_name=config.model.path)
-        stage = Stage(gateway, ToolServer(environment.tools), sandboxes, agents, environment, store)
+        stage = Stage(gateway, ToolServer(environment.tools), sandboxes, spec, agents, environment, store)
         addresses = await _serve(config, folder, stage, stack)
         limits = Limits(config.agent.concurrency, config.agent.timeout_s, config.env.command_timeout_s)
         runner = RolloutRunner(stage, addresses, limits)
@@ -91,6 +95,21 @@ def num_lanes(config: RunConfig) -> int:
     """How many CPU threads compute: for the engine they share one step, for the trainer each has a microbatch. A GPU is
     full with one microbatch, and every lane more would hold gradients of its own there."""
     return 1 if _device(config) == "cuda" else config.model.threads or num_cores()
+
+
+def _spec(config: RunConfig) -> SandboxSpec:
+    hosts = config.sandbox.allow_hosts
+    return SandboxSpec(image=config.sandbox.image, network=Allow(hosts) if hosts else "none")
+
+
+async def _try_out(sandboxes: SandboxBackend, spec: SandboxSpec, config: RunConfig) -> None:
+    """Raises ConfigError when no sandbox can be had, before anything is computed. The gateway is not there yet."""
+    try:
+        sandboxes.capabilities.check(spec, backend=config.sandbox.backend)
+        async with sandboxes.acquire(replace(spec, forward_sockets={})):
+            pass
+    except SandboxError as error:
+        raise ConfigError(f"[sandbox] cannot be had as it is in the run file: {error}") from error
 
 
 def _agents(config: RunConfig) -> AgentRunner:
@@ -122,9 +141,6 @@ async def _serve(config: RunConfig, folder: RunFolder, stage: Stage, stack: Asyn
     stack.enter_context(seldom_collected())
     app = Starlette(routes=[Mount("/agent", app=stage.tools.app), Mount("/", app=stage.gateway.app)])
     url = await stack.enter_async_context(serve_app(app, host="127.0.0.1", port=0))
-    sockets: tuple[tuple[int, str], ...] = ()
     if config.agent.file is None:
         await stack.enter_async_context(serve_app(app, unix_socket=folder.gateway_socket))
-        sockets = ((GATEWAY_PORT, str(folder.gateway_socket)),)
-    window = config.engine.context_length
-    return Addresses(f"{url}/v1", f"{url}/agent/tools", config.model.path, sockets, window)
+    return Addresses(f"{url}/v1", f"{url}/agent/tools", config.model.path, config.engine.context_length)

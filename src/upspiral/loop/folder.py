@@ -48,6 +48,11 @@ class RunFolder:
         return self.path / "checkpoints"
 
     @property
+    def egress_log(self) -> Path:
+        """Connections out of sandboxes, a JSON object a line."""
+        return self.path / "egress.jsonl"
+
+    @property
     def gateway_socket(self) -> Path:
         return self.path / "gateway.sock"
 

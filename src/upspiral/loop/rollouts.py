@@ -30,8 +30,6 @@ class Addresses:
     base_url: str
     tools_url: str
     model: str
-    forward_sockets: tuple[tuple[int, str], ...] = ()
-    """For agents inside the sandbox: loopback port inside -> unix socket of the gateway."""
     context_length: int = 0
     """Of the model, for agents that manage their context; 0: not known."""
 
@@ -62,6 +60,8 @@ class Stage:
     gateway: Gateway
     tools: ToolServer
     sandboxes: SandboxBackend
+    spec: SandboxSpec
+    """What every rollout's sandbox is, and has for the agent. Each gets the files of its task."""
     agents: AgentRunner
     environment: Environment
     store: TrajectoryStore
@@ -88,9 +88,9 @@ class RolloutRunner:
     async def _attempt(self, attempt: Attempt) -> Rollout:
         rollout = attempt.rollout
         key = self._stage.gateway.open_rollout(rollout, policy=attempt.policy, engine=attempt.engine)
-        spec = SandboxSpec(files=attempt.task.files, forward_sockets=dict(self._addresses.forward_sockets))
+        spec = replace(self._stage.spec, files=attempt.task.files, labels={"rollout": rollout.id})
         try:
-            async with self._stage.sandboxes.acquire(self._stage.agents.furnish(spec)) as sandbox:
+            async with self._stage.sandboxes.acquire(spec) as sandbox:
                 acted = await self._act(attempt, key, sandbox)
                 if acted.status is RolloutStatus.FAILED:
                     return acted

