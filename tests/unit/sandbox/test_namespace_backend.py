@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -343,6 +344,37 @@ def test_stop_ends_what_runs(root: Path) -> None:
             await sandbox.exec("true", timeout_s=TIMEOUT_S)
         with pytest.raises(SandboxError, match="stopped"):
             await sandbox.read("x")
+
+    in_sandbox(check, root)
+
+
+STOPS_EVERYBODY = """
+import os, resource, signal, time
+os.fork() and os._exit(0)
+os.setsid()
+os.fork() and os._exit(0)
+resource.setrlimit(10, (1, 1))
+null = os.open("/dev/null", os.O_RDWR)
+for stream in range(3):
+    os.dup2(null, stream)
+time.sleep(0.5)
+while True:
+    try:
+        os.kill(-1, signal.SIGSTOP)
+    except OSError:
+        pass
+"""
+
+
+def test_whoever_stops_everybody_does_not_silence_the_agent(root: Path) -> None:
+    """It meets the agent's children before they are a command, while the agent waits for that."""
+
+    async def check(sandbox: NamespaceSandbox) -> None:
+        await output_of(sandbox, f"python3 -c {shlex.quote(STOPS_EVERYBODY)}")
+        await asyncio.sleep(1.0)
+        for _ in range(3):
+            done = await sandbox.exec("echo up", timeout_s=1.0)
+            assert done.timed_out or done.exit_code in (0, 128 + signal.SIGKILL), done
 
     in_sandbox(check, root)
 
