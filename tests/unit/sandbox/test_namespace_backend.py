@@ -22,9 +22,9 @@ import pytest
 from tests.unit.sandbox.namespace_stage import (
     TIMEOUT_S,
     assert_nothing_is_left,
-    children_of,
     in_backend,
     in_sandbox,
+    keepers,
     output_of,
     processes_with,
     run_one,
@@ -543,7 +543,7 @@ def test_missing_namespaces_are_said_at_construction(root: Path) -> None:
 
 def test_a_keeper_that_followed_is_not_taken_for_the_one_that_died(root: Path) -> None:
     async def check(backend: NamespaceBackend) -> None:
-        (keeper,) = children_of(os.getpid())
+        (keeper,) = keepers()
         async with backend.acquire(SandboxSpec()) as sandbox:
             os.kill(keeper, signal.SIGSTOP)
             stopping = asyncio.create_task(sandbox.stop())
@@ -560,7 +560,7 @@ def test_a_keeper_that_followed_is_not_taken_for_the_one_that_died(root: Path) -
 
 def test_whoever_gives_a_snapshot_up_leaves_the_sandbox_whole_and_no_layer(root: Path) -> None:
     async def check(backend: NamespaceBackend) -> None:
-        (keeper,) = children_of(os.getpid())
+        (keeper,) = keepers()
         async with backend.acquire(SandboxSpec()) as sandbox:
             os.kill(keeper, signal.SIGSTOP)
             taking = asyncio.create_task(sandbox.snapshot())
@@ -585,7 +585,7 @@ def test_a_stop_that_was_given_up_goes_on(root: Path) -> None:
         stopping.cancel()
         await asyncio.wait([stopping])
         await backend.stop()
-        assert children_of(os.getpid()) == []
+        assert keepers() == []
         assert_nothing_is_left(root)
 
     asyncio.run(check())
