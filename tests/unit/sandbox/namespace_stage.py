@@ -78,8 +78,13 @@ def control_groups_of(owner: int) -> list[Path]:
     return found
 
 
+def keepers() -> list[int]:
+    """Of this process, which may have other children: a daemon for tests of containers."""
+    return [each for each in children_of(os.getpid()) if b"keeper" in Path(f"/proc/{each}/cmdline").read_bytes()]
+
+
 def children_of(process: int) -> list[int]:
-    """Living ones, of whichever of its threads. Of this process: its keepers."""
+    """Living ones, of whichever of its threads."""
     found = []
     for path in Path(f"/proc/{process}/task").glob("*/children"):
         found += [int(each) for each in path.read_text().split()]

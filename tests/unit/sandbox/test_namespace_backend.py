@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -21,9 +22,9 @@ import pytest
 from tests.unit.sandbox.namespace_stage import (
     TIMEOUT_S,
     assert_nothing_is_left,
-    children_of,
     in_backend,
     in_sandbox,
+    keepers,
     output_of,
     processes_with,
     run_one,
@@ -347,6 +348,37 @@ def test_stop_ends_what_runs(root: Path) -> None:
     in_sandbox(check, root)
 
 
+STOPS_EVERYBODY = """
+import os, resource, signal, time
+os.fork() and os._exit(0)
+os.setsid()
+os.fork() and os._exit(0)
+resource.setrlimit(10, (1, 1))
+null = os.open("/dev/null", os.O_RDWR)
+for stream in range(3):
+    os.dup2(null, stream)
+time.sleep(0.5)
+while True:
+    try:
+        os.kill(-1, signal.SIGSTOP)
+    except OSError:
+        pass
+"""
+
+
+def test_whoever_stops_everybody_does_not_silence_the_agent(root: Path) -> None:
+    """It meets the agent's children before they are a command, while the agent waits for that."""
+
+    async def check(sandbox: NamespaceSandbox) -> None:
+        await output_of(sandbox, f"python3 -c {shlex.quote(STOPS_EVERYBODY)}")
+        await asyncio.sleep(1.0)
+        for _ in range(3):
+            done = await sandbox.exec("echo up", timeout_s=1.0)
+            assert done.timed_out or done.exit_code in (0, 128 + signal.SIGKILL), done
+
+    in_sandbox(check, root)
+
+
 def test_cancelling_ends_what_runs(root: Path) -> None:
     async def check(sandbox: NamespaceSandbox) -> None:
         with pytest.raises(TimeoutError):
@@ -511,7 +543,7 @@ def test_missing_namespaces_are_said_at_construction(root: Path) -> None:
 
 def test_a_keeper_that_followed_is_not_taken_for_the_one_that_died(root: Path) -> None:
     async def check(backend: NamespaceBackend) -> None:
-        (keeper,) = children_of(os.getpid())
+        (keeper,) = keepers()
         async with backend.acquire(SandboxSpec()) as sandbox:
             os.kill(keeper, signal.SIGSTOP)
             stopping = asyncio.create_task(sandbox.stop())
@@ -528,7 +560,7 @@ def test_a_keeper_that_followed_is_not_taken_for_the_one_that_died(root: Path) -
 
 def test_whoever_gives_a_snapshot_up_leaves_the_sandbox_whole_and_no_layer(root: Path) -> None:
     async def check(backend: NamespaceBackend) -> None:
-        (keeper,) = children_of(os.getpid())
+        (keeper,) = keepers()
         async with backend.acquire(SandboxSpec()) as sandbox:
             os.kill(keeper, signal.SIGSTOP)
             taking = asyncio.create_task(sandbox.snapshot())
@@ -553,7 +585,7 @@ def test_a_stop_that_was_given_up_goes_on(root: Path) -> None:
         stopping.cancel()
         await asyncio.wait([stopping])
         await backend.stop()
-        assert children_of(os.getpid()) == []
+        assert keepers() == []
         assert_nothing_is_left(root)
 
     asyncio.run(check())

@@ -19,6 +19,7 @@ from tests.unit.sandbox.namespace_stage import (
     children_of,
     control_groups_of,
     in_backend,
+    keepers,
     processes_with,
     wait_until,
 )
@@ -120,7 +121,7 @@ def test_an_owner_that_is_killed_with_its_keeper_leaves_nothing_after_a_sweep(tm
 
 def test_a_killed_keeper_is_an_error_of_its_sandboxes_and_another_one_follows(tmp_path: Path) -> None:
     async def check(backend: NamespaceBackend) -> None:
-        (keeper,) = children_of(os.getpid())
+        (keeper,) = keepers()
         async with backend.acquire(SandboxSpec()) as sandbox:
             snapshot = await sandbox.snapshot()
             running = asyncio.create_task(sandbox.exec(f"sleep {SLEEP_S}", timeout_s=TIMEOUT_S))
@@ -133,7 +134,7 @@ def test_a_killed_keeper_is_an_error_of_its_sandboxes_and_another_one_follows(tm
         wait_until(lambda: sleepers() == [])  # the kernel needs a moment
         async with backend.acquire(SandboxSpec()) as sandbox:
             assert (await sandbox.exec("echo alive", timeout_s=TIMEOUT_S)).stdout == b"alive\n"
-            assert children_of(os.getpid()) != [keeper]
+            assert keepers() != [keeper]
         with pytest.raises(SandboxError, match="dropped"):
             async with backend.acquire(SandboxSpec(image=snapshot)):
                 pass
@@ -146,14 +147,14 @@ def test_a_keeper_that_hangs_is_given_up(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr("upspiral.sandbox.namespace.backend._STOP_TIMEOUT_S", 0.5)
 
     async def check(backend: NamespaceBackend) -> None:
-        (keeper,) = children_of(os.getpid())
+        (keeper,) = keepers()
         async with backend.acquire(SandboxSpec()) as sandbox:
             os.kill(keeper, signal.SIGSTOP)
             with pytest.raises(SandboxError, match="did not answer"):
                 async with backend.acquire(SandboxSpec()):
                     pass
             assert (await sandbox.exec("echo alive", timeout_s=TIMEOUT_S)).stdout == b"alive\n"
-        assert children_of(os.getpid()) == []
+        assert keepers() == []
         async with backend.acquire(SandboxSpec()) as sandbox:
             assert (await sandbox.exec("echo alive", timeout_s=TIMEOUT_S)).stdout == b"alive\n"
 
@@ -162,7 +163,7 @@ def test_a_keeper_that_hangs_is_given_up(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_a_killed_agent_is_an_error_and_leaves_nothing(tmp_path: Path) -> None:
     async def check(backend: NamespaceBackend) -> None:
-        (keeper,) = children_of(os.getpid())
+        (keeper,) = keepers()
         async with backend.acquire(SandboxSpec()) as sandbox:
             (agent,) = children_of(keeper)
             running = asyncio.create_task(sandbox.exec(f"sleep {SLEEP_S}", timeout_s=TIMEOUT_S))
@@ -201,7 +202,7 @@ def test_whoever_gives_up_while_a_sandbox_is_made_leaves_nothing(tmp_path: Path)
         await asyncio.wait([task], timeout=TIMEOUT_S)
 
     async def check(backend: NamespaceBackend) -> None:
-        (keeper,) = children_of(os.getpid())
+        (keeper,) = keepers()
         chance = random.Random(7)
         for _ in range(4):
             await asyncio.gather(*(one(backend, chance.random() * 0.1) for _ in range(16)))
@@ -328,7 +329,7 @@ def test_many_cycles(tmp_path: Path) -> None:
     async def kill_keepers() -> None:
         while True:
             await asyncio.sleep(3.0)
-            for keeper in children_of(os.getpid()):
+            for keeper in keepers():
                 os.kill(keeper, signal.SIGKILL)
 
     async def check(backend: NamespaceBackend) -> None:

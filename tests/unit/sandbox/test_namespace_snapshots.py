@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import io
-import os
 import tarfile
 from pathlib import Path
 
 import pytest
 
-from tests.unit.sandbox.namespace_stage import TIMEOUT_S, children_of, in_backend, in_sandbox, output_of
+from tests.unit.sandbox.namespace_stage import TIMEOUT_S, in_backend, in_sandbox, keepers, output_of
 from upspiral.errors import SandboxError
 from upspiral.sandbox.base import Diff, Limits, SandboxSpec, Snapshot
 from upspiral.sandbox.namespace import NamespaceBackend
@@ -120,7 +119,7 @@ def test_a_copy_outlives_its_sandbox(tmp_path: Path) -> None:
     """And so do the layers below, on which nobody else stands any more."""
 
     async def check(backend: NamespaceBackend) -> None:
-        (keeper,) = children_of(os.getpid())
+        (keeper,) = keepers()
 
         def num_layers() -> int:
             return Path(f"/proc/{keeper}/mounts").read_text().count("/layers/")
@@ -230,7 +229,7 @@ def test_a_long_line_of_snapshots(tmp_path: Path) -> None:
     """Deeper than overlays should be; what was removed stays removed, and layers do not heap up."""
 
     async def check(sandbox: NamespaceSandbox) -> None:
-        (keeper,) = children_of(os.getpid())
+        (keeper,) = keepers()
         for number in range(70):
             await output_of(sandbox, f"echo {number} > f{number}; rm -f f{number - 2}; rm -rf d; mkdir d; > d/{number}")
             snapshot = await sandbox.snapshot()
@@ -244,7 +243,7 @@ def test_a_long_line_of_snapshots(tmp_path: Path) -> None:
 
 def test_layers_that_nobody_stands_on_are_gone(tmp_path: Path) -> None:
     async def check(backend: NamespaceBackend) -> None:
-        (keeper,) = children_of(os.getpid())
+        (keeper,) = keepers()
 
         def num_layers() -> int:
             return Path(f"/proc/{keeper}/mounts").read_text().count("/layers/")

@@ -19,7 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from upspiral.sandbox.namespace.keeper import MAX_MESSAGE_BYTES, aside, launch, syscalls
+from upspiral.sandbox.namespace.keeper import MAX_MESSAGE_BYTES, aside, launch, stuck, syscalls
 from upspiral.sandbox.namespace.keeper.aside import Aside
 from upspiral.sandbox.namespace.keeper.control_groups import Allowance, find_hierarchies
 from upspiral.sandbox.namespace.keeper.identity import Identities
@@ -40,6 +40,8 @@ _SETUP_TIMEOUT_S = 30.0
 _EXIT_TIMEOUT_S = 10.0
 _TICK_S = 0.5
 """How late the end of a lifetime may be."""
+_LOOK_S = 4.0
+"""How often agents are looked at: who waits in the kernel at two looks is stuck. The host is more patient."""
 _SPARE_DESCRIPTORS = 64
 """Not for further sandboxes, so that there are some for what is done with those that live."""
 
@@ -58,6 +60,8 @@ class Keeper:
         self._live: dict[str, Live] = {}
         self._snapshots: dict[str, Stack] = {}
         self._asides: set[Aside] = set()
+        self._waiting: set[int] = set()
+        """Agents that waited in the kernel at the last look."""
         self._num_layers = 0
         self._most_descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         self._may_inspect = self._is_root and syscalls.has_capability(syscalls.CAP_SYS_PTRACE)
@@ -104,7 +108,7 @@ class Keeper:
         """To the end of the control socket, or until the descriptor `end` can be read from; then raises EOFError."""
         self._watch(self._control.fileno(), self._on_request)
         self._watch(end, _end)
-        next_tick = 0.0
+        next_tick = next_look = 0.0
         while True:
             for descriptor, _ in self._events.poll(_TICK_S if self._live or self._asides else None):
                 # An earlier event of this round may have ended what this one is about.
@@ -113,6 +117,9 @@ class Keeper:
             if time.monotonic() >= next_tick:
                 self._end_overdue()
                 next_tick = time.monotonic() + _TICK_S
+            if time.monotonic() >= next_look:
+                self._free_stuck()
+                next_look = time.monotonic() + _LOOK_S
 
     def _watch(self, descriptor: int, react: Callable[[], None]) -> None:
         self._by_descriptor[descriptor] = react
@@ -121,6 +128,12 @@ class Keeper:
     def _unwatch(self, descriptor: int) -> None:
         del self._by_descriptor[descriptor]
         self._events.unregister(descriptor)
+
+    def _free_stuck(self) -> None:
+        waiting = {live.process for live in self._live.values() if live.is_ready and stuck.waits(live.process)}
+        for process in waiting & self._waiting:
+            stuck.free(process)
+        self._waiting = waiting
 
     def _end_overdue(self) -> None:
         now = time.monotonic()
