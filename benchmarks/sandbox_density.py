@@ -2,6 +2,8 @@
 
     python benchmarks/sandbox_density.py [--live 2000] [--save]
 
+Another number is saved under a name of its own.
+
 - `live`: sandboxes that were made, all of them alive at the same time, and that answered with what only they know,
   once after they were made and once more when all were there. `failures`: those that were not made, or did not answer
   so.
@@ -34,6 +36,7 @@ from upspiral.sandbox.namespace import NamespaceBackend
 IN_FLIGHT = 8
 TIMEOUT_S = 120.0
 SETTLE_S = 2.0
+USUAL_LIVE = 2000
 TARGETS = {"failures": 0, "left_over": 0, "mb_each": 3.0}
 
 
@@ -129,10 +132,11 @@ def labelled_folders() -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--live", type=int, default=2000)
+    parser.add_argument("--live", type=int, default=USUAL_LIVE)
     parser.add_argument("--save", action="store_true")
     arguments = parser.parse_args()
-    report("sandbox_density", asyncio.run(measure(arguments.live)), TARGETS, save=arguments.save)
+    name = "sandbox_density" if arguments.live == USUAL_LIVE else f"sandbox_density_{arguments.live}"
+    report(name, asyncio.run(measure(arguments.live)), TARGETS, save=arguments.save)
 
 
 if __name__ == "__main__":

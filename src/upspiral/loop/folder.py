@@ -12,7 +12,10 @@ from upspiral.config.models import RunConfig
 from upspiral.errors import ConfigError
 
 # Keys that change nothing about what was learned so far; all others must be as they were when a run is resumed.
-MAY_CHANGE_ON_RESUME = ("steps", "budget_minutes", "checkpoint", "agent.workers", "agent.concurrency", "model.threads")
+MAY_CHANGE_ON_RESUME = (
+    "steps", "budget_minutes", "checkpoint", "agent.workers", "agent.concurrency", "model.threads", "sandbox.backend",
+    "sandbox.url", "sandbox.trust_commands",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from upspiral.errors import SandboxError, SandboxGoneError
 from upspiral.sandbox.base import HOST_IMAGE, Capabilities, SandboxSpec, Snapshot
@@ -185,9 +186,9 @@ class NamespaceBackend:
                 sandbox.lose(ended)
             return sandbox
 
-    async def ask(self, do: str, *, timeout_s: float, descriptors: Sequence[int] = (), **said: object) -> Message:
-        """Of the keeper. Raises SandboxError for what it cannot do."""
-        return await self._keeper.ask(do, timeout_s=timeout_s, descriptors=descriptors, **said)
+    async def ask(self, do: str, *, timeout_s: float, **said: Any) -> Message:
+        """Of the keeper; see there."""
+        return await self._keeper.ask(do, timeout_s=timeout_s, **said)
 
     async def end(self, sandbox: NamespaceSandbox) -> None:
         """Returns when nothing is left of it."""

@@ -41,6 +41,7 @@ class KeeperProcess:
         self._on_ended = on_ended
         self._numbers = itertools.count(1)
         self._waiting: dict[int, asyncio.Future[Message]] = {}
+        self._to_be_sealed: dict[int, Callable[[], None]] = {}
         self._outgoing: deque[tuple[bytes, Sequence[int], int]] = deque()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._death = ""
@@ -89,8 +90,17 @@ class KeeperProcess:
     def is_dead(self) -> bool:
         return bool(self._death)
 
-    async def ask(self, do: str, *, timeout_s: float, descriptors: Sequence[int] = (), **said: object) -> Message:
-        """Raises SandboxError when the keeper says that it failed, says nothing in time, or has died."""
+    async def ask(
+        self,
+        do: str,
+        *,
+        timeout_s: float,
+        descriptors: Sequence[int] = (),
+        when_sealed: Callable[[], None] | None = None,
+        **said: object,
+    ) -> Message:
+        """Raises SandboxError when the keeper says that it failed, says nothing in time, or has died. `when_sealed` is
+        called when a snapshot can be stood on, should that be before the answer."""
         number = next(self._numbers)
         content = json.dumps({"number": number, "do": do, **said}).encode()
         if len(content) > MAX_MESSAGE_BYTES:
@@ -110,6 +120,8 @@ class KeeperProcess:
             raise
         answered = asyncio.get_running_loop().create_future()
         self._waiting[number] = answered
+        if when_sealed is not None:
+            self._to_be_sealed[number] = when_sealed
         self._outgoing.append((content, copies, number))
         self._flush()
         try:
@@ -119,6 +131,7 @@ class KeeperProcess:
             raise SandboxError(f"the keeper of the sandboxes did not answer {do!r} within {timeout_s:.0f} s") from None
         finally:
             self._waiting.pop(number, None)
+            self._to_be_sealed.pop(number, None)
         if "most_open_files" in answer:
             raise too_many(f"the keeper of the sandboxes has {answer['most_open_files']}")
         if "problem" in answer:
@@ -188,6 +201,9 @@ class KeeperProcess:
             message: Message = json.loads(content)
             if "ended" in message:
                 self._on_ended(message["ended"], message["problem"], message["is_over"])
+            elif "sealed" in message:
+                if (when_sealed := self._to_be_sealed.get(message["number"])) is not None:
+                    when_sealed()
             elif (answered := self._waiting.get(message["number"])) is not None and not answered.done():
                 answered.set_result(message)
 

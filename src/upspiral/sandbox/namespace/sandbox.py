@@ -7,10 +7,10 @@ import json
 import os
 import secrets
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol, TypeVar
 
 from upspiral.errors import SandboxError
 from upspiral.sandbox.base import WORKSPACE, Diff, SandboxSpec, Snapshot
@@ -18,6 +18,7 @@ from upspiral.sandbox.connected import ConnectedSandbox
 from upspiral.sandbox.connection import Connection
 from upspiral.sandbox.open_files import enough_for_a_sandbox
 
+T = TypeVar("T")
 COPY_TIMEOUT_S = 150.0
 """Of what may have to copy or read all that a sandbox has written."""
 
@@ -48,9 +49,7 @@ class Making:
 class Maker(Protocol):
     """What a sandbox needs of the backend that made it."""
 
-    async def ask(
-        self, do: str, *, timeout_s: float, descriptors: Sequence[int] = (), **said: object
-    ) -> Mapping[str, Any]:
+    async def ask(self, do: str, *, timeout_s: float, **said: Any) -> Mapping[str, Any]:
         """Of the keeper."""
         ...
 
@@ -91,8 +90,11 @@ class NamespaceSandbox(ConnectedSandbox):
         """Sealed when no operation is under way and nothing runs inside; it then goes on above the sealed layer.
         Cancelled, it is taken all the same, since the keeper may be amid it, and dropped."""
         taking = asyncio.ensure_future(self._take_snapshot())
+        return await self._unless_given_up(taking, asyncio.shield(taking))
+
+    async def _unless_given_up(self, taking: asyncio.Future[Snapshot], wanted: Awaitable[T]) -> T:
         try:
-            return await asyncio.shield(taking)
+            return await wanted
         except asyncio.CancelledError:
             self._unwanted.add(dropping := asyncio.ensure_future(self._drop_unwanted(taking)))
             dropping.add_done_callback(self._unwanted.discard)
@@ -102,16 +104,29 @@ class NamespaceSandbox(ConnectedSandbox):
         with suppress(SandboxError):
             await self._maker.drop(await taking)
 
-    async def _take_snapshot(self) -> Snapshot:
+    async def _take_snapshot(self, sealed: asyncio.Future[Snapshot] | None = None) -> Snapshot:
+        """`sealed` has it when it can be stood on, should that be while this sandbox still waits for its new agent."""
+        snapshot = Snapshot(f"snapshot-{secrets.token_hex(8)}", "sealed")
+
+        def when_sealed() -> None:
+            if sealed is not None and not sealed.done():
+                self._maker.remember(snapshot, self._origin)
+                sealed.set_result(snapshot)
+
         async with self._turn:
             self._check_live()
-            name = f"snapshot-{secrets.token_hex(8)}"
             with self._held_if_idle() as idle:
                 said = await self._maker.ask(
-                    "snapshot", timeout_s=COPY_TIMEOUT_S, name=self.id, snapshot=name, may_seal=idle
+                    "snapshot",
+                    timeout_s=COPY_TIMEOUT_S,
+                    when_sealed=when_sealed,
+                    name=self.id,
+                    snapshot=snapshot.id,
+                    may_seal=idle,
                 )
-            snapshot = Snapshot(name, said["how"])
-            self._maker.remember(snapshot, self._origin)
+            if sealed is None or not sealed.done():
+                snapshot = Snapshot(snapshot.id, said["how"])
+                self._maker.remember(snapshot, self._origin)
             return snapshot
 
     @contextmanager
@@ -128,8 +143,19 @@ class NamespaceSandbox(ConnectedSandbox):
             connection.release()
 
     async def fork(self, count: int = 1) -> Sequence[NamespaceSandbox]:
-        shells, snapshot = self.shells_to_inherit(), await self.snapshot()
+        shells, sealed = self.shells_to_inherit(), asyncio.get_running_loop().create_future()
+        taking = asyncio.ensure_future(self._take_snapshot(sealed))
+        taking.add_done_callback(lambda taken: taken.cancelled() or taken.exception())  # it may be nobody's any more
+        either = asyncio.wait([sealed, taking], return_when=asyncio.FIRST_COMPLETED)
+        await self._unless_given_up(taking, either)
+        snapshot = taking.result() if taking.done() else sealed.result()
+        # They start while this sandbox waits for its new agent.
         forks = await self._maker.start_all(snapshot, self._making.spec, count)
+        try:
+            await asyncio.shield(taking)
+        except BaseException:
+            await asyncio.shield(asyncio.gather(*(fork.stop() for fork in forks)))
+            raise
         for fork in forks:
             fork.inherit_shells(shells)
         return forks

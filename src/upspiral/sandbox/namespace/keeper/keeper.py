@@ -1,7 +1,8 @@
 """The keeper's one thread: takes requests by a socket, one message each, and answers each when it is done.
 
 A message is a JSON object, in both directions. A request has a `number`, and so has its answer, with a `problem` when
-it failed. Unasked the keeper says only that a sandbox has `ended`.
+it failed. Before its answer, a snapshot's may have a word that it is `sealed`: it can be stood on. Unasked the keeper
+says only that a sandbox has `ended`.
 """
 
 from __future__ import annotations
@@ -362,6 +363,7 @@ class Keeper:
         """After its death. `disk` and `agent` are this function's, and it was held what the sandbox stood on."""
 
         def follow(stack: Stack) -> None:
+            self._send({"number": request["number"], "sealed": True})
             self._launch(live.order, stack, agent, self._answering(request, how="sealed"))
 
         try:
