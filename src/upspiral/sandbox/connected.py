@@ -194,6 +194,11 @@ class ConnectedSandbox:
     async def snapshot(self) -> Snapshot:
         raise self._cannot("take a snapshot")
 
+    def _check_live(self) -> None:
+        """Before its backend is asked to do something about it."""
+        if self._connection.error:
+            raise type(self._connection.error)(*self._connection.error.args)
+
     async def fork(self, count: int = 1) -> Sequence[Sandbox]:
         raise self._cannot("fork")
 

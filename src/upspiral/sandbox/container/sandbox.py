@@ -88,10 +88,6 @@ class ContainerSandbox(ConnectedSandbox):
             former.connection.lose(SandboxError("the sandbox was put back to a snapshot while this went on"))
             await self._maker.remove(former.name)
 
-    def _check_live(self) -> None:
-        if self._connection.error:
-            raise type(self._connection.error)(*self._connection.error.args)
-
     async def _dispose(self) -> None:
         try:
             await self._maker.end(self)

@@ -191,10 +191,6 @@ class NamespaceSandbox(ConnectedSandbox):
         """It has ended without being asked to."""
         self._connection.lose(error)
 
-    def _check_live(self) -> None:
-        if self._connection.error:
-            raise type(self._connection.error)(*self._connection.error.args)
-
     async def _dispose(self) -> None:
         try:
             await self._maker.end(self)
