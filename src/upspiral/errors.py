@@ -10,6 +10,8 @@
     │   ├── UnknownKeyError    nobody has this key (HTTP 401)
     │   └── SealedRolloutError the rollout has ended; nothing more is recorded (HTTP 409)
     ├── EngineError            inference failed (infrastructure: the rollout is masked)
+    │   └── StaleBaseError     published weights are a difference to a version that the engine does not have
+    ├── TrainerError           a rank of the trainer died or does not answer; the run goes on from its checkpoint
     ├── SandboxError           a sandbox could not be made or broke (infrastructure)
     │   ├── CapabilityError    the backend cannot do what the spec asks, said at acquire
     │   ├── SandboxGoneError   it was stopped: by its owner, at the end of its lifetime, with its lease or its backend
@@ -76,6 +78,14 @@ class SealedRolloutError(RequestError):
 
 class EngineError(UpspiralError, RuntimeError):
     """Inference failed. Infrastructure: the rollout is masked, never rewarded."""
+
+
+class StaleBaseError(EngineError):
+    """Published weights are a difference to a version that the engine does not have; publish them whole."""
+
+
+class TrainerError(UpspiralError, RuntimeError):
+    """A rank of the trainer died or does not answer. What the last checkpoint holds is safe."""
 
 
 class SandboxError(UpspiralError, RuntimeError):

@@ -32,11 +32,31 @@ class ModelConfig(_Section):
     """CPU threads for the model; 0 means one per core."""
 
 
+class ServerConfig(_Section):
+    """The inference servers of engine.kind "vllm" and "sglang"."""
+
+    urls: tuple[str, ...] = ()
+    """Servers that run already, such as "http://node7:8000"; none named: `replicas` are started on this machine."""
+    replicas: PositiveInt = 1
+    """How many servers are started."""
+    python: str | None = None
+    """The interpreter of the environment that has the server's packages; unset: that of `upspiral engine install`."""
+    arguments: tuple[str, ...] = ()
+    """Further flags for each server that is started, such as "--tensor-parallel-size", "2"."""
+    cache_gb: PositiveFloat = 2.0
+    """Memory for keys and values of each server that is started on a CPU."""
+    start_timeout_s: PositiveFloat = 600.0
+    """Deadline for a server to load the model and answer."""
+
+
 class EngineConfig(_Section):
     """Where tokens are sampled."""
 
-    kind: Literal["embedded", "scripted"] = "embedded"
-    """"embedded" samples from the trainer's own weights; "scripted" plays a file, for tests and debugging."""
+    kind: Literal["embedded", "vllm", "sglang", "scripted"] = "embedded"
+    """"embedded" samples in this process; "vllm" and "sglang" are servers, to which each step's weights are published;
+    "scripted" plays a file, for tests and debugging."""
+    server: ServerConfig | None = None
+    """With a section [engine.server]: which servers, for "vllm" and "sglang"."""
     max_running: PositiveInt = 64
     """How many requests decode at the same time."""
     cache_slots: PositiveInt = 128
@@ -251,11 +271,35 @@ class LoraConfig(_Section):
     named: all but the output layer."""
 
 
+class ParallelConfig(_Section):
+    """How many processes train one model, and what each holds of it."""
+
+    ranks: PositiveInt = 1
+    """Processes, each with a GPU of its own where there are some. ranks / tensor of them have different data."""
+    tensor: PositiveInt = 1
+    """Over how many ranks each matrix is divided ("fsdp", "megatron")."""
+    expert: PositiveInt = 1
+    """Over how many ranks the experts of a layer are divided ("fsdp", "megatron"); they are also data parallel."""
+    zero_stage: Annotated[int, Field(ge=1, le=3)] = 2
+    """For "deepspeed", what is divided: 1 optimizer states, 2 gradients as well, 3 weights as well."""
+
+    @model_validator(mode="after")
+    def _ranks_divide(self) -> ParallelConfig:
+        for name, size in (("tensor", self.tensor), ("expert", self.expert)):
+            if self.ranks % size:
+                raise ValueError(
+                    f"trainer.parallel.ranks = {self.ranks} is no multiple of trainer.parallel.{name} = {size}"
+                )
+        return self
+
+
 class TrainerConfig(_Section):
     """How the loss becomes new weights."""
 
-    kind: Literal["local"] = "local"
-    """"local": one process, one device."""
+    kind: Literal["local", "fsdp", "deepspeed", "megatron"] = "local"
+    """"local": one process, one device; the others share the model among the ranks of [trainer.parallel]."""
+    parallel: ParallelConfig | None = None
+    """With a section [trainer.parallel]: how "fsdp", "deepspeed" and "megatron" share the model."""
     lr: PositiveFloat = 2e-5
     """Learning rate of RL."""
     lr_warmup_steps: Annotated[int, Field(ge=0)] = 0
@@ -279,6 +323,16 @@ class TrainerConfig(_Section):
     """Optimizer steps per batch of rollouts. Above 1 the batch is split by groups and PPO clipping comes to bear."""
     lora: LoraConfig | None = None
     """With a section [trainer.lora], if only an empty one, low-rank factors are trained; without, all weights."""
+
+
+class WeightsConfig(_Section):
+    """How new weights reach engines that do not share the trainer's memory."""
+
+    form: Literal["full", "delta"] = "full"
+    """"delta": only what changed since the step before, without loss."""
+    transport: Literal["auto", "shared", "disk"] = "auto"
+    """Where they are written: "shared" memory of this machine, or "disk", the run folder, for engines that mount it
+    elsewhere; "auto": shared memory while all engines are started here."""
 
 
 class EvalConfig(_Section):
@@ -323,5 +377,6 @@ class RunConfig(_Section):
     warm_start: WarmStartConfig = WarmStartConfig()
     algorithm: AlgorithmConfig = AlgorithmConfig()
     trainer: TrainerConfig = TrainerConfig()
+    weights: WeightsConfig = WeightsConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()

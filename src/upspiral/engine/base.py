@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from upspiral.types import FinishReason, SamplingParams
+from upspiral.weights.publication import Publication
 
 TokenIds = Sequence[int] | NDArray[np.int32]
 """[T] the ids of a prompt."""
@@ -80,3 +81,25 @@ class Engine(Protocol):
     async def start(self) -> None: ...
 
     async def stop(self) -> None: ...
+
+
+class UpdatableEngine(Engine, Protocol):
+    """An engine whose weights are published to it, as it does not share the trainer's memory."""
+
+    async def update_weights(self, publication: Publication) -> None:
+        """Adopts the weights of a publication: every token that is sampled afterwards carries its version, and no
+        keys or values of earlier weights are reused for new prompts. Generations under way lose no token: they go on,
+        each token with the version that sampled it. The same version again does nothing.
+
+        Returns when the engine answers with the new weights, which it has checked. Raises StaleBaseError when the
+        publication is a difference to a version that the engine does not have (publish it whole), and EngineError
+        when the engine cannot adopt it."""
+        ...
+
+    async def pause(self) -> None:
+        """Holds tokens back until `resume`; generations under way wait and go on afterwards. Pauses nest."""
+        ...
+
+    def resume(self) -> None:
+        """Takes one `pause` back."""
+        ...

@@ -27,9 +27,9 @@ from upspiral.monitor.environment import write_environment
 from upspiral.monitor.lines import ledger_line
 from upspiral.monitor.metrics import MetricsLog
 from upspiral.monitor.progress import Progress
+from upspiral.trainer.base import StepMetrics
 from upspiral.trainer.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from upspiral.trainer.forest import ForestBatch, pack
-from upspiral.trainer.local import StepMetrics
 from upspiral.trajectory.ledger import check_closed
 from upspiral.types import RolloutCredit
 

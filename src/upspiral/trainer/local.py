@@ -10,17 +10,17 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
 from itertools import groupby
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from upspiral.algorithm.loss import Loss, PolicyLoss, SftLoss, TokenTerms
+from upspiral.algorithm.loss import Loss, PolicyLoss, SftLoss
 from upspiral.config.models import AlgorithmConfig, TrainerConfig
 from upspiral.errors import StoreError
 from upspiral.trainer.attention import ForestPass, forest_attention_in
+from upspiral.trainer.base import StepKind, StepMetrics
 from upspiral.trainer.decoder import prepare
 from upspiral.trainer.depth_first import Lane, Work, lanes_of
 from upspiral.trainer.forest import ForestBatch
@@ -31,35 +31,13 @@ from upspiral.trainer.lora import factors_behind
 from upspiral.trainer.optimizer import MasterAdamW, ParameterOptimizer
 from upspiral.trainer.rounding import RoundingAdamW
 from upspiral.trainer.routes import replayed_routes_in
+from upspiral.trainer.tally import Tally
+from upspiral.trainer.terms import token_terms
 from upspiral.weights.adapter import Adapter
 from upspiral.weights.experts import exact_experts_in
 
 _OPTIMIZERS: Mapping[str, type[ParameterOptimizer]] = {"float32": MasterAdamW, "none": RoundingAdamW}
 """By `trainer.master_weights`."""
-
-
-@dataclass(frozen=True, slots=True)
-class StepMetrics:
-    """What one call of `LocalTrainer.step` did."""
-
-    loss: float
-    """Sum of the minibatches' losses; for kind "sft" and one minibatch, nats per token."""
-    grad_norm: float
-    """Before clipping; the largest over the minibatches. Not finite when a step was skipped."""
-    lr: float
-    skipped_steps: int
-    """Optimizer steps left out because their gradient was not finite; the weights stayed as they were."""
-    unique_tokens: int
-    """Tokens that went through the model, each once however many branches share it."""
-    trained_tokens: int
-    seconds: float
-    tokens: Mapping[str, float] = field(default_factory=dict)
-    """Means over the trained tokens ("max_...": maxima): entropy, and what the loss reports (`algorithm/loss.py`)."""
-
-    def flat(self) -> dict[str, float]:
-        """All of it as one flat mapping, for the metrics log."""
-        own = asdict(self)
-        return own.pop("tokens") | own
 
 
 class LocalTrainer:
@@ -94,7 +72,7 @@ class LocalTrainer:
         self._policy_steps = 0
 
     def step(
-        self, batches: Sequence[ForestBatch], *, kind: Literal["policy", "sft"] = "policy", lr: float | None = None
+        self, batches: Sequence[ForestBatch], *, kind: StepKind = "policy", lr: float | None = None
     ) -> StepMetrics:
         """Trains on the microbatches of one step: an optimizer step for each minibatch number among them.
 
@@ -103,7 +81,7 @@ class LocalTrainer:
         """
         started = time.monotonic()
         rate = self._learning_rate() if lr is None else lr
-        tally = _Tally()
+        tally = Tally()
         with self._forest_attention():
             for minibatch, old in self._with_old_logprobs(batches, kind):
                 self._accumulate(minibatch, old, kind, tally)
@@ -111,10 +89,10 @@ class LocalTrainer:
         self._policy_steps += kind == "policy" and bool(batches)
         return tally.metrics(rate, time.monotonic() - started)
 
-    def gradients(self, batches: Sequence[ForestBatch], kind: Literal["policy", "sft"] = "policy") -> StepMetrics:
+    def gradients(self, batches: Sequence[ForestBatch], kind: StepKind = "policy") -> StepMetrics:
         """Computes the gradients of one minibatch and drops them: what a step costs without its update."""
         started = time.monotonic()
-        tally = _Tally()
+        tally = Tally()
         with self._forest_attention():
             self._accumulate(batches, {}, kind, tally)
         self._sums.drop()
@@ -186,7 +164,7 @@ class LocalTrainer:
         return found
 
     def _accumulate(
-        self, minibatch: Sequence[ForestBatch], old_logprobs: Mapping[int, Tensor], kind: str, tally: _Tally
+        self, minibatch: Sequence[ForestBatch], old_logprobs: Mapping[int, Tensor], kind: str, tally: Tally
     ) -> None:
         """Gradients of all microbatches, those of the lanes at the same time, summed in their order."""
         lanes = lanes_of(minibatch, exact=self._exact, recompute=self._config.activation_checkpointing)
@@ -227,7 +205,7 @@ class LocalTrainer:
             lane.end(work)
         return outcome
 
-    def _update(self, lr: float, tally: _Tally) -> None:
+    def _update(self, lr: float, tally: Tally) -> None:
         norm = self._sums.clip(self._config.max_grad_norm)
         tally.norms.append(norm)
         if math.isfinite(norm):
@@ -242,47 +220,3 @@ class LocalTrainer:
     def _learning_rate(self) -> float:
         warmup = self._config.lr_warmup_steps
         return self._config.lr * min(1.0, (self._policy_steps + 1) / (warmup + 1))
-
-
-def token_terms(batch: ForestBatch, logprobs: Tensor, old_logprobs: Tensor | None) -> TokenTerms:
-    behavior, positive, negative, weight = (
-        torch.from_numpy(array).to(logprobs)
-        for array in (batch.behavior_logprobs_M, batch.positive_M, batch.negative_M, batch.token_weight_M)
-    )
-    old = logprobs.detach() if old_logprobs is None else old_logprobs
-    return TokenTerms(logprobs, old, behavior, positive, negative, weight)
-
-
-class _Tally:
-    """Sums over the microbatches of a step."""
-
-    def __init__(self) -> None:
-        self.norms: list[float] = []
-        self._loss = 0.0
-        self._unique = self._trained = 0
-        self._tokens: dict[str, float] = {}
-
-    def count(self, batch: ForestBatch) -> None:
-        self._unique += batch.num_tokens
-        self._trained += batch.num_targets
-
-    def add(self, loss: float, metrics: Mapping[str, Tensor]) -> None:
-        self._loss += loss
-        for name, value in metrics.items():
-            before, now = self._tokens.get(name, 0.0), value.item()
-            self._tokens[name] = max(before, now) if name.startswith("max_") else before + now
-
-    def metrics(self, lr: float, seconds: float) -> StepMetrics:
-        return StepMetrics(
-            loss=self._loss,
-            grad_norm=max(self.norms, default=0.0),
-            lr=lr,
-            skipped_steps=sum(not math.isfinite(norm) for norm in self.norms),
-            unique_tokens=self._unique,
-            trained_tokens=self._trained,
-            seconds=seconds,
-            tokens={
-                name: value if name.startswith("max_") else value / self._trained
-                for name, value in self._tokens.items()
-            },
-        )
