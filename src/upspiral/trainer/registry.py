@@ -1,0 +1,28 @@
+"""The trainer backends of several ranks, by `trainer.kind`. What a kind needs is imported when it is made."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+from upspiral.errors import ConfigError
+from upspiral.trainer.base import TrainerBackend, TrainerSetup
+
+_BACKENDS = {
+    "fsdp": "upspiral.trainer.fsdp.backend:FsdpBackend",
+    "deepspeed": "upspiral.trainer.deepspeed.backend:DeepSpeedBackend",
+    "megatron": "upspiral.trainer.megatron.backend:MegatronBackend",
+}
+"""Each is called with a TrainerSetup on every rank, inside the process group of all ranks."""
+
+
+def make_backend(kind: str, setup: TrainerSetup) -> TrainerBackend:
+    """One rank's part of a backend. Raises ConfigError when the packages of the kind are not installed."""
+    module, _, name = _BACKENDS[kind].partition(":")
+    try:
+        backend = getattr(import_module(module), name)
+    except ImportError as error:
+        raise ConfigError(
+            f'trainer.kind = "{kind}" needs packages that are not installed ({error}); '
+            f"pip install 'upspiral[{'train' if kind == 'fsdp' else kind}]'"
+        ) from error
+    return backend(setup)
