@@ -32,7 +32,7 @@ def export(run: Path, /, *, hf: Path | None = None, peft: Path | None = None, st
     if peft is not None and config.trainer.lora is None:
         raise ConfigError(f"--peft: {run} trained all weights ([trainer.lora] is not in its config); use --hf")
     need_training_packages("export", *(["peft"] if peft is not None else []))
-    from upspiral.trainer.checkpoint import load_checkpoint
+    from upspiral.trainer.checkpoint import check_checkpoint
     from upspiral.trainer.local import LocalTrainer
     from upspiral.weights.export import export_hf, export_peft
     from upspiral.weights.load import load_model
@@ -43,7 +43,8 @@ def export(run: Path, /, *, hf: Path | None = None, peft: Path | None = None, st
     model = load_model(source, dtype=config.model.dtype, device="cpu")
     # The trainer alone knows what its state means; loading it updates the module in place.
     trainer = LocalTrainer(model.module, config.trainer, config.algorithm, temperature=config.temperature)
-    trainer.load_state_dict(load_checkpoint(checkpoint))
+    check_checkpoint(checkpoint)
+    trainer.load(checkpoint)
     if hf is not None:
         print(export_hf(model.module, source, hf))
     if peft is not None and trainer.adapter is not None:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from upspiral.config.models import RunConfig
+from upspiral.config.models import ClusterConfig, RunConfig
+
+SERVERS = ("vllm", "sglang")
+"""Values of engine.kind whose engines are servers."""
 
 
 def switched_off(config: RunConfig) -> dict[str, str]:
@@ -21,6 +24,7 @@ def switched_off(config: RunConfig) -> dict[str, str]:
     if config.env.kind != "shell":
         for name in ("levels", "kinds", "shapes"):
             off[f"env.{name}"] = 'only env.kind = "shell" has a ladder; drop this key'
+    off |= _of_other_engines(config) | _of_other_trainers(config)
     if config.model.dtype == "float32":
         off["trainer.master_weights"] = 'with model.dtype = "float32" weights are their own masters; drop this key'
     elif config.trainer.lora is not None:
@@ -32,11 +36,51 @@ def switched_off(config: RunConfig) -> dict[str, str]:
     return off
 
 
+def _of_other_engines(config: RunConfig) -> dict[str, str]:
+    kind, off = config.engine.kind, dict[str, str]()
+    server = ("urls", "replicas", "python", "arguments", "cache_gb", "start_timeout_s")
+    if kind not in SERVERS:
+        off |= {f"engine.server.{name}": f'engine.kind = "{kind}" has no servers; drop this key' for name in server}
+    else:
+        for name in ("cache_slots", "prefill_tokens", "exact"):
+            off[f"engine.{name}"] = f'engine.kind = "{kind}" decides that itself; drop this key'
+        if config.engine.server is not None and config.engine.server.urls:
+            for name in server[1:]:
+                off[f"engine.server.{name}"] = "the servers of engine.server.urls run already; drop this key"
+    if config.cluster.address is None:
+        for name in set(ClusterConfig.model_fields) - {"address"}:
+            off[f"cluster.{name}"] = "without cluster.address, or --on, Ray is not used; drop this key"
+    if not publishes(config):
+        for name in ("form", "transport"):
+            off[f"weights.{name}"] = "engine and trainer share their weights in this process; drop this key"
+    return off
+
+
+def _of_other_trainers(config: RunConfig) -> dict[str, str]:
+    kind = config.trainer.kind
+    used = {"local": (), "deepspeed": ("ranks", "zero_stage")}.get(kind, ("ranks", "tensor", "expert"))
+    return {
+        f"trainer.parallel.{name}": f'trainer.kind = "{kind}" does not divide a model so; drop this key'
+        for name in ("ranks", "tensor", "expert", "zero_stage")
+        if name not in used
+    }
+
+
+def publishes(config: RunConfig) -> bool:
+    """Whether the engine gets its weights by publication."""
+    together = config.engine.kind == "embedded" and config.trainer.kind == "local" and config.cluster.address is None
+    return not together
+
+
 def contradictions(config: RunConfig) -> Iterator[tuple[str, str]]:
     """Pairs of a key and why its value cannot work with the others."""
     algorithm, trainer, steps = config.algorithm, config.trainer, config.steps
     if config.engine.kind == "scripted":
         yield "engine.kind", 'a scripted engine has no weights, so there is nothing to learn; use "embedded" here'
+    if trainer.kind != "local" and trainer.lora is not None:
+        yield "trainer.lora", f'trainer.kind = "{trainer.kind}" trains whole weights; drop the section or use "local"'
+    if trainer.kind != "local" and trainer.master_weights == "none":
+        yield "trainer.master_weights", f'trainer.kind = "{trainer.kind}" keeps float32 weights; drop this key'
     if trainer.minibatches > algorithm.groups_per_step:
         limit = algorithm.groups_per_step
         yield (

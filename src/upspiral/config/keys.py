@@ -41,13 +41,16 @@ def nearest_keys(name: str) -> list[str]:
     """The valid keys that a wrong key most likely meant, best first; empty when nothing is close."""
     names = list(all_keys())
     section, _, leaf = name.rpartition(".")
+    neighbours = [each for each in names if each.rpartition(".")[0] == section]
+    typed = get_close_matches(leaf, [each.rpartition(".")[2] for each in neighbours], n=1, cutoff=0.8)
+    if section and typed:
+        return [f"{section}.{typed[0]}"]
     same_leaf = [each for each in names if each.rpartition(".")[2] == leaf]
     close_section = get_close_matches(section, sections(), n=1) if section else []
     if close_section and f"{close_section[0]}.{leaf}" in same_leaf:
         return [f"{close_section[0]}.{leaf}"]
     if same_leaf:
         return same_leaf
-    neighbours = [each for each in names if each.rpartition(".")[0] == section]
     return get_close_matches(name, neighbours, n=1) or get_close_matches(name, names, n=1)
 
 

@@ -66,7 +66,8 @@ class EngineConfig(_Section):
     prefill_tokens: PositiveInt = 512
     """How many prompt tokens one engine step computes at most."""
     exact: bool = False
-    """Whether engine and trainer compute each token's log-probability to the same bits. Slower."""
+    """Whether the embedded engine gives a token the same bits in any company, and the local trainer those same bits.
+    Slower."""
     routes: Literal["free", "replay"] = "free"
     """For models with experts. "free": in the trainer, the router chooses again; "replay": each token goes to the
     experts that computed it in the engine."""
@@ -335,6 +336,28 @@ class WeightsConfig(_Section):
     elsewhere; "auto": shared memory while all engines are started here."""
 
 
+class ClusterConfig(_Section):
+    """Where the parts of the run are placed by Ray. Without `address` (or `upspiral run --on`) Ray is not used."""
+
+    address: str | None = None
+    """"local": Ray is started on this machine for the run; "auto": the cluster that this machine belongs to; or
+    "ray://HOST:10001". The run folder and the model must have the same paths on every node."""
+    engines: PositiveInt = 1
+    """Engine actors, between which the router chooses; one of [engine.server] has `replicas` of its own."""
+    engine_cpus: PositiveFloat = 1.0
+    """CPUs of an engine actor: Ray counts them, and an embedded engine has so many threads."""
+    engine_gpus: Annotated[float, Field(ge=0)] = 0.0
+    """GPUs of an engine actor; 0.5 beside rank_gpus = 0.5 puts both on the same one."""
+    rank_cpus: PositiveFloat = 1.0
+    """CPUs of a rank of the trainer."""
+    rank_gpus: Annotated[float, Field(ge=0)] = 0.0
+    """GPUs of a rank of the trainer."""
+    sandbox_hosts: Annotated[int, Field(ge=0)] = 0
+    """Actors that serve sandboxes, on as many nodes as there are; 0: they are made where the run is."""
+    restarts: Annotated[int, Field(ge=0)] = 20
+    """How often the run goes on from its checkpoint when an actor died that it cannot do without."""
+
+
 class EvalConfig(_Section):
     """Measuring on held-out tasks."""
 
@@ -378,5 +401,6 @@ class RunConfig(_Section):
     algorithm: AlgorithmConfig = AlgorithmConfig()
     trainer: TrainerConfig = TrainerConfig()
     weights: WeightsConfig = WeightsConfig()
+    cluster: ClusterConfig = ClusterConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()

@@ -7,7 +7,6 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
 from starlette.applications import Starlette
 from starlette.routing import Mount
 
@@ -16,7 +15,7 @@ from upspiral.agent.command import CommandAgent
 from upspiral.agent.launched import LaunchedAgent
 from upspiral.agent.pool import WorkerPool
 from upspiral.config.models import RunConfig
-from upspiral.engine.embedded.engine import EmbeddedEngine
+from upspiral.engine.base import Engine
 from upspiral.env.base import Environment
 from upspiral.env.registry import make_environment
 from upspiral.env.tool_server import ToolServer
@@ -25,16 +24,15 @@ from upspiral.gateway.collector import seldom_collected
 from upspiral.gateway.http import serve_app
 from upspiral.gateway.server import Gateway
 from upspiral.loop.folder import RunFolder
+from upspiral.loop.learner import Learner
+from upspiral.loop.placement import Placement, Setting, make_policy
 from upspiral.loop.rollouts import Addresses, Limits, RolloutRunner, Stage
 from upspiral.monitor.progress import Progress
 from upspiral.rendering.renderer import Renderer
 from upspiral.sandbox.base import Allow, SandboxBackend, SandboxSpec
 from upspiral.sandbox.egress.log_file import EgressFile
 from upspiral.sandbox.registry import open_backend
-from upspiral.trainer.local import LocalTrainer
 from upspiral.trajectory.store import TrajectoryStore
-from upspiral.weights.cpu import keep_freed_memory, num_cores
-from upspiral.weights.load import LoadedModel, load_model
 from upspiral.weights.models import resolve_model
 
 
@@ -42,10 +40,9 @@ from upspiral.weights.models import resolve_model
 class Parts:
     """The standing parts of a run."""
 
-    model: LoadedModel
     renderer: Renderer
-    engine: EmbeddedEngine
-    trainer: LocalTrainer
+    engine: Engine
+    learner: Learner
     environment: Environment
     store: TrajectoryStore
     gateway: Gateway
@@ -53,8 +50,10 @@ class Parts:
 
 
 @asynccontextmanager
-async def assemble(config: RunConfig, folder: RunFolder, progress: Progress) -> AsyncIterator[Parts]:
-    """All parts, started. They are stopped, newest first, when the context ends."""
+async def assemble(
+    config: RunConfig, folder: RunFolder, progress: Progress, placement: Placement | None = None
+) -> AsyncIterator[Parts]:
+    """All parts, started. They are stopped, newest first, when the context ends. `placement`: see `make_policy`."""
     async with AsyncExitStack() as stack:
         progress.phase("loading the model")
         model_folder = resolve_model(config.model.path)
@@ -70,31 +69,13 @@ async def assemble(config: RunConfig, folder: RunFolder, progress: Progress) -> 
         stack.push_async_callback(agents.stop)
         store = TrajectoryStore(folder.store)
         stack.callback(store.close)
-        model = _load(config, model_folder)
-        lanes = num_lanes(config)
-        trainer = LocalTrainer(
-            model.module,
-            config.trainer,
-            config.algorithm,
-            temperature=config.temperature,
-            lanes=lanes,
-            exact=config.engine.exact,
-        )
-        engine = EmbeddedEngine(model, config.engine, seed=config.seed, threads=lanes)
-        await engine.start()
-        stack.push_async_callback(engine.stop)
+        engine, learner = await make_policy(Setting(config, model_folder, folder.path, stack), placement)
         gateway = Gateway(renderer, engine, store, model_name=config.model.path)
         stage = Stage(gateway, ToolServer(environment.tools), sandboxes, spec, agents, environment, store)
         addresses = await _serve(config, folder, stage, stack)
         limits = Limits(config.agent.concurrency, config.agent.timeout_s, config.env.command_timeout_s)
         runner = RolloutRunner(stage, addresses, limits)
-        yield Parts(model, renderer, engine, trainer, environment, store, gateway, runner)
-
-
-def num_lanes(config: RunConfig) -> int:
-    """How many CPU threads compute: for the engine they share one step, for the trainer each has a microbatch. A GPU is
-    full with one microbatch, and every lane more would hold gradients of its own there."""
-    return 1 if _device(config) == "cuda" else config.model.threads or num_cores()
+        yield Parts(renderer, engine, learner, environment, store, gateway, runner)
 
 
 def _spec(config: RunConfig) -> SandboxSpec:
@@ -119,21 +100,6 @@ def _agents(config: RunConfig) -> AgentRunner:
         return LaunchedAgent(config.agent.kind)
     assert config.agent.file is not None, "the config has exactly one of agent.file, agent.command and agent.kind"
     return WorkerPool(Path(config.agent.file), workers=config.agent.workers)
-
-
-def _load(config: RunConfig, model_folder: Path) -> LoadedModel:
-    torch.manual_seed(config.seed)
-    torch.set_num_threads(1)  # the engine's thread takes the cores; see engine/embedded/engine.py
-    keep_freed_memory()
-    if config.model.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError('model.device = "cuda" but torch sees no CUDA device; use "auto" or "cpu"')
-    return load_model(model_folder, dtype=config.model.dtype, device=_device(config))
-
-
-def _device(config: RunConfig) -> str:
-    if config.model.device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return config.model.device
 
 
 async def _serve(config: RunConfig, folder: RunFolder, stage: Stage, stack: AsyncExitStack) -> Addresses:

@@ -14,7 +14,7 @@ from upspiral.errors import ConfigError
 # Keys that change nothing about what was learned so far; all others must be as they were when a run is resumed.
 MAY_CHANGE_ON_RESUME = (
     "steps", "budget_minutes", "checkpoint", "agent.workers", "agent.concurrency", "model.threads", "sandbox.backend",
-    "sandbox.url", "sandbox.trust_commands",
+    "sandbox.url", "sandbox.trust_commands", "cluster",
 )  # fmt: skip
 
 

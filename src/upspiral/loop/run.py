@@ -10,16 +10,17 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from upspiral.algorithm.grpo import grpo_credit
 from upspiral.config.models import RunConfig
 from upspiral.eval.heldout import evaluation_line
-from upspiral.loop.assembly import Parts, assemble, num_lanes
+from upspiral.loop.assembly import Parts, assemble
 from upspiral.loop.budget import Budget
 from upspiral.loop.clock import Clock
 from upspiral.loop.collect import Collector, OnProgress
 from upspiral.loop.folder import RunFolder
+from upspiral.loop.placement import Placement, num_lanes
 from upspiral.loop.step_line import Groups, step_line
 from upspiral.loop.token_count import TokenCount
 from upspiral.loop.warm_start import successful, warm_start_steps
@@ -27,8 +28,8 @@ from upspiral.monitor.environment import write_environment
 from upspiral.monitor.lines import ledger_line
 from upspiral.monitor.metrics import MetricsLog
 from upspiral.monitor.progress import Progress
-from upspiral.trainer.base import StepMetrics
-from upspiral.trainer.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from upspiral.trainer.base import StepKind
+from upspiral.trainer.checkpoint import latest_checkpoint, step_of
 from upspiral.trainer.forest import ForestBatch, pack
 from upspiral.trajectory.ledger import check_closed
 from upspiral.types import RolloutCredit
@@ -46,19 +47,22 @@ class RunResult:
     """Why it stopped before its last step; empty when it did not."""
 
 
-def run_training(config: RunConfig, run_folder: Path, *, resume: bool, progress: Progress) -> RunResult:
-    """Runs, or resumes, a training run. Raises UpspiralError for anything the user can mend."""
+def run_training(
+    config: RunConfig, run_folder: Path, *, resume: bool, progress: Progress, placement: Placement | None = None
+) -> RunResult:
+    """Runs, or resumes, a training run; `placement` says where, None: here. Raises UpspiralError for anything the user
+    can mend."""
     folder = RunFolder.open(run_folder, config, resume=resume)
     try:
         write_environment(folder.path)
-        return asyncio.run(_run(config, folder, progress))
+        return asyncio.run(_run(config, folder, progress, placement))
     finally:
         folder.close()
 
 
-async def _run(config: RunConfig, folder: RunFolder, progress: Progress) -> RunResult:
+async def _run(config: RunConfig, folder: RunFolder, progress: Progress, placement: Placement | None) -> RunResult:
     with progress:
-        async with assemble(config, folder, progress) as parts:
+        async with assemble(config, folder, progress, placement) as parts:
             return await Run(config, folder, parts, progress).train()
 
 
@@ -132,18 +136,12 @@ class Run:
         )
 
     async def _optimize(
-        self, batches: Sequence[ForestBatch], *, version: int, kind: Literal["policy", "sft"], lr: float | None = None
+        self, batches: Sequence[ForestBatch], *, version: int, kind: StepKind, lr: float | None = None
     ) -> dict[str, Any]:
-        """Gradient and optimizer steps over the batches, between two steps of the engine, which then has the version:
-        no token is sampled from new weights under an old one."""
         self._progress.phase("training", 0, len(batches))
 
-        def train_and_publish() -> StepMetrics:
-            metrics = self._parts.trainer.step(batches, kind=kind, lr=lr)
-            self._parts.engine.publish(version)
-            return metrics
-
-        return (await self._parts.engine.exclusive(train_and_publish)).flat()
+        trained = await self._parts.learner.step(batches, version=version, kind=kind, lr=lr)
+        return trained.flat()
 
     async def _evaluate(self, step: int) -> None:
         clock = Clock()
@@ -168,14 +166,8 @@ class Run:
             await self._warm_start()
             await self._checkpoint(0)
             return 0
-        state = await asyncio.to_thread(load_checkpoint, checkpoint)
-        done = int(state["step"])
-
-        def load_and_publish() -> None:
-            self._parts.trainer.load_state_dict(state)
-            self._parts.engine.publish(done)
-
-        await self._parts.engine.exclusive(load_and_publish)
+        done = step_of(checkpoint)
+        await self._parts.learner.load(checkpoint, version=done)
         for step in range(1, done + 1):
             self._collector.recall(step)
         self._metrics.resumed(done + 1)
@@ -194,16 +186,14 @@ class Run:
             trained = await self._optimize(batches, version=0, kind="sft", lr=lr)
             losses.append(trained["loss"])
         clock.lap("train")
-        self._parts.trainer.forget_moments()
+        await self._parts.learner.forget_moments()
         line = {"demonstrations": len(shown), "steps": len(losses), "losses": losses, "seconds": clock.seconds}
         self._metrics.append("warm_start", 0, line)
         self._progress.note(f"warm start: {len(shown)} demonstrations, loss {losses[0]:.3f} -> {losses[-1]:.3f}")
 
     async def _checkpoint(self, step: int) -> None:
         self._progress.phase("writing a checkpoint")
-        state = {**self._parts.trainer.state_dict(), "step": step}
-        keep = self._config.checkpoint.keep
-        await asyncio.to_thread(save_checkpoint, self._folder.checkpoints, step, state, keep=keep)
+        await self._parts.learner.save(self._folder.checkpoints, step, keep=self._config.checkpoint.keep)
 
     def _on_rollouts(self, phase: str) -> OnProgress:
         return lambda done, started: self._progress.phase(phase, done, started)

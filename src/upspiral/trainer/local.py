@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from upspiral.algorithm.loss import Loss, PolicyLoss, SftLoss
 from upspiral.config.models import AlgorithmConfig, TrainerConfig
 from upspiral.errors import StoreError
 from upspiral.trainer.attention import ForestPass, forest_attention_in
-from upspiral.trainer.base import StepKind, StepMetrics
+from upspiral.trainer.base import StepKind, StepMetrics, TrainerSetup
 from upspiral.trainer.decoder import prepare
 from upspiral.trainer.depth_first import Lane, Work, lanes_of
 from upspiral.trainer.forest import ForestBatch
@@ -36,6 +37,7 @@ from upspiral.trainer.terms import token_terms
 from upspiral.weights.adapter import Adapter
 from upspiral.weights.experts import exact_experts_in
 
+_STATE = "state.pt"
 _OPTIMIZERS: Mapping[str, type[ParameterOptimizer]] = {"float32": MasterAdamW, "none": RoundingAdamW}
 """By `trainer.master_weights`."""
 
@@ -70,6 +72,12 @@ class LocalTrainer:
         self._sums = GradientSums([self._sources_in(lane) for lane in self._lanes.models])
         self._optimizer = _OPTIMIZERS[config.master_weights](self._trained(model), config)
         self._policy_steps = 0
+
+    @classmethod
+    def of(cls, model: Any, setup: TrainerSetup, *, lanes: int, exact: bool) -> LocalTrainer:
+        """Of a model that is loaded already."""
+        temperature = setup.temperature
+        return cls(model, setup.trainer, setup.algorithm, temperature=temperature, lanes=lanes, exact=exact)
 
     def step(
         self, batches: Sequence[ForestBatch], *, kind: StepKind = "policy", lr: float | None = None
@@ -115,6 +123,18 @@ class LocalTrainer:
             raise StoreError("the checkpoint's factors belong to other base weights; resume with theirs")
         self._merge()
         self._policy_steps = int(state["policy_steps"])
+
+    def save(self, folder: Path) -> None:
+        torch.save(self.state_dict(), folder / _STATE)
+
+    def load(self, folder: Path) -> None:
+        """Weights in place, so that an engine which shares them has them, too."""
+        if not (folder / _STATE).is_file():
+            raise StoreError(f'{folder} has no {_STATE}: it is no checkpoint of trainer.kind = "local"')
+        self.load_state_dict(torch.load(folder / _STATE, map_location="cpu", weights_only=True))
+
+    def close(self) -> None:
+        """Nothing outlives the trainer's own objects."""
 
     def _trained(self, model: Any) -> list[Tensor]:
         """What the optimizer updates."""

@@ -1,0 +1,155 @@
+"""Where a run's engine and trainer live. This machine is one place; `launch/` has others."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import tempfile
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+import torch
+
+from upspiral.config.models import ParallelConfig, RunConfig
+from upspiral.engine.base import Engine, UpdatableEngine
+from upspiral.engine.embedded.engine import EmbeddedEngine
+from upspiral.errors import ConfigError
+from upspiral.loop.learner import Learner, PublishingLearner, SharedLearner
+from upspiral.trainer.base import TrainerBackend, TrainerSetup
+from upspiral.trainer.local import LocalTrainer
+from upspiral.trainer.rank_processes import start_ranks
+from upspiral.trainer.ranks import Rank, Ranks
+from upspiral.weights.cpu import keep_freed_memory, num_cores
+from upspiral.weights.load import LoadedModel, load_model
+from upspiral.weights.publication import PublisherSettings
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What the parts of a run are made from."""
+
+    config: RunConfig
+    model_folder: Path
+    folder: Path
+    """Of the run."""
+    stack: AsyncExitStack
+    """Stops what was started when the run ends."""
+
+
+class Placement(Protocol):
+    """A place for what does not share the memory of the run."""
+
+    async def engine(self, setting: Setting) -> UpdatableEngine:
+        """The engine, started, with the weights of the model's folder as version 0."""
+        ...
+
+    async def ranks(self, count: int, setting: Setting) -> Sequence[Rank]:
+        """Processes for the ranks of a trainer."""
+        ...
+
+
+class ThisMachine:
+    """Engines and ranks as processes and threads of this machine; servers that run elsewhere by their addresses."""
+
+    async def engine(self, setting: Setting) -> UpdatableEngine:
+        config = setting.config
+        if config.engine.kind != "embedded":
+            raise ConfigError(f'engine.kind = "{config.engine.kind}" cannot be started yet')
+        engine = EmbeddedEngine(load(setting), config.engine, seed=config.seed, threads=num_threads(config))
+        await engine.start()
+        setting.stack.push_async_callback(engine.stop)
+        return engine
+
+    async def ranks(self, count: int, setting: Setting) -> Sequence[Rank]:
+        return start_ranks(count, setting.folder / "logs")
+
+
+async def make_policy(setting: Setting, placement: Placement | None) -> tuple[Engine, Learner]:
+    """The engine and who teaches it. `placement` None: this machine, where an embedded engine and a local trainer
+    share one copy of the weights."""
+    config = setting.config
+    torch.manual_seed(config.seed)
+    torch.set_num_threads(1)  # the threads that compute take the cores; see engine/embedded/engine.py
+    keep_freed_memory()
+    if config.model.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError('model.device = "cuda" but torch sees no CUDA device; use "auto" or "cpu"')
+    if placement is None and config.engine.kind == "embedded" and config.trainer.kind == "local":
+        return await _shared(setting)
+    placement = placement or ThisMachine()
+    engine = await placement.engine(setting)
+    trainer = await _trainer(setting, placement)
+    setting.stack.push_async_callback(asyncio.to_thread, trainer.close)
+    learner = PublishingLearner(trainer, engine, _publisher_settings(setting), threads=num_threads(config))
+    return engine, learner
+
+
+def num_lanes(config: RunConfig) -> int:
+    """Into how many lanes the batches of a step are dealt: one for each data-parallel rank, or for each CPU thread of a
+    trainer in this process. A GPU is full with one microbatch, and every lane more would hold gradients of its own."""
+    if config.trainer.kind != "local":
+        parallel = config.trainer.parallel or ParallelConfig()
+        return parallel.ranks // parallel.tensor
+    return num_threads(config)
+
+
+def num_threads(config: RunConfig) -> int:
+    """CPU threads that compute: for the engine they share one step, for the local trainer each has a microbatch."""
+    return 1 if device_of(config) == "cuda" else config.model.threads or num_cores()
+
+
+def device_of(config: RunConfig) -> Literal["cpu", "cuda"]:
+    if config.model.device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return config.model.device
+
+
+def load(setting: Setting) -> LoadedModel:
+    return load_model(setting.model_folder, dtype=setting.config.model.dtype, device=device_of(setting.config))
+
+
+async def _shared(setting: Setting) -> tuple[EmbeddedEngine, SharedLearner]:
+    config, model, threads = setting.config, load(setting), num_threads(setting.config)
+    trainer = LocalTrainer.of(model.module, trainer_setup(setting), lanes=threads, exact=config.engine.exact)
+    engine = EmbeddedEngine(model, config.engine, seed=config.seed, threads=threads)
+    await engine.start()
+    setting.stack.push_async_callback(engine.stop)
+    return engine, SharedLearner(trainer, engine)
+
+
+async def _trainer(setting: Setting, placement: Placement) -> TrainerBackend:
+    config, setup = setting.config, trainer_setup(setting)
+    if config.trainer.kind == "local":
+        exact = config.engine.exact
+        return LocalTrainer.of(load(setting).module, setup, lanes=num_threads(config), exact=exact)
+    count = config.trainer.parallel.ranks if config.trainer.parallel else 1
+    ranks = await placement.ranks(count, setting)
+    return await asyncio.to_thread(Ranks, ranks, config.trainer.kind, setup)
+
+
+def trainer_setup(setting: Setting) -> TrainerSetup:
+    config = setting.config
+    return TrainerSetup(
+        model_folder=setting.model_folder,
+        dtype=config.model.dtype,
+        device=device_of(config),
+        trainer=config.trainer,
+        algorithm=config.algorithm,
+        temperature=config.temperature,
+        seed=config.seed,
+    )
+
+
+def _publisher_settings(setting: Setting) -> PublisherSettings:
+    """In shared memory, a folder of the run's own name, which goes when the run ends."""
+    config = setting.config
+    shared = config.weights.transport == "shared" or (
+        config.weights.transport == "auto" and not (config.engine.server and config.engine.server.urls)
+    )
+    root = setting.folder / "weights"
+    if shared:
+        root = Path(tempfile.mkdtemp(prefix="upspiral-weights-", dir="/dev/shm"))
+        setting.stack.callback(shutil.rmtree, root, ignore_errors=True)
+    return PublisherSettings(root.resolve(), form=config.weights.form)
