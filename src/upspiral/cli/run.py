@@ -6,7 +6,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
@@ -15,12 +15,16 @@ from upspiral.config.loader import dump_toml, load_run_config
 from upspiral.config.models import RunConfig
 from upspiral.errors import ConfigError, UpspiralError
 
+if TYPE_CHECKING:
+    from upspiral.loop.run import RunResult
+
 
 def run(
     file: Path,
     /,
     *overrides: Annotated[str, Parameter(allow_leading_hyphen=True)],
     dry_run: Annotated[bool, Parameter(negative="")] = False,
+    on: str | None = None,
     resume: Annotated[bool, Parameter(negative="")] = False,
     run: Path | None = None,
 ) -> None:
@@ -34,12 +38,16 @@ def run(
         Keys of the run file as flags: --steps 5 --trainer.lr 1e-5. They win over the file.
     dry_run
         Print the resolved config and stop.
+    on
+        Where: "local" starts Ray on this machine, "auto" joins its cluster, ray://HOST:10001 another one
+        (cluster.address); Ray is not used when not given.
     resume
         Go on with the run in the folder, after an interruption or with more steps.
     run
         The run folder; runs/NAME when not given.
     """
-    config = load_run_config(file, parse_flags(overrides))
+    flags = parse_flags(overrides) + ([("cluster.address", on)] if on is not None else [])
+    config = load_run_config(file, flags)
     if dry_run:
         sys.stdout.write(dump_toml(config))
         return
@@ -76,13 +84,23 @@ def parse_flags(tokens: Sequence[str]) -> list[tuple[str, str]]:
 
 def _train(config: RunConfig, folder: Path, resume: bool) -> None:
     from upspiral.dashboard.report import write_report
+
+    if config.cluster.address is not None:
+        from upspiral.launch.ray.run_host import run_on_ray
+
+        result = run_on_ray(config, folder, resume=resume)
+    else:
+        result = _train_here(config, folder, resume)
+    if result.stopped:
+        print(result.stopped)
+    print(f"report: {write_report(folder).resolve()}")
+
+
+def _train_here(config: RunConfig, folder: Path, resume: bool) -> RunResult:
     from upspiral.loop.run import run_training
     from upspiral.monitor.metrics import read_metrics
     from upspiral.monitor.progress import LiveProgress
 
     history = read_metrics(folder) if resume else ()
     progress = LiveProgress(config.name, config.steps, budget_minutes=config.budget_minutes, history=history)
-    result = run_training(config, folder, resume=resume, progress=progress)
-    if result.stopped:
-        print(result.stopped)
-    print(f"report: {write_report(folder).resolve()}")
+    return run_training(config, folder, resume=resume, progress=progress)

@@ -61,7 +61,8 @@ async def assemble(
         renderer.check_append_only()
         agents = _agents(config)
         environment = make_environment(config.env)
-        sandboxes = await open_backend(config.sandbox, EgressFile(folder.egress_log))
+        placed = await placement.sandboxes(config, folder.egress_log) if placement is not None else None
+        sandboxes = placed or await open_backend(config.sandbox, EgressFile(folder.egress_log))
         stack.push_async_callback(sandboxes.stop)
         spec = agents.furnish(_spec(config), str(folder.gateway_socket))
         await _try_out(sandboxes, spec, config)

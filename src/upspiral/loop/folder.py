@@ -18,6 +18,9 @@ MAY_CHANGE_ON_RESUME = (
 )  # fmt: skip
 
 
+_RESOLVED = "config.resolved.toml"
+
+
 @dataclass(frozen=True, slots=True)
 class RunFolder:
     """The paths of a run. The lock makes sure that one process at a time runs it."""
@@ -30,10 +33,10 @@ class RunFolder:
     def open(cls, path: Path, config: RunConfig, *, resume: bool) -> RunFolder:
         """Creates or reopens the folder. Raises ConfigError when it holds another run, is in use, or resume has
         nothing to resume."""
-        resolved = path / "config.resolved.toml"
-        if resume and not resolved.exists():
+        resolved = path / _RESOLVED
+        if resume and not has_run(path):
             raise ConfigError(f"--resume: {path} holds no run (config.resolved.toml); start one without --resume")
-        if not resume and resolved.exists():
+        if not resume and has_run(path):
             raise ConfigError(f"{path} holds a run; go on with it by --resume, or choose another folder by --run")
         path.mkdir(parents=True, exist_ok=True)
         lock = lock_folder(path)
@@ -61,6 +64,11 @@ class RunFolder:
 
     def close(self) -> None:
         os.close(self.lock)
+
+
+def has_run(path: Path) -> bool:
+    """Whether a run was begun in the folder."""
+    return (path / _RESOLVED).exists()
 
 
 def lock_folder(path: Path) -> int:

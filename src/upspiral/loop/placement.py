@@ -18,6 +18,7 @@ from upspiral.engine.base import Engine, UpdatableEngine
 from upspiral.engine.embedded.engine import EmbeddedEngine
 from upspiral.errors import ConfigError
 from upspiral.loop.learner import Learner, PublishingLearner, SharedLearner
+from upspiral.sandbox.base import SandboxBackend
 from upspiral.trainer.base import TrainerBackend, TrainerSetup
 from upspiral.trainer.local import LocalTrainer
 from upspiral.trainer.rank_processes import start_ranks
@@ -50,6 +51,10 @@ class Placement(Protocol):
         """Processes for the ranks of a trainer."""
         ...
 
+    async def sandboxes(self, config: RunConfig, egress_log: Path) -> SandboxBackend | None:
+        """Where sandboxes are made; None: as [sandbox] says."""
+        ...
+
 
 class ThisMachine:
     """Engines and ranks as processes and threads of this machine; servers that run elsewhere by their addresses."""
@@ -66,14 +71,15 @@ class ThisMachine:
     async def ranks(self, count: int, setting: Setting) -> Sequence[Rank]:
         return start_ranks(count, setting.folder / "logs")
 
+    async def sandboxes(self, config: RunConfig, egress_log: Path) -> SandboxBackend | None:
+        return None
+
 
 async def make_policy(setting: Setting, placement: Placement | None) -> tuple[Engine, Learner]:
     """The engine and who teaches it. `placement` None: this machine, where an embedded engine and a local trainer
     share one copy of the weights."""
     config = setting.config
-    torch.manual_seed(config.seed)
-    torch.set_num_threads(1)  # the threads that compute take the cores; see engine/embedded/engine.py
-    keep_freed_memory()
+    prepare_process(config)
     if config.model.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError('model.device = "cuda" but torch sees no CUDA device; use "auto" or "cpu"')
     if placement is None and config.engine.kind == "embedded" and config.trainer.kind == "local":
@@ -84,6 +90,13 @@ async def make_policy(setting: Setting, placement: Placement | None) -> tuple[En
     setting.stack.push_async_callback(asyncio.to_thread, trainer.close)
     learner = PublishingLearner(trainer, engine, _publisher_settings(setting), threads=num_threads(config))
     return engine, learner
+
+
+def prepare_process(config: RunConfig) -> None:
+    """Before anything computes in a process that has an engine or a trainer."""
+    torch.manual_seed(config.seed)
+    torch.set_num_threads(1)  # the threads that compute take the cores; see engine/embedded/engine.py
+    keep_freed_memory()
 
 
 def num_lanes(config: RunConfig) -> int:

@@ -1,0 +1,1 @@
+"""Where a run's processes are started when one machine is not enough."""

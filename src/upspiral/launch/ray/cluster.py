@@ -1,0 +1,68 @@
+"""Joins a Ray cluster, or starts one on this machine for a run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from upspiral.config.models import ClusterConfig
+from upspiral.errors import ConfigError
+
+_PACKAGE_ROOT = str(Path(__file__).parents[3])
+
+
+@contextmanager
+def joined(cluster: ClusterConfig) -> Iterator[None]:
+    """Within it, actors can be placed. Raises ConfigError when Ray is not installed, does not answer, or will never
+    have room for what the run wants."""
+    try:
+        import ray
+    except ImportError as error:
+        raise ConfigError("cluster.address needs Ray; pip install 'upspiral[ray]'") from error
+    # Ray's own dashboard and usage report are no part of a run; threads are given to actors one by one.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    environment = {"env_vars": {"PYTHONPATH": os.pathsep.join([_PACKAGE_ROOT, *_inherited()])}}
+    try:
+        if cluster.address == "local":
+            ray.init(
+                address="local", num_cpus=max(os.cpu_count() or 1, _wanted(cluster)), include_dashboard=False,
+                runtime_env=environment, log_to_driver=True, configure_logging=False,
+            )  # fmt: skip
+        else:
+            ray.init(address=cluster.address, runtime_env=environment, log_to_driver=True)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise ConfigError(
+            f'cluster.address = "{cluster.address}" cannot be joined ({error}); start Ray there with `ray start '
+            '--head`, or use "local"'
+        ) from error
+    try:
+        _check_room(cluster)
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _inherited() -> list[str]:
+    return [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path and path != _PACKAGE_ROOT]
+
+
+def _wanted(cluster: ClusterConfig) -> int:
+    """More than there are cores is no fault on one machine: Ray only counts them."""
+    return int(cluster.engines * cluster.engine_cpus + 64 * cluster.rank_cpus + cluster.sandbox_hosts + 4)
+
+
+def _check_room(cluster: ClusterConfig) -> None:
+    import ray
+
+    there = ray.cluster_resources()
+    for name, wanted, key in (
+        ("CPU", cluster.engines * cluster.engine_cpus, "engine_cpus"),
+        ("GPU", cluster.engines * cluster.engine_gpus, "engine_gpus"),
+    ):
+        if wanted > there.get(name, 0.0):
+            raise ConfigError(
+                f"cluster.engines = {cluster.engines} with cluster.{key} = {wanted / cluster.engines:g} want "
+                f"{wanted:g} {name}s, and the cluster has {there.get(name, 0.0):g}; lower them, or add nodes"
+            )

@@ -1,0 +1,82 @@
+"""Engines and ranks of a run as actors, wherever the cluster has room for them."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from upspiral.config.models import RunConfig
+from upspiral.engine.base import UpdatableEngine
+from upspiral.engine.router import Router
+from upspiral.errors import ConfigError
+from upspiral.launch.ray.engine_host import EngineHost
+from upspiral.launch.ray.placed_engine import PlacedEngine
+from upspiral.launch.ray.placed_sandboxes import PlacedSandboxes
+from upspiral.launch.ray.rank_host import RankHost, RayRank
+from upspiral.launch.ray.sandbox_host import SandboxHost
+from upspiral.loop.placement import Setting
+from upspiral.sandbox.base import SandboxBackend
+from upspiral.trainer.ranks import START_DEADLINE_S, Rank
+
+
+class RayPlacement:
+    """See `Placement`. Actors belong to the process that makes them and end with it."""
+
+    async def engine(self, setting: Setting) -> UpdatableEngine:
+        engines = [self._placed(setting) for _ in range(setting.config.cluster.engines)]
+        for engine in engines:
+            setting.stack.push_async_callback(engine.stop)
+        async with asyncio.TaskGroup() as group:
+            for engine in engines:
+                group.create_task(engine.start())
+        if len(engines) == 1:
+            return engines[0]
+        router = Router(engines)
+        await router.start()
+        return router
+
+    async def ranks(self, count: int, setting: Setting) -> Sequence[Rank]:
+        import ray
+
+        cluster = setting.config.cluster
+        host: Any = ray.remote(RankHost).options(
+            num_cpus=cluster.rank_cpus, num_gpus=cluster.rank_gpus, scheduling_strategy="SPREAD"
+        )
+        actors = [host.remote() for _ in range(count)]
+        try:
+            async with asyncio.timeout(START_DEADLINE_S):
+                address, port = await actors[0].meeting_point.remote()
+                group = {"WORLD_SIZE": str(count), "MASTER_ADDR": address, "MASTER_PORT": str(port), "LOCAL_RANK": "0"}
+                await asyncio.gather(
+                    *(actor.join.remote(group | {"RANK": str(rank)}) for rank, actor in enumerate(actors))
+                )
+        except TimeoutError:
+            raise ConfigError(
+                f"the cluster had no room for {count} ranks of {cluster.rank_cpus:g} CPUs and {cluster.rank_gpus:g} "
+                f"GPUs within {START_DEADLINE_S:.0f} s; lower trainer.parallel.ranks or add nodes"
+            ) from None
+        return [RayRank(actor) for actor in actors]
+
+    async def sandboxes(self, config: RunConfig, egress_log: Path) -> SandboxBackend | None:
+        import ray
+
+        count, token = config.cluster.sandbox_hosts, secrets.token_hex(16)
+        if count == 0:
+            return None
+        host: Any = ray.remote(SandboxHost).options(num_cpus=1, scheduling_strategy="SPREAD")
+        return await PlacedSandboxes(lambda: host.remote(config.sandbox, egress_log, token), count, token).start()
+
+    def _placed(self, setting: Setting) -> PlacedEngine:
+        import ray
+
+        config, key = setting.config, secrets.token_hex(16)
+        cluster = config.cluster
+        threads = max(1, int(cluster.engine_cpus))
+        own = config.model_copy(update={"model": config.model.model_copy(update={"threads": threads})})
+        host: Any = ray.remote(EngineHost).options(
+            num_cpus=cluster.engine_cpus, num_gpus=cluster.engine_gpus, scheduling_strategy="SPREAD"
+        )
+        return PlacedEngine(lambda: host.remote(own, setting.model_folder, setting.folder, key), key)

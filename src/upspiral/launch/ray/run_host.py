@@ -1,0 +1,57 @@
+"""A run as an actor: gateway, agents and the loop, which makes the other actors and goes on when one of them dies."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from upspiral.config.models import RunConfig
+from upspiral.errors import EngineError, TrainerError
+from upspiral.launch.ray.cluster import joined
+from upspiral.launch.ray.placement import RayPlacement
+from upspiral.loop.folder import has_run
+from upspiral.loop.run import RunResult, run_training
+from upspiral.monitor.progress import LiveProgress
+
+
+def run_on_ray(config: RunConfig, folder: Path, *, resume: bool) -> RunResult:
+    """Runs, or resumes, a training run in the cluster of its config, and prints its progress. Raises UpspiralError for
+    anything that the user can mend."""
+
+    folder = folder.resolve()
+    with joined(config.cluster):
+        import ray
+        from ray.exceptions import RayTaskError
+
+        host: Any = ray.remote(RunHost).options(num_cpus=1, max_restarts=-1, max_task_retries=-1)
+        try:
+            return ray.get(host.remote(config, folder, resume).run.remote())
+        except RayTaskError as error:
+            raise error.cause if isinstance(error.cause, Exception) else error from None
+
+
+class RunHost:
+    """The actor. Ray starts it again when it dies, and its run goes on from what it had committed."""
+
+    def __init__(self, config: RunConfig, folder: Path, resume: bool) -> None:
+        self._config, self._folder, self._resume = config, folder, resume
+
+    def run(self) -> RunResult:
+        import ray
+
+        again = bool(ray.get_runtime_context().was_current_actor_reconstructed)
+        resume = self._resume or (again and has_run(self._folder))
+        restarts = 0
+        while True:
+            try:
+                return self._once(resume)
+            except (TrainerError, EngineError) as error:
+                restarts += 1
+                if restarts > self._config.cluster.restarts:
+                    raise
+                print(f"{error}\nthe run goes on from its checkpoint ({restarts} of {self._config.cluster.restarts})")
+                resume = True
+
+    def _once(self, resume: bool) -> RunResult:
+        progress = LiveProgress(self._config.name, self._config.steps, budget_minutes=self._config.budget_minutes)
+        return run_training(self._config, self._folder, resume=resume, progress=progress, placement=RayPlacement())
