@@ -48,6 +48,7 @@ def make_app() -> App:
     from upspiral.cli.export import export
     from upspiral.cli.image import build, collect, list_images, remove, show
     from upspiral.cli.model import get, list_models
+    from upspiral.cli.plan import plan
     from upspiral.cli.run import run
     from upspiral.cli.sandbox import collect_garbage, list_sandboxes
     from upspiral.cli.sandbox import serve as serve_sandboxes
@@ -65,6 +66,7 @@ def make_app() -> App:
         suppress_keyboard_interrupt=False,
     )
     app.command(run, help_format="plaintext", help_epilogue=_keys_help())
+    app.command(plan, help_format="plaintext")
     app.command(serve)
     app.command(view)
     app.command(export)

@@ -1,0 +1,160 @@
+"""A plan: whether a run fits, how long a step takes, what holds it up, and which split of the devices is better."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from upspiral.config.models import ParallelConfig, RunConfig
+from upspiral.errors import ConfigError
+from upspiral.launch.plan.device import Device
+from upspiral.launch.plan.duration import step_seconds
+from upspiral.launch.plan.load import StepLoad
+from upspiral.launch.plan.memory import engine_bytes, trainer_bytes
+from upspiral.launch.plan.shape import ModelShape
+
+_USABLE = 0.9
+"""Of a device's memory: the rest is the driver's, the allocator's and the interpreter's."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """`trainer` and `engine` in bytes by what they are for, `seconds` by part of a step."""
+
+    shape: ModelShape
+    config: RunConfig
+    load: StepLoad
+    device: Device
+    ranks: int
+    engines: int
+    together: bool
+    """Whether engines and ranks share their devices and take turns."""
+    trainer: Mapping[str, float]
+    engine: Mapping[str, float]
+    seconds: Mapping[str, float]
+
+    @classmethod
+    def of(cls, shape: ModelShape, config: RunConfig, load: StepLoad, device: Device) -> Plan:
+        ranks, engines = num_ranks(config), num_engines(config)
+        together = config.cluster.engine_gpus + config.cluster.rank_gpus <= 1
+        kind = "cpu" if device.name == "cpu" else "cuda"
+        shared = config.engine.kind == "embedded" and config.trainer.kind == "local" and config.cluster.address is None
+        engine = engine_bytes(shape, config)
+        if shared:  # one copy of the weights; packed ones are given up while the trainer computes
+            engine = {"cache": engine["cache"]}
+        return cls(
+            shape, config, load, device, ranks, engines, together, trainer_bytes(shape, config, kind), engine,
+            step_seconds(shape, config, load, device, engines=engines),
+        )  # fmt: skip
+
+    @property
+    def needed(self) -> Mapping[str, float]:
+        """Bytes of the fullest device, by which of our processes has it."""
+        trainer, engine = sum(self.trainer.values()), sum(self.engine.values())
+        if self.device.name == "cpu":
+            return {"all processes on this machine": self.ranks * trainer + self.engines * engine}
+        if self.together:
+            return {"a rank and an engine": trainer + engine}
+        return {"a rank": trainer, "an engine": engine}
+
+    @property
+    def usable(self) -> float:
+        return _USABLE * self.device.memory_gb * 2**30
+
+    @property
+    def fits(self) -> bool:
+        return max(self.needed.values()) <= self.usable
+
+    @property
+    def total_s(self) -> float:
+        return sum(self.seconds.values())
+
+    @property
+    def bottleneck(self) -> str:
+        return max(self.seconds, key=lambda part: self.seconds[part])
+
+    def check(self) -> None:
+        """Raises ConfigError, with what to change first, when a process cannot have the memory that it needs."""
+        if self.fits:
+            return
+        who, needed = max(self.needed.items(), key=lambda item: item[1])
+        raise ConfigError(
+            f"this cannot fit: {who} would need {needed / 2**30:.1f} GB, and {self.device.name} has "
+            f"{self.usable / 2**30:.1f} GB that can be used of {self.device.memory_gb:.0f}; {self._advice()}"
+        )
+
+    def _advice(self) -> str:
+        better = next(iter(sorted(alternatives(self), key=lambda plan: plan.total_s)), None)
+        if better is not None:
+            return "it would fit with " + describe_split(better)
+        trainer, key = self.trainer, max(self.trainer, key=lambda part: self.trainer[part])
+        if key == "activations":
+            return "lower trainer.tokens_per_microbatch, or set trainer.activation_checkpointing = true"
+        if sum(self.engine.values()) > sum(trainer.values()):
+            return "lower engine.context_length, or engine.cache_slots and engine.max_running"
+        return "add devices, or train factors alone with a section [trainer.lora]"
+
+
+def num_ranks(config: RunConfig) -> int:
+    return (config.trainer.parallel or ParallelConfig()).ranks
+
+
+def num_engines(config: RunConfig) -> int:
+    if config.cluster.address is not None:
+        return config.cluster.engines
+    server = config.engine.server
+    return 1 if server is None else len(server.urls) or server.replicas
+
+
+def alternatives(plan: Plan) -> Iterator[Plan]:
+    """Splits of as many devices that fit: other ways to divide the model, and other numbers of ranks and engines."""
+    if plan.device.name == "cpu" or plan.config.trainer.kind == "local":
+        return
+    count = plan.ranks if plan.together else plan.ranks + plan.engines
+    for ranks in {count} if plan.together else range(1, count):
+        engines = count if plan.together else count - ranks
+        for changes in _divisions(plan.config, ranks):
+            other = Plan.of(plan.shape, _changed(plan.config, ranks, engines, changes), plan.load, plan.device)
+            if other.fits:
+                yield other
+
+
+def better_split(plan: Plan) -> Plan | None:
+    """The fastest alternative, if it saves a twentieth at least."""
+    best = min(alternatives(plan), key=lambda other: other.total_s, default=None)
+    return best if best is not None and best.total_s < 0.95 * plan.total_s else None
+
+
+def describe_split(plan: Plan) -> str:
+    parallel = plan.config.trainer.parallel or ParallelConfig()
+    words = [f"trainer.parallel.ranks = {plan.ranks}"]
+    if plan.config.trainer.kind == "deepspeed":
+        words.append(f"trainer.parallel.zero_stage = {parallel.zero_stage}")
+    else:
+        words.append(f"trainer.parallel.tensor = {parallel.tensor}")
+    words.append(f"trainer.activation_checkpointing = {str(plan.config.trainer.activation_checkpointing).lower()}")
+    return ", ".join([*words, f"cluster.engines = {plan.engines}"])
+
+
+def _divisions(config: RunConfig, ranks: int) -> Iterator[dict[str, Any]]:
+    for checkpointing in (False, True):
+        if config.trainer.kind == "deepspeed":
+            for stage in (1, 2, 3):
+                yield {"zero_stage": stage, "checkpointing": checkpointing}
+        else:
+            for tensor in (1, 2, 4, 8):
+                if ranks % tensor == 0:
+                    yield {"tensor": tensor, "checkpointing": checkpointing}
+
+
+def _changed(config: RunConfig, ranks: int, engines: int, changes: dict[str, Any]) -> RunConfig:
+    """Not validated again: the values are ones that the models allow."""
+    parallel = config.trainer.parallel or ParallelConfig()
+    checkpointing = changes.pop("checkpointing")
+    trainer = config.trainer.model_copy(update={
+        "parallel": parallel.model_copy(update={"ranks": ranks, "expert": 1, **changes}),
+        "activation_checkpointing": checkpointing,
+    })  # fmt: skip
+    cluster = config.cluster.model_copy(update={"engines": engines})
+    return config.model_copy(update={"trainer": trainer, "cluster": cluster})
