@@ -11,7 +11,7 @@ from upspiral.errors import ModelError
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """A decoder of the families that upspiral trains: gated feed-forward blocks, grouped keys."""
+    """A decoder of the families that upspiral trains: gated feed-forward blocks, grouped keys, all layers alike."""
 
     layers: int
     hidden: int
