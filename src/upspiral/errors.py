@@ -10,6 +10,7 @@
     │   ├── UnknownKeyError    nobody has this key (HTTP 401)
     │   └── SealedRolloutError the rollout has ended; nothing more is recorded (HTTP 409)
     ├── EngineError            inference failed (infrastructure: the rollout is masked)
+    │   ├── EngineGoneError    its process is gone, and nothing was begun; it may come back
     │   └── StaleBaseError     published weights are a difference to a version that the engine does not have
     ├── TrainerError           a rank of the trainer died or does not answer; the run goes on from its checkpoint
     ├── SandboxError           a sandbox could not be made or broke (infrastructure)
@@ -78,6 +79,10 @@ class SealedRolloutError(RequestError):
 
 class EngineError(UpspiralError, RuntimeError):
     """Inference failed. Infrastructure: the rollout is masked, never rewarded."""
+
+
+class EngineGoneError(EngineError):
+    """The engine's process is gone, and nothing of the call was begun. It may come back."""
 
 
 class StaleBaseError(EngineError):

@@ -25,7 +25,7 @@ from upspiral.engine.served.wire import (
     chunk_of,
     error_of,
 )
-from upspiral.errors import DeadlineError, EngineError, UpspiralError
+from upspiral.errors import DeadlineError, EngineError, EngineGoneError, UpspiralError
 from upspiral.types import SamplingParams
 from upspiral.weights.publication import Publication
 
@@ -71,7 +71,7 @@ class RemoteEngine:
         except TimeoutError:
             raise DeadlineError(f"{self} did not answer within {CONNECT_DEADLINE_S:.0f} s") from None
         except (OSError, EOFError) as error:
-            raise EngineError(f"{self} cannot be reached ({error}), or the key is not its own") from error
+            raise EngineGoneError(f"{self} cannot be reached ({error}), or the key is not its own") from error
         self._gone = ""
         self._reading = asyncio.create_task(self._read(self._frames))
 
@@ -127,7 +127,7 @@ class RemoteEngine:
 
     def _send(self, frame: Generate | Cancel | Update | Pause | Resume) -> None:
         if self._gone or self._frames is None:
-            raise EngineError(f"{self} is gone: {self._gone}")
+            raise EngineGoneError(f"{self} is gone: {self._gone}")
         self._frames.send(frame)
 
     async def _next(self, queue: asyncio.Queue[_Item], deadline_s: float, what: str) -> Chunk | Done:

@@ -10,7 +10,7 @@ from typing import Any
 
 from upspiral.engine.base import EngineStats, GenerationChunk, TokenIds
 from upspiral.engine.served.client import RemoteEngine
-from upspiral.errors import EngineError, StaleBaseError, UpspiralError
+from upspiral.errors import EngineGoneError, StaleBaseError, UpspiralError
 from upspiral.types import SamplingParams
 from upspiral.weights.publication import Publication
 
@@ -84,7 +84,7 @@ class PlacedEngine:
 
     def _placed(self) -> RemoteEngine:
         if self._client is None:
-            raise EngineError("the actor of an engine died; another one is being started")
+            raise EngineGoneError("the actor of an engine died; another one is being started")
         return self._client
 
     async def _place(self) -> None:

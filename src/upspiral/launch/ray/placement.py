@@ -26,15 +26,8 @@ class RayPlacement:
     """See `Placement`. Actors belong to the process that makes them and end with it."""
 
     async def engine(self, setting: Setting) -> UpdatableEngine:
-        engines = [self._placed(setting) for _ in range(setting.config.cluster.engines)]
-        for engine in engines:
-            setting.stack.push_async_callback(engine.stop)
-        async with asyncio.TaskGroup() as group:
-            for engine in engines:
-                group.create_task(engine.start())
-        if len(engines) == 1:
-            return engines[0]
-        router = Router(engines)
+        router = Router([self._placed(setting) for _ in range(setting.config.cluster.engines)])
+        setting.stack.push_async_callback(router.stop)
         await router.start()
         return router
 

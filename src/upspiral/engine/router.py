@@ -1,0 +1,300 @@
+"""One engine made of many: each generation goes where its prefix is, unless that engine has too much to do.
+
+A generation whose engine fails goes on with another one behind the tokens that its reader has: none is sampled twice,
+and each keeps the version that sampled it. Failures of the request itself are raised at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from upspiral.engine.affinity import Affinity
+from upspiral.engine.base import EngineStats, GenerationChunk, TokenIds, UpdatableEngine
+from upspiral.errors import (
+    ContextLengthError,
+    DeadlineError,
+    EngineError,
+    EngineGoneError,
+    RequestError,
+    StaleBaseError,
+)
+from upspiral.types import FinishReason, SamplingParams
+from upspiral.weights.publication import Publication
+
+PATIENCE_S = 120.0
+"""How long a generation waits for an engine to come back when none can take it."""
+MOST_ATTEMPTS = 5
+"""In a row without a token: a request that kills engines must not kill them all day."""
+_BACK_OFF_S, _LONGEST_BACK_OFF_S = 0.5, 30.0
+_LOOK_AGAIN_S = 0.1
+_SLACK, _SHARE = 4, 1.25
+"""A prefix draws a generation to an engine with at most _SHARE times the mean load and _SLACK more."""
+_NEXT_SEED = 0x9E3779B1
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(eq=False)
+class _Member:
+    """One of the engines. `number` is never used again after it."""
+
+    number: int
+    engine: UpdatableEngine
+    running: int = 0
+    failures: int = 0
+    """In a row."""
+    closed_until: float = 0.0
+    why: str = ""
+    """The last failure."""
+    draining: bool = False
+    catching_up: asyncio.Task[None] | None = field(default=None, repr=False)
+
+    def failed(self, error: Exception) -> None:
+        self.why = str(error)
+        self.closed_until = time.monotonic() + min(_BACK_OFF_S * 2**self.failures, _LONGEST_BACK_OFF_S)
+        self.failures += 1
+
+    def served(self) -> None:
+        self.failures, self.closed_until = 0, 0.0
+
+    def __str__(self) -> str:
+        return f"engine {self.number}"
+
+
+class Router:
+    """See `UpdatableEngine`. Engines can be added and drained while it runs; it starts and stops those that it has.
+
+    New weights go to all engines at once. As soon as one of them has the new version, new generations go to none that
+    has not; one that cannot adopt it is tried again until the next version comes.
+    """
+
+    def __init__(self, engines: Iterable[UpdatableEngine], *, patience_s: float = PATIENCE_S) -> None:
+        self._members = [_Member(number, engine) for number, engine in enumerate(engines)]
+        self._next_number = len(self._members)
+        self._patience_s = patience_s
+        self._affinity = Affinity()
+        self._publication: Publication | None = None
+        self._removed = EngineStats()
+
+    @property
+    def context_length(self) -> int:
+        """The shortest of them, as any may get any prompt."""
+        return min((known for each in self._members if (known := each.engine.context_length)), default=0)
+
+    @property
+    def version(self) -> int:
+        return max((each.engine.version for each in self._members), default=0)
+
+    def stats(self) -> EngineStats:
+        """Sums; the counts of engines that were removed stay in them."""
+        all_stats = [self._removed, *(each.engine.stats() for each in self._members)]
+        return _sum(all_stats)
+
+    async def start(self) -> None:
+        await self._of_all(lambda engine: engine.start())
+
+    async def stop(self) -> None:
+        for each in self._members:
+            if each.catching_up is not None:
+                each.catching_up.cancel()
+        await self._of_all(lambda engine: engine.stop())
+
+    async def _of_all(self, work: Callable[[UpdatableEngine], Coroutine[Any, Any, None]]) -> None:
+        async with asyncio.TaskGroup() as group:
+            for each in self._members:
+                group.create_task(work(each.engine))
+
+    # ---- which engines there are
+
+    @property
+    def engines(self) -> Mapping[int, UpdatableEngine]:
+        """By the numbers that `drain` takes."""
+        return {each.number: each.engine for each in self._members}
+
+    def add(self, engine: UpdatableEngine) -> int:
+        """An engine that was started, with the newest version if there is one to have; returns its number."""
+        member = _Member(self._next_number, engine)
+        self._next_number += 1
+        self._members.append(member)
+        if self._publication is not None and engine.version != self._publication.version:
+            self._catch_up(member)
+        return member.number
+
+    async def drain(self, number: int, *, timeout_s: float) -> UpdatableEngine:
+        """Gives an engine no new generation and waits for those under way, then removes it, still running, and returns
+        it. Raises DeadlineError when they do not end in time: it then stays, and still gets no new ones."""
+        member = next((each for each in self._members if each.number == number), None)
+        if member is None:
+            raise EngineError(f"there is no engine {number}; there are {sorted(self.engines)}")
+        member.draining = True
+        deadline = time.monotonic() + timeout_s
+        while member.running:
+            if time.monotonic() > deadline:
+                raise DeadlineError(f"{member} still has {member.running} generations after {timeout_s:g} s")
+            await asyncio.sleep(_LOOK_AGAIN_S)
+        self._members.remove(member)
+        self._affinity.forget(member.number)
+        self._removed = _sum([self._removed, replace(member.engine.stats(), running=0, waiting=0)])
+        return member.engine
+
+    # ---- generating
+
+    async def generate(self, prompt_ids: TokenIds, params: SamplingParams) -> AsyncIterator[GenerationChunk]:
+        prompt = np.asarray(prompt_ids, np.int32)
+        delivered: list[int] = []
+        failures: dict[_Member, Exception] = {}
+        attempts = 0
+        while (ended := _ending(delivered, params, self.context_length - len(prompt))) is None:
+            member = await self._chosen(prompt, failures)
+            before = len(delivered)
+            try:
+                async with contextlib.aclosing(self._continue(member, prompt, delivered, params)) as chunks:
+                    async for chunk in chunks:
+                        delivered += chunk.token_ids
+                        member.served()
+                        yield chunk
+                        if chunk.finish_reason is not None:
+                            return
+                raise EngineError(f"{member} ended a generation without saying why")
+            except (ContextLengthError, RequestError):
+                raise
+            except (EngineError, DeadlineError) as error:
+                attempts = 0 if len(delivered) > before else attempts + (not isinstance(error, EngineGoneError))
+                failures[member] = error
+                member.failed(error)
+                _log.warning("%s failed a generation after %d tokens: %s", member, len(delivered), error)
+                if attempts >= MOST_ATTEMPTS:
+                    raise EngineError(f"no engine could do it in {attempts} attempts: {_told(failures)}") from error
+        yield GenerationChunk(finish_reason=ended)
+
+    async def _continue(
+        self, member: _Member, prompt: np.ndarray, delivered: Sequence[int], params: SamplingParams
+    ) -> AsyncIterator[GenerationChunk]:
+        """The rest of a generation by one engine."""
+        ids, rest = prompt, params
+        if delivered:
+            ids = np.concatenate([prompt, np.asarray(delivered, np.int32)])
+            # Of its own: with the same seed, an engine would draw what it drew for the first tokens.
+            seed = None if params.seed is None else (params.seed ^ (len(delivered) * _NEXT_SEED)) & 0x7FFFFFFF
+            rest = replace(params, max_tokens=params.max_tokens - len(delivered), seed=seed)
+        member.running += 1
+        self._affinity.learn(ids, member.number)
+        try:
+            async with contextlib.aclosing(member.engine.generate(ids, rest)) as chunks:  # type: ignore[type-var]
+                async for chunk in chunks:
+                    # What was a prompt to this engine was sampled for the reader, who has its routes.
+                    yield replace(chunk, prompt_routes=None) if delivered else chunk
+        finally:
+            member.running -= 1
+
+    async def _chosen(self, prompt: np.ndarray, failures: Mapping[_Member, Exception]) -> _Member:
+        """Waits while no engine can take the generation."""
+        deadline = time.monotonic() + self._patience_s
+        while True:
+            able = self._able()
+            if able:
+                # One that has just failed it comes last.
+                fresh = [each for each in able if each not in failures]
+                return self._choose(prompt, fresh or able)
+            if time.monotonic() > deadline:
+                states = "; ".join(f"{each}: {each.why or 'draining'}" for each in self._members) or "there is none"
+                raise EngineError(f"no engine came back within {self._patience_s:.0f} s ({states})")
+            await asyncio.sleep(_LOOK_AGAIN_S)
+
+    def _able(self) -> list[_Member]:
+        """Those that may get new work: the newest version alone, as soon as one of them has it."""
+        now = time.monotonic()
+        able = [each for each in self._members if not each.draining and each.closed_until <= now]
+        newest = self._publication.version if self._publication is not None else None
+        return [each for each in able if each.engine.version == newest] or able
+
+    def _choose(self, prompt: np.ndarray, able: Sequence[_Member]) -> _Member:
+        most = _SHARE * sum(each.running for each in able) / len(able) + _SLACK
+        drawn = self._affinity.longest(prompt, {each.number for each in able if each.running <= most})
+        if drawn is not None:
+            return next(each for each in able if each.number == drawn)
+        return min(able, key=lambda each: (each.running, each.engine.stats().waiting))
+
+    # ---- weights
+
+    async def update_weights(self, publication: Publication) -> None:
+        """Raises StaleBaseError when an engine needs the weights whole, and EngineError when none could adopt them."""
+        self._publication = publication
+        outcomes = await asyncio.gather(
+            *(each.engine.update_weights(publication) for each in self._members), return_exceptions=True
+        )
+        failures: dict[_Member, Exception] = {}
+        for member, outcome in zip(list(self._members), outcomes, strict=False):
+            if isinstance(outcome, EngineError | DeadlineError):
+                failures[member] = outcome
+            elif isinstance(outcome, BaseException):
+                raise outcome
+        for member, error in failures.items():
+            if isinstance(error, StaleBaseError):
+                raise error
+            member.failed(error)
+            self._catch_up(member)
+        if failures and len(failures) == len(outcomes):
+            raise EngineError(f"no engine could adopt version {publication.version}: {_told(failures)}")
+
+    def _catch_up(self, member: _Member) -> None:
+        if member.catching_up is None or member.catching_up.done():
+            member.catching_up = asyncio.create_task(self._until_current(member))
+
+    async def _until_current(self, member: _Member) -> None:
+        """Tries again until the engine has the newest weights or is removed."""
+        while member in self._members and (publication := self._publication) is not None:
+            await asyncio.sleep(max(_LOOK_AGAIN_S, member.closed_until - time.monotonic()))
+            try:
+                if member.engine.version != publication.version:
+                    await member.engine.update_weights(publication)
+                member.served()
+                return
+            except StaleBaseError:
+                return  # the next publication tells its publisher
+            except (EngineError, DeadlineError) as error:
+                member.failed(error)
+
+    async def pause(self) -> None:
+        """Of the engines that answer; one that has failed samples nothing."""
+        for each in self._members:
+            with contextlib.suppress(EngineError):
+                await each.engine.pause()
+
+    def resume(self) -> None:
+        for each in self._members:
+            with contextlib.suppress(EngineError):
+                each.engine.resume()
+
+
+def _ending(delivered: Sequence[int], params: SamplingParams, room: int) -> FinishReason | None:
+    """Why a generation is over whose engine failed behind its last token."""
+    if delivered and delivered[-1] in params.stop_token_ids:
+        return "stop"
+    if delivered and len(delivered) >= min(params.max_tokens, room):
+        return "length"
+    return None
+
+
+def _told(failures: Mapping[_Member, Exception]) -> str:
+    return "; ".join(f"{member}: {error}" for member, error in failures.items())
+
+
+def _sum(parts: Sequence[EngineStats]) -> EngineStats:
+    extra: dict[str, float] = {}
+    for part in parts:
+        for name, value in part.extra.items():
+            extra[name] = extra.get(name, 0.0) + value
+    return EngineStats(
+        sum(part.running for part in parts), sum(part.waiting for part in parts),
+        sum(part.sampled_tokens for part in parts), sum(part.prefilled_tokens for part in parts),
+        sum(part.reused_tokens for part in parts), extra=extra,
+    )  # fmt: skip
