@@ -90,10 +90,13 @@ def test_one_that_failed_goes_on_elsewhere_with_a_seed_of_its_own() -> None:
 
 def test_an_engine_that_dies_behind_the_last_token_ends_the_generation() -> None:
     last = completion(PROMPT, 4)[-1]
-    for asked, reason in (({"max_tokens": 4}, "length"), ({"stop_token_ids": (last,)}, "stop")):
+    endings: list[tuple[dict[str, Any], str]] = [({"max_tokens": 4}, "length"), ({"stop_token_ids": (last,)}, "stop")]
+    for asked, reason in endings:
 
         class Forgetful(FailingEngine):
-            async def generate(self, prompt_ids: Any, params: SamplingParams) -> Any:
+            async def generate(  # pyright: ignore[reportIncompatibleMethodOverride]
+                self, prompt_ids: Any, params: SamplingParams
+            ) -> Any:
                 async for chunk in super().generate(prompt_ids, params):
                     if chunk.finish_reason is None:
                         yield chunk
@@ -101,7 +104,7 @@ def test_an_engine_that_dies_behind_the_last_token_ends_the_generation() -> None
                         yield GenerationChunk(chunk.token_ids, chunk.logprobs, chunk.versions)
                         raise EngineError("it died before it said why it stopped")
 
-        chunks = run(read(Router([Forgetful(), FailingEngine()]), **asked))
+        chunks = run(read(Router([Forgetful(), FailingEngine()]), PROMPT, **asked))
         assert tokens(chunks) == completion(PROMPT, 4)
         assert chunks[-1].finish_reason == reason
 
