@@ -45,6 +45,7 @@ def make_app() -> App:
     """The command tree."""
     from upspiral.cli.agent import get_agents, list_agents
     from upspiral.cli.doctor import doctor
+    from upspiral.cli.engine import install, list_engines
     from upspiral.cli.export import export
     from upspiral.cli.image import build, collect, list_images, remove, show
     from upspiral.cli.model import get, list_models
@@ -75,6 +76,10 @@ def make_app() -> App:
     model.command(get)
     model.command(list_models, name="list")
     app.command(model)
+    engine = App(name="engine", help="Install and list the inference servers that runs can start.")
+    engine.command(install)
+    engine.command(list_engines, name="list")
+    app.command(engine)
     template = App(name="template", help="Look at chat templates.")
     template.command(check)
     app.command(template)

@@ -10,10 +10,11 @@ from typing import Any
 
 from upspiral.config.models import RunConfig
 from upspiral.engine.base import UpdatableEngine
+from upspiral.engine.kept import KeptEngine
 from upspiral.engine.router import Router
 from upspiral.errors import ConfigError
+from upspiral.launch.ray.engine_actor import EngineActor
 from upspiral.launch.ray.engine_host import EngineHost
-from upspiral.launch.ray.placed_engine import PlacedEngine
 from upspiral.launch.ray.placed_sandboxes import PlacedSandboxes
 from upspiral.launch.ray.rank_host import RankHost, RayRank
 from upspiral.launch.ray.sandbox_host import SandboxHost
@@ -62,7 +63,7 @@ class RayPlacement:
         host: Any = ray.remote(SandboxHost).options(num_cpus=1, scheduling_strategy="SPREAD")
         return await PlacedSandboxes(lambda: host.remote(config.sandbox, egress_log, token), count, token).start()
 
-    def _placed(self, setting: Setting) -> PlacedEngine:
+    def _placed(self, setting: Setting) -> KeptEngine:
         import ray
 
         config, key = setting.config, secrets.token_hex(16)
@@ -72,4 +73,4 @@ class RayPlacement:
         host: Any = ray.remote(EngineHost).options(
             num_cpus=cluster.engine_cpus, num_gpus=cluster.engine_gpus, scheduling_strategy="SPREAD"
         )
-        return PlacedEngine(lambda: host.remote(own, setting.model_folder, setting.folder, key), key)
+        return KeptEngine(lambda: EngineActor(lambda: host.remote(own, setting.model_folder, setting.folder, key), key))

@@ -1,4 +1,4 @@
-"""An engine in an actor, which is started again when it dies."""
+"""An engine in another process, which is started again when that dies."""
 
 from __future__ import annotations
 
@@ -6,34 +6,46 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator, Callable
-from typing import Any
+from typing import Protocol
 
-from upspiral.engine.base import EngineStats, GenerationChunk, TokenIds
-from upspiral.engine.served.client import RemoteEngine
+from upspiral.engine.base import EngineStats, GenerationChunk, TokenIds, UpdatableEngine
 from upspiral.errors import EngineGoneError, StaleBaseError, UpspiralError
 from upspiral.types import SamplingParams
 from upspiral.weights.publication import Publication
 
-START_DEADLINE_S = 900.0
 _PAUSE_BEFORE_RESTART_S = 1.0
 _log = logging.getLogger(__name__)
 
 
-class PlacedEngine:
-    """What was under way when the actor died raises EngineError, and so does every call until another one has taken its
-    place, with the weights that it had. Token counts go on from those of the dead."""
+class EngineHome(Protocol):
+    """A process with an engine."""
 
-    def __init__(self, make_actor: Callable[[], Any], key: str) -> None:
-        """`make_actor` makes an `EngineHost`."""
-        self._make_actor, self._key = make_actor, key
-        self._actor: Any = None
-        self._client: RemoteEngine | None = None
+    async def start(self) -> UpdatableEngine:
+        """Starts the process and a client of its engine, which samples from the model's own folder, as version 0."""
+        ...
+
+    async def gone(self) -> str:
+        """Returns when the process has died, with what is known of why."""
+        ...
+
+    async def kill(self) -> None:
+        """Ends the process and waits for that. Killing it twice, or before it runs, does nothing."""
+        ...
+
+
+class KeptEngine:
+    """What was under way when the process died raises EngineError, and every call EngineGoneError until another one
+    has taken its place, with the weights that it had. Token counts go on from those of the dead."""
+
+    def __init__(self, make_home: Callable[[], EngineHome]) -> None:
+        self._make_home = make_home
+        self._home: EngineHome | None = None
+        self._client: UpdatableEngine | None = None
         self._watch: asyncio.Task[None] | None = None
         self._publication: Publication | None = None
-        self._context_length = self._version = 0
-        self._pauses = 0
+        self._context_length = self._version = self._pauses = 0
         self._sampled = self._prefilled = self._reused = 0
-        """Of actors that died."""
+        """Of processes that died."""
 
     @property
     def context_length(self) -> int:
@@ -51,80 +63,74 @@ class PlacedEngine:
         )  # fmt: skip
 
     async def start(self) -> None:
-        await self._place()
-        self._watch = asyncio.create_task(self._keep_alive())
+        if self._watch is None:
+            await self._place()
+            self._watch = asyncio.create_task(self._keep_alive())
 
     async def stop(self) -> None:
-        import ray
-
         watch, self._watch = self._watch, None
         if watch is not None:
             watch.cancel()
             await asyncio.gather(watch, return_exceptions=True)
         if self._client is not None:
             await self._client.stop()
-        if self._actor is not None:
-            ray.kill(self._actor)
+        if self._home is not None:
+            await self._home.kill()
 
     def generate(self, prompt_ids: TokenIds, params: SamplingParams) -> AsyncIterator[GenerationChunk]:
-        return self._placed().generate(prompt_ids, params)
+        return self._running().generate(prompt_ids, params)
 
     async def update_weights(self, publication: Publication) -> None:
         self._publication = publication
-        await self._placed().update_weights(publication)
+        await self._running().update_weights(publication)
 
     async def pause(self) -> None:
+        await self._running().pause()
         self._pauses += 1
-        await self._placed().pause()
 
     def resume(self) -> None:
         self._pauses -= 1
         if self._client is not None:
             self._client.resume()
 
-    def _placed(self) -> RemoteEngine:
+    def _running(self) -> UpdatableEngine:
         if self._client is None:
-            raise EngineGoneError("the actor of an engine died; another one is being started")
+            raise EngineGoneError("the process of an engine died; another one is being started")
         return self._client
 
     async def _place(self) -> None:
-        actor = self._make_actor()
+        home = self._home = self._make_home()
         try:
-            host, port = await asyncio.wait_for(actor.start.remote(), START_DEADLINE_S)
-            client = RemoteEngine(host, port, self._key)
-            await client.start()
+            client = await home.start()
             if self._publication is not None:
                 with contextlib.suppress(StaleBaseError):  # whoever publishes next is told, and publishes it whole
                     await client.update_weights(self._publication)
             for _ in range(self._pauses):
                 await client.pause()
         except BaseException:
-            import ray
-
-            ray.kill(actor)
+            await home.kill()
             raise
-        self._actor, self._client, self._context_length = actor, client, client.context_length
+        self._client, self._context_length = client, client.context_length
 
     async def _keep_alive(self) -> None:
         """Until `stop`."""
         while True:
-            try:
-                await self._actor.live.remote()
-            except Exception as error:
-                _log.warning("the actor of an engine died (%s); another one is started", error)
+            assert self._home is not None
+            why = await self._home.gone()
+            _log.warning("the process of an engine died (%s); another one is started", why)
             await self._mourn()
             while self._client is None:
                 try:
                     await self._place()
-                except (UpspiralError, OSError, TimeoutError, RuntimeError) as error:
+                except (UpspiralError, OSError, RuntimeError) as error:
                     _log.warning("no engine could be started in its place: %s", error)
                     await asyncio.sleep(_PAUSE_BEFORE_RESTART_S)
 
     async def _mourn(self) -> None:
         client, self._client = self._client, None
-        assert client is not None
-        # The connection may have given tokens that were on their way; its reader takes them in before it ends.
+        assert client is not None and self._home is not None
         await client.stop()
+        await self._home.kill()
         stats = client.stats()
         self._version = client.version
         self._sampled += stats.sampled_tokens

@@ -1,0 +1,94 @@
+"""Requests to inference servers: deadlines, lines of a stream, and errors that say what the server said."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Mapping
+from typing import Any
+
+import aiohttp
+import orjson
+
+from upspiral.errors import ContextLengthError, DeadlineError, EngineError, EngineGoneError, RequestError
+
+TOKEN_DEADLINE_S = 900.0
+"""As the embedded engine's: a full queue may stand before the next token."""
+CALL_DEADLINE_S = 60.0
+_LONGEST_LINE = 64 << 20
+"""Routed experts of a long prompt are the longest."""
+
+
+class Server:
+    """The client's end of one server. Belongs to one event loop."""
+
+    def __init__(self, url: str, *, key: str = "") -> None:
+        """`key`: what the server wants as bearer token, if it wants one."""
+        self.url = url.rstrip("/")
+        self._headers = {"authorization": f"Bearer {key}"} if key else {}
+        self._session: aiohttp.ClientSession | None = None
+
+    async def close(self) -> None:
+        session, self._session = self._session, None
+        if session is not None:
+            await session.close()
+
+    async def get(self, path: str, *, deadline_s: float = CALL_DEADLINE_S) -> Any:
+        """The JSON of an answer. Raises EngineGoneError when nobody answers at all, DeadlineError, and EngineError with
+        what the server said; RequestError when it says that the request is wrong."""
+        return await self._call("GET", path, None, deadline_s)
+
+    async def post(
+        self, path: str, body: Mapping[str, Any] | None = None, *, deadline_s: float = CALL_DEADLINE_S
+    ) -> Any:
+        """See `get`."""
+        return await self._call("POST", path, body if body is not None else {}, deadline_s)
+
+    async def lines(self, path: str, body: Mapping[str, Any]) -> AsyncGenerator[Any]:
+        """The JSON of each event of a stream of server-sent events; closing the generator ends the request. Raises as
+        `get` does; EngineError also when the stream breaks."""
+        begun = False
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=CALL_DEADLINE_S, sock_read=TOKEN_DEADLINE_S)
+        try:
+            async with self._opened().post(self.url + path, data=orjson.dumps(body), timeout=timeout) as answer:
+                begun = True
+                await self._check(answer, path)
+                async for line in answer.content:
+                    if line.startswith(b"data:") and (data := line[5:].strip()) != b"[DONE]":
+                        yield orjson.loads(data)
+        except TimeoutError:
+            raise DeadlineError(f"{self.url}{path} gave nothing for {TOKEN_DEADLINE_S:.0f} s") from None
+        except (aiohttp.ClientError, OSError, ValueError) as error:
+            kind = EngineError if begun else EngineGoneError
+            raise kind(f"{self.url}{path}: {error or type(error).__name__}") from error
+
+    async def _call(self, method: str, path: str, body: Mapping[str, Any] | None, deadline_s: float) -> Any:
+        timeout = aiohttp.ClientTimeout(total=deadline_s)
+        data = None if body is None else orjson.dumps(body)
+        try:
+            async with self._opened().request(method, self.url + path, data=data, timeout=timeout) as answer:
+                await self._check(answer, path)
+                content = await answer.read()
+                return orjson.loads(content) if content else None
+        except TimeoutError:
+            raise DeadlineError(f"{self.url}{path} did not answer within {deadline_s:.0f} s") from None
+        except (aiohttp.ClientError, OSError) as error:
+            raise EngineGoneError(f"{self.url}{path}: {error or type(error).__name__}") from error
+        except ValueError as error:
+            raise EngineError(f"{self.url}{path} gave no JSON: {error}") from error
+
+    async def _check(self, answer: aiohttp.ClientResponse, path: str) -> None:
+        if answer.status < 400:
+            return
+        text = (await answer.text())[:2000]
+        said = f"{self.url}{path} answered {answer.status}: {text}"
+        if answer.status in (400, 422):
+            raise (ContextLengthError if "context length" in text else RequestError)(said)
+        raise EngineError(said)
+
+    def _opened(self) -> aiohttp.ClientSession:
+        if self._session is None:
+            headers = {"content-type": "application/json", **self._headers}
+            connector = aiohttp.TCPConnector(limit=0)
+            self._session = aiohttp.ClientSession(
+                headers=headers, connector=connector, read_bufsize=1 << 18, max_line_size=_LONGEST_LINE
+            )
+        return self._session
