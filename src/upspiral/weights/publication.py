@@ -1,10 +1,11 @@
 """The weights of one version where engines can read them: a folder with a manifest.
 
-docs/design/010-outgrow.md says which names and forms the tensors have.
+docs/design/010-outgrow.md says which names and forms the tensors have, 013-publication.md what is in the folder.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -32,3 +33,12 @@ class Publication:
     """Of which version this is the difference; None: it is whole."""
     num_bytes: int
     """That were written for it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """Tells an engine with old weights: what a version's log-probabilities are."""
+
+    token_ids: Sequence[int]
+    logprobs: Sequence[float]
+    """Of all tokens but the first, each after those before it: natural log at temperature 1, no filter."""
