@@ -25,6 +25,11 @@ NEEDS_TORCH = (
     "upspiral.weights.families",
     "upspiral.weights.experts",
     "upspiral.weights.exact",
+    "upspiral.weights.probe",
+    "upspiral.weights.publisher",
+    "upspiral.weights.receiver",
+    "upspiral.weights.safetensors_files",
+    "upspiral.weights.shelf",
 )
 
 PROGRAM = """

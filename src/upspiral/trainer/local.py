@@ -36,6 +36,10 @@ from upspiral.trainer.tally import Tally
 from upspiral.trainer.terms import token_terms
 from upspiral.weights.adapter import Adapter
 from upspiral.weights.experts import exact_experts_in
+from upspiral.weights.names import hugging_face_tensors
+from upspiral.weights.probe import measured_probe
+from upspiral.weights.publication import Publication, PublisherSettings
+from upspiral.weights.publisher import Publisher
 
 _STATE = "state.pt"
 _OPTIMIZERS: Mapping[str, type[ParameterOptimizer]] = {"float32": MasterAdamW, "none": RoundingAdamW}
@@ -72,12 +76,15 @@ class LocalTrainer:
         self._sums = GradientSums([self._sources_in(lane) for lane in self._lanes.models])
         self._optimizer = _OPTIMIZERS[config.master_weights](self._trained(model), config)
         self._policy_steps = 0
+        self._publisher: Publisher | None = None
 
     @classmethod
     def of(cls, model: Any, setup: TrainerSetup, *, lanes: int, exact: bool) -> LocalTrainer:
-        """Of a model that is loaded already."""
+        """Of a model that is loaded already, and can be published."""
         temperature = setup.temperature
-        return cls(model, setup.trainer, setup.algorithm, temperature=temperature, lanes=lanes, exact=exact)
+        trainer = cls(model, setup.trainer, setup.algorithm, temperature=temperature, lanes=lanes, exact=exact)
+        trainer._publisher = Publisher(setup.model_folder)
+        return trainer
 
     def step(
         self, batches: Sequence[ForestBatch], *, kind: StepKind = "policy", lr: float | None = None
@@ -123,6 +130,13 @@ class LocalTrainer:
             raise StoreError("the checkpoint's factors belong to other base weights; resume with theirs")
         self._merge()
         self._policy_steps = int(state["policy_steps"])
+
+    def publish(self, settings: PublisherSettings, version: int) -> Publication:
+        """See TrainerBackend. Engines may go on meanwhile; it reads the weights and takes no turn of theirs."""
+        assert self._publisher is not None, "made by `of`"
+        model = self._lanes.models[0]
+        tensors = hugging_face_tensors(model.named_parameters(), tied=model.config.tie_word_embeddings)
+        return self._publisher.publish(tensors, version, settings, probe=measured_probe(model))
 
     def save(self, folder: Path) -> None:
         torch.save(self.state_dict(), folder / _STATE)

@@ -219,7 +219,6 @@ class _Difference:
 
     def _append(self, data: Bytes) -> int:
         """Where it begins in the file."""
-        self._file.write(bytes(-self._file.tell() % 8))
         offset = self._file.tell()
         self._file.write(data.data)
         return offset
@@ -227,7 +226,7 @@ class _Difference:
 
 def _room(held: dict[str, Bytes], name: str, count: int) -> Bytes:
     """Where a tensor is kept, which is where it was."""
-    if len(held.get(name, ())) != count:
+    if name not in held or len(held[name]) != count:
         held[name] = np.empty(count, np.uint8)
     return held[name]
 

@@ -129,14 +129,15 @@ class Manifest:
     @property
     def content(self) -> str:
         """The same for the same weights, whole or as a difference."""
-        tensors = [[each.name, each.dtype, list(each.shape), each.checksum] for each in self.tensors]
-        return hashlib.blake2b(_json(tensors), digest_size=16).hexdigest()
+        lines = [f"{each.name} {each.dtype} {[*each.shape]} {each.checksum}" for each in self.tensors]
+        return _digest("\n".join(lines).encode())
 
     def to_bytes(self) -> bytes:
         """The only bytes that a manifest of this content has."""
         fields: dict[str, Any] = {name: getattr(self, name) for name in self.__slots__}
         fields["tensors"] = [{name: getattr(each, name) for name in each.__slots__} for each in self.tensors]
-        return _json({**fields, "seal": hashlib.blake2b(_json(fields), digest_size=16).hexdigest()})
+        body = json.dumps(fields, separators=(",", ":")).encode()
+        return body[:-1] + f',"seal":"{_digest(body)}"}}'.encode()
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Manifest:
@@ -152,8 +153,8 @@ class Manifest:
         return manifest
 
 
-def _json(value: object) -> bytes:
-    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
+def _digest(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
 def read_probe(folder: Path) -> dict[str, list[Any]] | None:
@@ -247,7 +248,7 @@ def _with_repeated(entries: Sequence[Entry]) -> Iterator[tuple[Entry, bool]]:
 
 
 def _tensor(entry: Entry, data: Bytes) -> Tensor:
-    return torch.from_numpy(data).view(DTYPES[entry.dtype]).reshape(tuple(entry.shape))
+    return torch.from_numpy(data.view(BITS[entry.item_bytes])).view(DTYPES[entry.dtype]).reshape(tuple(entry.shape))
 
 
 class _Opened:

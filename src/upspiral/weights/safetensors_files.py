@@ -96,8 +96,9 @@ class SafetensorsFiles:
 
 
 def _described(name: str, dtype: str, shape: Sequence[int], start: int, count: int) -> bytes:
-    value = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, start + count]}
-    return f",{json.dumps(name)}:{json.dumps(value)}".encode()
+    sizes = ",".join(map(str, shape))
+    offsets = f"{start},{start + count}"
+    return f',{json.dumps(name)}:{{"dtype":"{dtype}","shape":[{sizes}],"data_offsets":[{offsets}]}}'.encode()
 
 
 def _file_names(count: int) -> list[str]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from upspiral.weights.growing_file import GrowingFile
-from upspiral.weights.receiver import MANIFEST, folder_name, is_shared_memory
+from upspiral.weights.receiver import MANIFEST, Manifest, folder_name, is_shared_memory
 
 _PARTIAL = ".partial"
 
@@ -22,6 +22,14 @@ class Place:
     base: int | None
     files: list[GrowingFile] = field(default_factory=list)
     """Of an earlier version, to be filled again; then those of this one."""
+
+
+def _found(folder: Path) -> Place:
+    try:
+        base = Manifest.from_bytes((folder / MANIFEST).read_bytes()).base
+    except (OSError, ValueError, KeyError, TypeError):
+        base = None  # nobody can read it
+    return Place(folder, int(folder.name[1:]), base[0] if base else None)
 
 
 class Shelf:
@@ -39,18 +47,20 @@ class Shelf:
             shutil.rmtree(folder)
         self._root = root
         self._again = is_shared_memory(root)
-        self._places = [Place(folder, int(folder.name[1:]), None) for folder in sorted(root.glob("v*"))]
+        self._places = [_found(folder) for folder in sorted(root.glob("v*"))]
         """The complete ones, oldest first."""
 
     def begin(self, version: int, base: int | None, keep: int) -> Place:
         """A place to fill. Makes room for it: one less than `keep` stay, and at least one."""
         place = Place(self._root / (folder_name(version) + _PARTIAL), version, base)
         gone = self._surplus(max(1, keep - 1))
-        reused = next((each for each in gone if base is None and self._take(each, place)), None)
+        spare = next((each for each in gone if base is None and each.files), None)
         for each in gone:
-            if each is not reused:
+            if each is not spare:
                 self._remove(each)
-        if reused is None:
+        if spare is None or not self._take(spare, place):
+            if spare is not None:
+                self._remove(spare)
             place.folder.mkdir()
         return place
 
@@ -70,25 +80,26 @@ class Shelf:
         return folder
 
     def abandon(self, place: Place) -> None:
+        """Leaves nothing of what was not completed."""
         self._remove(place)
 
     def _surplus(self, keep: int) -> list[Place]:
-        """Takes off all but the newest and those that they are differences to."""
+        """Takes off all but the newest and those that they are differences to. Newest first: so, at any moment, no
+        difference is there without what it needs."""
         by_version = {each.version: each for each in self._places}
         needed: set[int] = set()
-        for each in self._places[-keep:]:
-            while each.version not in needed:
+        for newest in self._places[-keep:]:
+            each: Place | None = newest
+            while each is not None and each.version not in needed:
                 needed.add(each.version)
-                if each.base is None:
-                    break
-                each = by_version[each.base]
-        gone = [each for each in self._places if each.version not in needed]
+                each = None if each.base is None else by_version.get(each.base)
+        gone = [each for each in reversed(self._places) if each.version not in needed]
         self._places = [each for each in self._places if each.version in needed]
         return gone
 
     def _take(self, old: Place, new: Place) -> bool:
         """Makes the folder of an old version that of a new one; False when it has to be left alone."""
-        if not (self._again and old.files):
+        if not (self._again and (old.folder / MANIFEST).exists()):
             return False
         with (old.folder / MANIFEST).open("rb") as manifest:
             try:
@@ -107,4 +118,7 @@ class Shelf:
         """Whoever reads it has it open, and may go on."""
         for file in place.files:
             file.close()
-        shutil.rmtree(place.folder, ignore_errors=True)
+        gone = place.folder.with_name(f"{place.folder.name}.gone{_PARTIAL}")  # from here on it may be half
+        if place.folder.exists():  # or somebody else has cleared up
+            place.folder.rename(gone)
+            shutil.rmtree(gone)

@@ -13,7 +13,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from upspiral.config.models import EngineConfig
 from upspiral.engine.base import EngineStats, GenerationChunk, TokenIds
+from upspiral.engine.embedded.adoption import Adoption
 from upspiral.engine.embedded.cache import SlotCache
 from upspiral.engine.embedded.decoder import DecoderForward
 from upspiral.engine.embedded.exact import ExactForward
@@ -34,6 +35,7 @@ from upspiral.types import SamplingParams
 from upspiral.weights.cpu import use_threads
 from upspiral.weights.experts import expert_layers
 from upspiral.weights.load import LoadedModel
+from upspiral.weights.publication import Publication
 
 _log = logging.getLogger(__name__)
 
@@ -70,6 +72,8 @@ class EmbeddedEngine:
             self._cache.keep_routes(*_route_shape(model))
         self._scheduler = Scheduler(self._cache, config)
         self._forward = (ExactForward if config.exact else DecoderForward)(model, self._cache)
+        self._adoption = Adoption(model.module)
+        self._adopting = asyncio.Lock()
         self._changed = threading.Condition()
         # Guarded by _changed:
         self._arrived: list[Sequence] = []
@@ -253,6 +257,25 @@ class EmbeddedEngine:
             yield
         finally:
             self.resume()
+
+    async def update_weights(self, publication: Publication) -> None:
+        """See UpdatableEngine. The engine samples on while the weights are read and checked; copying them in place is
+        what it waits for."""
+        # Not left half-way by a caller that is cancelled: what is copied from would be overwritten.
+        await asyncio.shield(self._update_weights(publication))
+
+    async def _update_weights(self, publication: Publication) -> None:
+        async with self._adopting:
+            if publication.version == self.version:
+                return
+            with ExitStack() as stack:
+                copy = await asyncio.to_thread(stack.enter_context, self._adoption.checked(publication))
+
+                def adopt() -> None:
+                    copy()
+                    self.publish(publication.version)
+
+                await self.exclusive(adopt)
 
     def publish(self, version: int, *, recompute: bool = False) -> None:
         """The weights have changed in place: tokens carry `version` from now on and no prefix is reused across it.

@@ -1,0 +1,61 @@
+"""Published weights become those of a module: read and checked beside its use, then copied in place in one go."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from upspiral.errors import EngineError, StaleBaseError
+from upspiral.weights.names import OUTPUT, hugging_face_views
+from upspiral.weights.publication import Publication
+from upspiral.weights.receiver import Damaged, Receiver, StaleBase
+
+
+class Adoption:
+    """Of one module. Differences cost a copy of the weights, which the next one is added to."""
+
+    def __init__(self, module: Any) -> None:
+        self._module = module
+        self._receiver = Receiver()
+
+    @contextmanager
+    def checked(self, publication: Publication) -> Iterator[Callable[[], None]]:
+        """What copies the weights into the module, while the block lasts; it cannot fail. Raises StaleBaseError and
+        EngineError as `UpdatableEngine.update_weights` does, and the module is as it was."""
+        try:
+            with self._receiver.reading(publication.folder) as tensors:
+                pairs = self._pairs(dict(tensors), publication)
+                yield lambda: _copy(pairs)
+        except StaleBase as error:
+            raise StaleBaseError(f"{error}; publish version {publication.version} whole") from error
+        except Damaged as error:
+            raise EngineError(f"{error}; publish version {publication.version} again") from error
+
+    def _pairs(self, found: dict[str, Tensor], publication: Publication) -> list[tuple[Tensor, Tensor]]:
+        """Each place in the module with what goes there."""
+        places = hugging_face_views(self._module)
+        if self._module.config.tie_word_embeddings:
+            places.pop(OUTPUT)  # it is the embedding
+            found.pop(OUTPUT, None)
+        if (expected := _forms(places)) != (published := _forms(found)):
+            name = sorted(expected.items() ^ published.items(), key=str)[0][0]
+            raise EngineError(
+                f"{publication.folder} has other tensors than this engine's model: {name} is "
+                f"{published.get(name, 'not there')}, here it is {expected.get(name, 'unknown')}; publish weights of "
+                "the same model in the precision of model.dtype"
+            )
+        return [(place, found[name]) for name, place in places.items()]
+
+
+def _forms(tensors: dict[str, Tensor]) -> dict[str, str]:
+    return {name: f"{tensor.dtype} {[*tensor.shape]}" for name, tensor in tensors.items()}
+
+
+@torch.no_grad()
+def _copy(pairs: list[tuple[Tensor, Tensor]]) -> None:
+    for place, tensor in pairs:
+        place.copy_(tensor)
