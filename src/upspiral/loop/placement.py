@@ -18,6 +18,7 @@ from upspiral.engine.base import Engine, UpdatableEngine
 from upspiral.engine.embedded.engine import EmbeddedEngine
 from upspiral.errors import ConfigError
 from upspiral.loop.learner import Learner, PublishingLearner, SharedLearner
+from upspiral.loop.servers import servers
 from upspiral.sandbox.base import SandboxBackend
 from upspiral.trainer.base import TrainerBackend, TrainerSetup
 from upspiral.trainer.local import LocalTrainer
@@ -61,11 +62,13 @@ class ThisMachine:
 
     async def engine(self, setting: Setting) -> UpdatableEngine:
         config = setting.config
-        if config.engine.kind != "embedded":
-            raise ConfigError(f'engine.kind = "{config.engine.kind}" cannot be started yet')
-        engine = EmbeddedEngine(load(setting), config.engine, seed=config.seed, threads=num_threads(config))
-        await engine.start()
+        threads, cpu = num_threads(config), device_of(config) == "cpu"
+        if config.engine.kind == "embedded":
+            engine = EmbeddedEngine(load(setting), config.engine, seed=config.seed, threads=threads)
+        else:
+            engine = servers(config, setting.model_folder, setting.folder / "logs", cpu=cpu, threads=threads)
         setting.stack.push_async_callback(engine.stop)
+        await engine.start()
         return engine
 
     async def ranks(self, count: int, setting: Setting) -> Sequence[Rank]:

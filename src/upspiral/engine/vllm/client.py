@@ -239,12 +239,15 @@ def _choice(line: Any) -> dict[str, Any]:
     """Of a chunk of the stream. Raises EngineError for what is none."""
     try:
         if "error" in line:
-            raise EngineError(f"vLLM failed a generation: {line['error']}")
-        (choice,) = line["choices"]
+            said = line["error"].get("message", line["error"])
+            if line["error"].get("code") in (400, 422):
+                raise RequestError(f"vLLM refuses a generation: {said}")
+            raise EngineError(f"vLLM failed a generation: {said}")
+        choice = line["choices"][0]
         if choice["finish_reason"] not in (None, *_FINISH):
             raise EngineError(f"vLLM ended a generation with reason {choice['finish_reason']!r}")
         return choice
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
         raise EngineError(f"vLLM sent what is no chunk of a generation ({error!r}): {str(line)[:500]}") from error
 
 

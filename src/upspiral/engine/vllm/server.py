@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from upspiral.engine.vllm.client import VllmEngine
-from upspiral.errors import DeadlineError, EngineError
+from upspiral.errors import ConfigError, DeadlineError, EngineError
 
 _INSIDE = Path(__file__).parent / "inside"
 _RECEIVER = Path(__file__).parents[2] / "weights" / "receiver.py"
@@ -44,6 +44,14 @@ class ServerSettings:
     arguments: Sequence[str] = ()
     """Further ones, which win."""
     start_timeout_s: float = 600.0
+
+    def check(self) -> None:
+        """Raises ConfigError when there is no such environment."""
+        if not self.python.is_file():
+            raise ConfigError(
+                f"there is no {self.python}: install vLLM's environment with `upspiral engine install vllm`, or name "
+                "the interpreter of another one in engine.server.python"
+            )
 
     def command(self, port: int) -> list[str]:
         """Without the interpreter and its program."""
@@ -93,11 +101,7 @@ class VllmServer:
         """Raises EngineError with the end of its log when the server ends, and DeadlineError when it does not answer in
         time."""
         settings = self._settings
-        if not settings.python.is_file():
-            raise EngineError(
-                f"there is no {settings.python}: install vLLM's environment with `upspiral engine install vllm`, or "
-                "name the interpreter of another one in engine.server.python"
-            )
+        settings.check()
         port = _free_port()
         self._launch(port)
         tolerance = 0.005 if settings.dtype == "float32" else 0.25

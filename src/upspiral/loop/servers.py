@@ -1,0 +1,57 @@
+"""The engines of a run that are inference servers: started here, or running elsewhere."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from upspiral.config.models import RunConfig, ServerConfig
+from upspiral.engine.base import UpdatableEngine
+from upspiral.engine.kept import KeptEngine
+from upspiral.engine.router import Router
+from upspiral.engine.vllm.client import VllmEngine
+from upspiral.engine.vllm.environment import vllm_python
+from upspiral.engine.vllm.server import ServerSettings, VllmServer
+from upspiral.errors import ConfigError
+
+KEY_VARIABLE = "UPSPIRAL_ENGINE_KEY"
+"""The environment variable with the key that servers elsewhere want, if they want one."""
+
+
+def servers(config: RunConfig, model_folder: Path, logs: Path, *, cpu: bool, threads: int) -> UpdatableEngine:
+    """The router over them, not started."""
+    server = config.engine.server or ServerConfig()
+    key = os.environ.get(KEY_VARIABLE, "")
+    if server.urls:
+        return Router([_client(config, url, key) for url in server.urls])
+    if config.engine.kind != "vllm":
+        raise ConfigError(
+            f'engine.kind = "{config.engine.kind}" cannot be started here; start its servers yourself, with the model '
+            f"{config.model.path}, and name them in engine.server.urls"
+        )
+    settings = [
+        ServerSettings(
+            Path(server.python) if server.python else vllm_python(),
+            model_folder,
+            logs / f"vllm-{number}.log",
+            config.model.dtype,
+            config.engine.context_length,
+            config.engine.max_running,
+            cpu=cpu,
+            cache_gb=server.cache_gb,
+            threads=max(1, threads // server.replicas),
+            arguments=server.arguments,
+            start_timeout_s=server.start_timeout_s,
+        )
+        for number in range(server.replicas)
+    ]
+    for each in settings:
+        each.check()
+    return Router([KeptEngine(lambda each=each: VllmServer(each)) for each in settings])
+
+
+def _client(config: RunConfig, url: str, key: str) -> UpdatableEngine:
+    tolerance = 0.005 if config.model.dtype == "float32" else 0.25
+    if config.engine.kind == "vllm":
+        return VllmEngine(url, key=key, probe_tolerance=tolerance)
+    raise ConfigError(f"engine.server.urls: there is no client for engine.kind = {config.engine.kind!r}")

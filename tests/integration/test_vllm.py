@@ -1,0 +1,250 @@
+"""Our client against the real vLLM, in its own environment, on a CPU."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch", reason="needs the [train] extra")
+
+from tests.fixtures.tiny_model import make_tokenizer
+from tests.fixtures.tiny_modules import tiny_module
+from upspiral.engine.kept import KeptEngine
+from upspiral.engine.vllm.client import VllmEngine
+from upspiral.engine.vllm.environment import is_installed, vllm_python
+from upspiral.engine.vllm.server import ServerSettings, VllmServer
+from upspiral.errors import ContextLengthError, EngineError, EngineGoneError, RequestError
+from upspiral.types import SamplingParams
+from upspiral.weights.names import hugging_face_tensors
+from upspiral.weights.probe import measured_probe
+from upspiral.weights.publication import Publication, PublisherSettings
+from upspiral.weights.publisher import Publisher
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(600),
+    pytest.mark.skipif(not is_installed(), reason="needs `upspiral engine install vllm`"),
+]
+# vLLM's attention on CPUs wants heads of 32 at least.
+FAMILIES = {
+    "llama": {"hidden_size": 128},
+    "qwen3": {"tie_word_embeddings": False},
+    "qwen3-moe": {"mlp_only_layers": []},
+}
+PROMPT = [5, 17, 80, 41, 9, 120, 3]
+DEADLINE_S = 500.0
+
+
+def settings_of(folder: Path, log: Path) -> ServerSettings:
+    return ServerSettings(
+        vllm_python(), folder, log, "float32", context_length=256, max_running=16, cpu=True, cache_gb=1.0,
+        arguments=("--enforce-eager",),
+    )  # fmt: skip
+
+
+@asynccontextmanager
+async def running(trainer: Trainer, folder: Path) -> AsyncIterator[VllmEngine]:
+    home = VllmServer(settings_of(trainer.folder, folder / "vllm.log"))
+    engine = await home.start()
+    try:
+        yield engine
+    finally:
+        await engine.stop()
+        await home.kill()
+
+
+class Trainer:
+    """A module that changes, and its publications."""
+
+    def __init__(self, family: str, folder: Path) -> None:
+        self.module = tiny_module(family, **FAMILIES[family])
+        self.folder = make_tokenizer(folder)
+        self.module.save_pretrained(self.folder)
+        self._publisher = Publisher(self.folder)
+        self.settings = PublisherSettings(folder.parent / "published")
+
+    def change(self, names: Sequence[str] = ("",)) -> None:
+        """Enough to be seen in every log-probability."""
+        with torch.no_grad():
+            for name, parameter in self.module.named_parameters():
+                if any(part in name for part in names):
+                    parameter.mul_(1 + 0.3 * torch.randn_like(parameter))
+
+    def publish(self, version: int, **changes: Any) -> Publication:
+        tied = self.module.config.tie_word_embeddings
+        tensors = hugging_face_tensors(self.module.named_parameters(), tied=tied)
+        probe = measured_probe(self.module)
+        return self._publisher.publish(tensors, version, self.settings, probe=probe, **changes)
+
+    @torch.no_grad()
+    def logprobs(self, token_ids: Sequence[int], count: int) -> np.ndarray:
+        """Of the last `count` tokens."""
+        logits = self.module(input_ids=torch.tensor([token_ids])).logits[0].log_softmax(-1)
+        return np.array([logits[at - 1, token_ids[at]] for at in range(len(token_ids) - count, len(token_ids))])
+
+
+async def sampled(engine: Any, **params: Any) -> tuple[list[int], list[float], list[int]]:
+    ids: list[int] = []
+    logprobs: list[float] = []
+    versions: list[int] = []
+    async for chunk in engine.generate(PROMPT, SamplingParams(**{"max_tokens": 30, "seed": 1, **params})):
+        ids += chunk.token_ids
+        logprobs += chunk.logprobs
+        versions += chunk.versions
+    return ids, logprobs, versions
+
+
+async def agrees(engine: Any, trainer: Trainer, version: int, **params: Any) -> None:
+    ids, logprobs, versions = await sampled(engine, **params)
+    assert len(ids) == 30 and versions == [version] * 30
+    np.testing.assert_allclose(logprobs, trainer.logprobs([*PROMPT, *ids], 30), atol=2e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_weights_are_switched_and_every_token_says_by_which_it_was_sampled(family: str, tmp_path: Path) -> None:
+    async def check() -> None:
+        trainer = Trainer(family, tmp_path / "model")
+        async with running(trainer, tmp_path) as engine:
+            assert engine.context_length == 256
+            await agrees(engine, trainer, 0)
+            for version, part in enumerate(("", "embed_tokens", "layers.1", "lm_head"), 1):
+                trainer.change((part,))
+                await engine.update_weights(trainer.publish(version))
+                await agrees(engine, trainer, version)
+            await engine.update_weights(trainer.publish(4))  # again: nothing happens
+            await goes_on_over_a_switch(engine, trainer)
+            await notices_what_it_did_not_adopt(engine, trainer)
+            await refuses_and_frees(engine)
+
+    asyncio.run(asyncio.wait_for(check(), DEADLINE_S))
+
+
+async def goes_on_over_a_switch(engine: VllmEngine, trainer: Trainer) -> None:
+    """Versions 4 and 5. Ten under way when the weights change: all tokens arrive, none under a wrong version."""
+    before = trainer.logprobs([*PROMPT, 7], 1)
+    running = [asyncio.create_task(sampled(engine, max_tokens=200, seed=seed)) for seed in range(10)]
+    while engine.stats().sampled_tokens < 30 * 6 + 10 * 20:
+        await asyncio.sleep(0.005)
+    trainer.change()
+    await engine.update_weights(trainer.publish(5))
+    assert abs(trainer.logprobs([*PROMPT, 7], 1) - before) > 1e-3
+    crossed = 0
+    for task in running:
+        ids, logprobs, versions = await task
+        assert len(ids) == len(logprobs) == len(versions) == 200
+        assert versions == sorted(versions) and set(versions) <= {4, 5}
+        crossed += len(set(versions)) == 2
+    assert crossed >= 5, "most were in the middle of it"
+    await agrees(engine, trainer, 5)
+
+
+async def notices_what_it_did_not_adopt(engine: VllmEngine, trainer: Trainer) -> None:
+    """A publication whose probe is that of other weights."""
+    tied = trainer.module.config.tie_word_embeddings
+    tensors = [(n, t.clone()) for n, t in hugging_face_tensors(trainer.module.named_parameters(), tied=tied)]
+    trainer.change()
+    probe = measured_probe(trainer.module)
+    wrong = trainer._publisher.publish(tensors, 6, trainer.settings, probe=probe)
+    with pytest.raises(EngineError, match="answers as if it had not adopted version 6"):
+        await engine.update_weights(wrong)
+
+
+async def refuses_and_frees(engine: VllmEngine) -> None:
+    with pytest.raises(ContextLengthError, match="300 tokens"):
+        async for _ in engine.generate([1] * 300, SamplingParams(max_tokens=1)):
+            pass
+    with pytest.raises(RequestError):
+        async for _ in engine.generate([10**6], SamplingParams(max_tokens=1)):
+            pass
+    generation = engine.generate(PROMPT, SamplingParams(max_tokens=240))
+    async for _ in generation:
+        break
+    await generation.aclose()  # type: ignore[attr-defined]
+    assert engine.stats().running == 0
+    deadline = time.monotonic() + 5
+    while (left := await running_in(engine)) and time.monotonic() < deadline:
+        await asyncio.sleep(0.1)
+    assert left == 0, "a reader that went must not leave its generation running"
+
+
+async def running_in(engine: VllmEngine) -> float:
+    import aiohttp
+
+    async with aiohttp.ClientSession() as session, session.get(engine._server.url + "/metrics") as answer:
+        lines = (await answer.text()).splitlines()
+    return sum(float(line.split()[-1]) for line in lines if line.startswith("vllm:num_requests_running"))
+
+
+def test_filters_and_stops(tmp_path: Path) -> None:
+    async def check() -> None:
+        trainer = Trainer("llama", tmp_path / "model")
+        async with running(trainer, tmp_path) as engine:
+            ids, logprobs, _ = await sampled(engine, temperature=0.7, top_k=5)
+            module = trainer.module
+            with torch.no_grad():
+                logits = module(input_ids=torch.tensor([[*PROMPT, *ids]])).logits[0, len(PROMPT) - 1 : -1] / 0.7
+            top = logits.topk(5)
+            expected = top.values.log_softmax(-1)[top.indices == torch.tensor(ids)[:, None]]
+            np.testing.assert_allclose(logprobs, expected.numpy(), atol=2e-4)
+            greedy, logprobs, _ = await sampled(engine, temperature=0.0)
+            np.testing.assert_allclose(logprobs, trainer.logprobs([*PROMPT, *greedy], 30), atol=2e-4)
+            stop = greedy[6]
+            ids, _, _ = await sampled(engine, temperature=0.0, stop_token_ids=(stop,))
+            assert ids == greedy[: greedy.index(stop) + 1], "the stop token was sampled, so it is delivered"
+            same = [(await sampled(engine, seed=7))[0] for _ in range(2)]
+            assert same[0] == same[1]
+
+    asyncio.run(asyncio.wait_for(check(), DEADLINE_S))
+
+
+def test_a_server_that_is_killed_is_started_again_with_the_weights_that_it_had(tmp_path: Path) -> None:
+    async def check() -> None:
+        trainer = Trainer("llama", tmp_path / "model")
+        homes: list[VllmServer] = []
+
+        def make_home() -> VllmServer:
+            homes.append(VllmServer(settings_of(trainer.folder, tmp_path / "vllm.log")))
+            return homes[-1]
+
+        engine = KeptEngine(make_home)
+        await engine.start()
+        try:
+            trainer.change()
+            await engine.update_weights(trainer.publish(1))
+            counted = engine.stats().sampled_tokens
+            under_way = asyncio.create_task(sampled(engine, max_tokens=240))
+            while engine.stats().sampled_tokens < counted + 5:
+                await asyncio.sleep(0.005)
+            process = homes[0]._process
+            assert process is not None
+            os.killpg(process.pid, signal.SIGKILL)
+            with pytest.raises(EngineError):
+                await under_way
+            counted = engine.stats().sampled_tokens
+            while True:
+                try:
+                    await agrees(engine, trainer, 1)
+                    break
+                except EngineGoneError:
+                    await asyncio.sleep(0.5)
+            assert engine.stats().sampled_tokens == counted + 30
+            assert len(homes) == 2
+        finally:
+            await engine.stop()
+
+    asyncio.run(asyncio.wait_for(check(), DEADLINE_S))
+
+
+def test_a_server_that_cannot_start_says_why(tmp_path: Path) -> None:
+    settings = settings_of(tmp_path / "nowhere", tmp_path / "vllm.log")
+    with pytest.raises(EngineError, match=r"vLLM's server did not start \(exit code 1\); the end of .*nowhere"):
+        asyncio.run(VllmServer(settings).start())
