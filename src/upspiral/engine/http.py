@@ -24,11 +24,11 @@ class Server:
         """`key`: what the server wants as bearer token, if it wants one."""
         self.url = url.rstrip("/")
         self._headers = {"authorization": f"Bearer {key}"} if key else {}
-        self._session: aiohttp.ClientSession | None = None
+        self._sessions: dict[bool, aiohttp.ClientSession] = {}
 
     async def close(self) -> None:
-        session, self._session = self._session, None
-        if session is not None:
+        sessions, self._sessions = self._sessions, {}
+        for session in sessions.values():
             await session.close()
 
     async def get(self, path: str, *, deadline_s: float = CALL_DEADLINE_S) -> Any:
@@ -45,15 +45,15 @@ class Server:
     async def lines(self, path: str, body: Mapping[str, Any]) -> AsyncGenerator[Any]:
         """The JSON of each event of a stream of server-sent events; closing the generator ends the request. Raises as
         `get` does; EngineError also when the stream breaks."""
-        begun = False
+        begun, data = False, orjson.dumps(body)
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=CALL_DEADLINE_S, sock_read=TOKEN_DEADLINE_S)
         try:
-            async with self._opened().post(self.url + path, data=orjson.dumps(body), timeout=timeout) as answer:
+            async with self._opened(reuse=True).post(self.url + path, data=data, timeout=timeout) as answer:
                 begun = True
                 await self._check(answer, path)
                 async for line in answer.content:
-                    if line.startswith(b"data:") and (data := line[5:].strip()) != b"[DONE]":
-                        yield orjson.loads(data)
+                    if line.startswith(b"data:") and (event := line[5:].strip()) != b"[DONE]":
+                        yield orjson.loads(event)
         except TimeoutError:
             raise DeadlineError(f"{self.url}{path} gave nothing for {TOKEN_DEADLINE_S:.0f} s") from None
         except (aiohttp.ClientError, OSError, ValueError) as error:
@@ -64,7 +64,7 @@ class Server:
         timeout = aiohttp.ClientTimeout(total=deadline_s)
         data = None if body is None else orjson.dumps(body)
         try:
-            async with self._opened().request(method, self.url + path, data=data, timeout=timeout) as answer:
+            async with self._opened(reuse=False).request(method, self.url + path, data=data, timeout=timeout) as answer:
                 await self._check(answer, path)
                 content = await answer.read()
                 return orjson.loads(content) if content else None
@@ -84,11 +84,17 @@ class Server:
             raise (ContextLengthError if "context length" in text else RequestError)(said)
         raise EngineError(said)
 
-    def _opened(self) -> aiohttp.ClientSession:
-        if self._session is None:
-            headers = {"content-type": "application/json", **self._headers}
-            connector = aiohttp.TCPConnector(limit=0)
-            self._session = aiohttp.ClientSession(
-                headers=headers, connector=connector, read_bufsize=1 << 18, max_line_size=_LONGEST_LINE
-            )
-        return self._session
+    def _opened(self, *, reuse: bool) -> aiohttp.ClientSession:
+        """A server closes connections that are idle, at times as they are used again. Who streams may try that once
+        more; what is done once has a connection of its own."""
+        if reuse not in self._sessions:
+            connector = _reused() if reuse else aiohttp.TCPConnector(limit=0, force_close=True)
+            self._sessions[reuse] = aiohttp.ClientSession(
+                headers={"content-type": "application/json", **self._headers},
+                connector=connector, read_bufsize=1 << 18, max_line_size=_LONGEST_LINE,
+            )  # fmt: skip
+        return self._sessions[reuse]
+
+
+def _reused() -> aiohttp.TCPConnector:
+    return aiohttp.TCPConnector(limit=0, keepalive_timeout=2.0)

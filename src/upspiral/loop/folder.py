@@ -34,10 +34,7 @@ class RunFolder:
         """Creates or reopens the folder. Raises ConfigError when it holds another run, is in use, or resume has
         nothing to resume."""
         resolved = path / _RESOLVED
-        if resume and not has_run(path):
-            raise ConfigError(f"--resume: {path} holds no run (config.resolved.toml); start one without --resume")
-        if not resume and has_run(path):
-            raise ConfigError(f"{path} holds a run; go on with it by --resume, or choose another folder by --run")
+        check_resume(path, resume=resume)
         path.mkdir(parents=True, exist_ok=True)
         lock = lock_folder(path)
         if resume:
@@ -64,6 +61,14 @@ class RunFolder:
 
     def close(self) -> None:
         os.close(self.lock)
+
+
+def check_resume(path: Path, *, resume: bool) -> None:
+    """Raises ConfigError when there is nothing to resume, or something that would be overwritten."""
+    if resume and not has_run(path):
+        raise ConfigError(f"--resume: {path} holds no run (config.resolved.toml); start one without --resume")
+    if not resume and has_run(path):
+        raise ConfigError(f"{path} holds a run; go on with it by --resume, or choose another folder by --run")
 
 
 def has_run(path: Path) -> bool:

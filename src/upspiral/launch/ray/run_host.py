@@ -9,7 +9,7 @@ from upspiral.config.models import RunConfig
 from upspiral.errors import EngineError, TrainerError
 from upspiral.launch.ray.cluster import joined
 from upspiral.launch.ray.placement import RayPlacement
-from upspiral.loop.folder import has_run
+from upspiral.loop.folder import check_resume, has_run
 from upspiral.loop.run import RunResult, run_training
 from upspiral.monitor.progress import LiveProgress
 
@@ -19,13 +19,14 @@ def run_on_ray(config: RunConfig, folder: Path, *, resume: bool) -> RunResult:
     anything that the user can mend."""
 
     folder = folder.resolve()
+    check_resume(folder, resume=resume)
     with joined(config.cluster):
         import ray
         from ray.exceptions import RayTaskError
 
         host: Any = ray.remote(RunHost).options(num_cpus=1, max_restarts=-1, max_task_retries=-1)
         try:
-            return ray.get(host.remote(config, folder, resume).run.remote())
+            return ray.get(host.remote(config, folder).run.remote())
         except RayTaskError as error:
             raise error.cause if isinstance(error.cause, Exception) else error from None
 
@@ -33,15 +34,11 @@ def run_on_ray(config: RunConfig, folder: Path, *, resume: bool) -> RunResult:
 class RunHost:
     """The actor. Ray starts it again when it dies, and its run goes on from what it had committed."""
 
-    def __init__(self, config: RunConfig, folder: Path, resume: bool) -> None:
-        self._config, self._folder, self._resume = config, folder, resume
+    def __init__(self, config: RunConfig, folder: Path) -> None:
+        self._config, self._folder = config, folder
 
     def run(self) -> RunResult:
-        import ray
-
-        again = bool(ray.get_runtime_context().was_current_actor_reconstructed)
-        resume = self._resume or (again and has_run(self._folder))
-        restarts = 0
+        resume, restarts = has_run(self._folder), 0
         while True:
             try:
                 return self._once(resume)
