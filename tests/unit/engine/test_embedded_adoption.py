@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+import time
 from collections.abc import AsyncIterator, Coroutine, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -23,7 +24,9 @@ from upspiral.trainer.base import TrainerSetup
 from upspiral.trainer.local import LocalTrainer
 from upspiral.types import SamplingParams
 from upspiral.weights.load import LoadedModel
+from upspiral.weights.names import hugging_face_views
 from upspiral.weights.publication import Publication, PublisherSettings
+from upspiral.weights.publisher import Publisher
 
 PROMPT = [5, 9, 100, 31, 7, 7, 2]
 
@@ -146,6 +149,32 @@ def test_generations_under_way_go_on(folder: Path, root: Path) -> None:
     run(main())
 
 
+def test_the_engine_samples_while_weights_are_written_and_read(folder: Path, root: Path) -> None:
+    trainer, into = Trainer(folder, root), Completion()
+
+    def slowly() -> Iterator[tuple[str, torch.Tensor]]:
+        """A tensor comes when ten tokens more were sampled."""
+        for name, tensor in hugging_face_views(trainer.module).items():
+            sampled, deadline = len(into.ids), time.monotonic() + 20
+            while len(into.ids) < min(sampled + 10, 450) and time.monotonic() < deadline:
+                time.sleep(0.001)
+            yield name, tensor
+
+    async def main() -> None:
+        async with running() as engine:
+            task = asyncio.create_task(complete(engine, 480, into))
+            publish = Publisher(folder).publish
+            publication = await asyncio.to_thread(publish, slowly(), 1, PublisherSettings(root))
+            during = len(into.ids)
+            assert during >= 250
+            await engine.update_weights(publication)
+            await task
+            assert into.versions[: during - 2] == [0] * (during - 2)
+            assert into.versions[-1] == 1
+
+    run(main())
+
+
 def test_without_the_base_it_says_so_and_goes_on_as_it_was(folder: Path, root: Path) -> None:
     trainer = Trainer(folder, root)
     trainer.publish(1, "delta")
@@ -156,9 +185,7 @@ def test_without_the_base_it_says_so_and_goes_on_as_it_was(folder: Path, root: P
     async def main() -> None:
         async with running() as engine:
             before = await complete(engine, 30)
-            with pytest.raises(
-                StaleBaseError, match="difference to version 1, which is not here.*publish version 2 whole"
-            ):
+            with pytest.raises(StaleBaseError, match=r"to version 1, which is not here.*; publish version 2 whole"):
                 await engine.update_weights(difference)
             after = await complete(engine, 30)
             assert set(before.versions + after.versions) == {0}

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import fcntl
 import json
+import shutil
 import subprocess
 import sys
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from tests.fixtures.publications import changed, received, same_bits, shared_roo
 from tests.fixtures.tiny_model import make_model
 from tests.fixtures.tiny_modules import FAMILIES, tiny_module
 from upspiral.errors import StoreError
+from upspiral.weights import receiver as receiver_module
 from upspiral.weights.names import hugging_face_views
 from upspiral.weights.probe import measured_probe
 from upspiral.weights.publication import PublisherSettings
@@ -58,7 +61,7 @@ def test_a_whole_publication_is_a_hugging_face_folder(family: str, model_folder:
         assert load_file(folder / "model.safetensors").keys() == published.keys()
         loaded = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
     finally:
-        subprocess.run(["rm", "-rf", str(source)], check=True)
+        shutil.rmtree(source)
     assert loaded.dtype == torch.bfloat16
     assert same_bits(dict(loaded.named_parameters()), dict(module.named_parameters()))
 
@@ -227,6 +230,7 @@ import resource, signal, sys
 from pathlib import Path
 import torch
 from upspiral.errors import StoreError
+from upspiral.weights import receiver as receiver_module
 from upspiral.weights.publication import PublisherSettings
 from upspiral.weights.publisher import Publisher
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -310,10 +314,27 @@ def test_the_probe_is_that_of_the_weights(model_folder: Path, tmp_path: Path) ->
         assert read_probe(publisher.publish(views.items(), version, settings).folder) is None
 
 
+def test_the_receiver_stands_alone(model_folder: Path, tmp_path: Path) -> None:
+    """A copy of the one file reads in an environment without upspiral."""
+    folder = Publisher(model_folder).publish(weights().items(), 1, PublisherSettings(tmp_path / "w")).folder
+    shutil.copyfile(receiver_module.__file__, tmp_path / "receiver.py")
+    program = """
+import sys
+sys.path = [path for path in sys.path if path.endswith("site-packages") or "python3" in path] + [sys.argv[1]]
+sys.modules["upspiral"] = None
+from pathlib import Path
+from receiver import Receiver
+print(sorted(name for name, _ in Receiver().tensors(Path(sys.argv[2]))))
+"""
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", program, str(tmp_path), str(folder)],
+        capture_output=True, text=True, timeout=60, check=True,
+    )  # fmt: skip
+    assert done.stdout.strip() == str(sorted(weights()))
+
+
 def test_tensors_are_taken_one_at_a_time(model_folder: Path, tmp_path: Path) -> None:
     """Nobody holds the one before while the next is gathered."""
-    import weakref
-
     alive: list[Any] = []
 
     def gathered() -> Iterator[tuple[str, Tensor]]:
