@@ -79,6 +79,11 @@ class Lane:
         ended.backward(self._losses.pop(work.batch, None))
 
 
+def is_deep(batches: Sequence[ForestBatch]) -> bool:
+    """Whether some batch of a lane has so many below it that its layers are computed again."""
+    return any(below >= WHOLE for below in _longest_below(batches))
+
+
 def _longest_below(batches: Sequence[ForestBatch]) -> list[int]:
     """For each batch, how many are on the longest path that goes on below it. Contexts come before what needs them."""
     below = [0] * len(batches)
