@@ -49,7 +49,9 @@ def most_alive(order: Sequence[tuple[str, int]]) -> int:
     places=st.integers(1, 4),
     shift=st.integers(0, 3),
 )
-def test_rounds_line_up(items: list[Item], budgets: list[int], places: int, shift: int) -> None:
+def test_what_ranks_begin_together_they_end_together(
+    items: list[Item], budgets: list[int], places: int, shift: int
+) -> None:
     batches = dealt(items, budgets, shift)
     table = [list(turns(batches, place, places)) for place in range(places)]
     kinds = [[turn.kind for turn in own] for own in table]
@@ -58,23 +60,24 @@ def test_rounds_line_up(items: list[Item], budgets: list[int], places: int, shif
         real = [turn for turn in own if not turn.fills]
         wanted = passes_in_plain_order([batch for batch in batches if batch.lane % places == place])
         assert [(turn.kind, id(turn.batch)) for turn in real] == wanted
-        assert_fillers_close(own)
-    # No round in which all only fill up, other than what closes them.
-    for turns_of_round in zip(*table, strict=True):
-        assert turns_of_round[0].kind == "backward" or not all(turn.fills for turn in turns_of_round)
-    assert sum(kind == "forward" for kind in kinds[0]) <= len(batches)
+    closing = closed_at(table[0])
+    assert all(closed_at(own) == closing for own in table)
+    # Nobody makes a round that nobody needs.
+    forwards = [number for number, turn in enumerate(table[0]) if turn.kind == "forward"]
+    assert all(not all(own[number].fills for own in table) for number in forwards)
 
 
-def assert_fillers_close(own: Sequence[Turn]) -> None:
-    """Each filler has a forward and, later, a backward turn; at the end nothing is open."""
-    begun: list[int] = []
-    for turn in own:
-        if turn.fills and turn.kind == "forward":
-            begun.append(id(turn.lane))
-        elif turn.fills:
-            begun.remove(id(turn.lane))
+def closed_at(own: Sequence[Turn]) -> dict[int, int]:
+    """Of each forward turn, by its number, the number of its batch's backward turn; every one has one."""
+    begun: dict[int, int] = {}
+    found: dict[int, int] = {}
+    for number, turn in enumerate(own):
+        if turn.kind == "forward":
+            begun[id(turn.batch)] = number
+        else:
+            found[begun.pop(id(turn.batch))] = number
     assert not begun
-    assert sum(turn.kind == "forward" for turn in own) * 2 == len(own)
+    return found
 
 
 @settings(max_examples=50, deadline=None)

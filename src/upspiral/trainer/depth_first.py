@@ -21,11 +21,14 @@ WHOLE = 3
 """Two would compute most of a path of three batches again, which flat rows of its length would not."""
 
 
+WorkKind = Literal["forward", "backward", "both"]
+
+
 @dataclass(frozen=True, slots=True)
 class Work:
     """`forward` keeps the batch for others below it, `backward` ends that; `both` is for a batch with none below."""
 
-    kind: Literal["forward", "backward", "both"]
+    kind: WorkKind
     batch: int
 
 

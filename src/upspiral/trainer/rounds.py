@@ -1,22 +1,25 @@
 """Rounds: the same passes on all ranks at the same time, although their batches differ.
 
 Ranks that gather weights layer by layer, or send tokens to each other's experts, must run forward and backward passes
-in the same order, or they wait for each other for ever. A round is a forward pass on every rank or a backward pass on
-every rank. A rank that has no pass of the kind does it on a batch of one token without targets, whose gradient is zero.
+in the same order, or they wait for each other for ever. A round is a forward pass on every rank, and later a backward
+pass of the same batches: what came from another rank's batch needs its gradient together with it. A rank that has no
+batch for a round does it with one token without targets, whose gradient is zero.
 
 All ranks know all batches, so each makes the whole table for itself. On a rank, batches keep their order, so what is
-alive at any time is what one process would keep, and some single tokens.
+alive at any time is what one process would keep, and some single tokens. The price: while one rank goes down a tree
+that is split, others wait with what needs no keeping.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 
-from upspiral.trainer.depth_first import Lane, Work, is_deep, lanes_of
+from upspiral.trainer.depth_first import Lane, Work, WorkKind, is_deep, lanes_of
 from upspiral.trainer.forest import ForestBatch
 
 PassKind = Literal["forward", "backward"]
@@ -51,31 +54,43 @@ def turns(
     dealt = [lanes_of([batch for batch in batches if batch.lane % places == each]) for each in range(places)]
     recompute = recompute or (alike and any(is_deep(lane.batches) for lanes in dealt for lane in lanes))
     own = lanes_of([batch for batch in batches if batch.lane % places == place], recompute=recompute)
-    fillers: list[Turn] = []
-    passes = iter([(lane, each) for lane in own for each in _passes(lane)])
-    coming = next(passes, None)
-    for kind in kinds_of_rounds([[each[0] for lane in lanes for each in _passes(lane)] for lanes in dealt]):
-        if coming is not None and coming[1][0] == kind:
-            yield Turn(kind, coming[0], coming[1][1], fills=False)
-            coming = next(passes, None)
-        elif kind == "forward":
-            fillers.append(Turn(kind, Lane([filler()], recompute=recompute), Work("both", 0), fills=True))
-            yield fillers[-1]
+    coming = deque((lane, work) for lane in own for work in lane.remaining)
+    opened: list[Turn] = []
+    for kind in rounds([[work.kind for lane in lanes for work in lane.remaining] for lanes in dealt]):
+        if kind == "backward":
+            turn = opened.pop()
+            if not turn.fills:
+                coming.popleft()
+            yield replace(turn, kind="backward")
+            continue
+        if coming and coming[0][1].kind == kind:
+            turn = Turn("forward", *coming.popleft(), fills=False)
         else:
-            yield replace(fillers.pop(), kind=kind)
+            turn = Turn("forward", Lane([filler()], recompute=recompute), Work("both", 0), fills=True)
+        yield turn
+        if kind == "both":
+            yield replace(turn, kind="backward")
+        else:
+            opened.append(turn)
 
 
-def kinds_of_rounds(passes: Sequence[Sequence[PassKind]]) -> list[PassKind]:
-    """The kind of each round, from what every rank has to do in its order. Forward passes come first, since a rank can
-    always fill one up: then all ranks have equally many passes open, and who has no backward pass left to do in its
-    order has a filler's."""
-    kinds: list[PassKind] = []
-    at, open_passes = [0] * len(passes), 0
-    while open_passes or any(place < len(own) for place, own in zip(at, passes, strict=True)):
-        coming = [own[place] if place < len(own) else None for place, own in zip(at, passes, strict=True)]
-        kinds.append("forward" if "forward" in coming else "backward")
-        open_passes += 1 if kinds[-1] == "forward" else -1
-        at = [place + (each == kinds[-1]) for place, each in zip(at, coming, strict=True)]
+def rounds(works: Sequence[Sequence[WorkKind]]) -> list[WorkKind]:
+    """The kind of each round, from what every rank has to do in its order: `forward` opens one, `backward` ends the one
+    opened last, `both` does both at once. Ends come last: then every rank that has a batch in the round opened last is
+    done with all that hangs below it."""
+    kinds: list[WorkKind] = []
+    coming = [deque(own) for own in works]
+    opened: list[list[deque[WorkKind]]] = []
+    """Of each round that is open, who has a batch in it."""
+    while any(coming):
+        following = {own[0] for own in coming if own}
+        kind: WorkKind = next(each for each in ("forward", "both", "backward") if each in following)
+        taking = opened.pop() if kind == "backward" else [own for own in coming if own and own[0] == kind]
+        if kind == "forward":
+            opened.append(taking)
+        for own in taking:
+            own.popleft()
+        kinds.append(kind)
     return kinds
 
 
@@ -88,11 +103,3 @@ def filler() -> ForestBatch:
         positive_M=nothing, negative_M=nothing, token_weight_M=nothing, behavior_logprobs_M=nothing, rollout_M=none,
         rollout_ids=(),
     )  # fmt: skip
-
-
-def _passes(lane: Lane) -> list[tuple[PassKind, Work]]:
-    """The lane's work in passes: `both` is a forward and then a backward one."""
-    kinds: dict[str, list[PassKind]] = {
-        "forward": ["forward"], "backward": ["backward"], "both": ["forward", "backward"]
-    }  # fmt: skip
-    return [(kind, work) for work in lane.remaining for kind in kinds[work.kind]]
