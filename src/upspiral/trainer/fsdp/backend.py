@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.tensor import DTensor
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
@@ -24,6 +26,9 @@ from upspiral.trainer.logprob import target_logprobs
 from upspiral.trainer.rank_backend import RankBackend, clip_scale
 from upspiral.trainer.routes import replayed_routes_in
 from upspiral.weights.load import load_module
+from upspiral.weights.names import hugging_face_tensors
+from upspiral.weights.publication import Publication, PublisherSettings
+from upspiral.weights.publisher import Publisher
 
 _EXPERTS_NAME = "upspiral_divided"
 
@@ -48,7 +53,20 @@ class FsdpBackend(RankBackend):
             model.set_experts_implementation(_EXPERTS_NAME)
         self._parameters: dict[str, DTensor] = dict(model.named_parameters())
         self._optimizer = ShardedAdamW(list(self._parameters.values()), setup.trainer)
+        self._publisher = Publisher(setup.model_folder)
         super().__init__(setup, self._layout.data.get_group(), alike=self._layout.dispatches)
+
+    def publish(self, settings: PublisherSettings, version: int) -> Publication:
+        """The first rank writes; all take part, as each tensor is gathered when its turn comes."""
+        tensors = hugging_face_tensors(self._whole(), tied=self._model.config.tie_word_embeddings)
+        published: list[Publication | None] = [None]
+        if distributed.get_rank() == 0:
+            published[0] = self._publisher.publish(tensors, version, settings)
+        else:
+            deque(tensors, maxlen=0)
+        distributed.broadcast_object_list(published, src=0)
+        assert published[0] is not None
+        return published[0]
 
     def save(self, folder: Path) -> None:
         save_state(folder, self._parameters, self._optimizer, self._policy_steps)
@@ -61,6 +79,12 @@ class FsdpBackend(RankBackend):
 
     def close(self) -> None:
         distributed.destroy_process_group()
+
+    def _whole(self) -> Iterator[tuple[str, Tensor]]:
+        """All weights in the model's precision, one at a time on every rank."""
+        dtype = getattr(torch, self._setup.dtype)
+        for name, parameter in self._parameters.items():
+            yield name, parameter.detach().to(dtype).full_tensor()
 
     @contextmanager
     def _computing(self) -> Iterator[None]:
