@@ -42,7 +42,7 @@ class FsdpBackend(RankBackend):
     def __init__(self, setup: TrainerSetup) -> None:
         """Raises ConfigError, naming the key, for what this backend does not do."""
         model: Any = load_module(setup.model_folder, setup.dtype)
-        self._layout = Layout.of(check(setup, model.config), setup.device)
+        self._layout = Layout.of(check(setup, model.config, distributed.get_world_size()), setup.device)
         compute_by_modules(model)
         self._model = model
         self._policy = _Policy(model.eval())

@@ -57,8 +57,9 @@ class Layout:
         return cls(mesh["data"], tensor, tensor, mesh["data"], dispatches=False)
 
 
-def check(setup: TrainerSetup, config: Any) -> ParallelConfig:
-    """How the model, of whose `config.json` this is, shall be divided. Raises ConfigError for what cannot be."""
+def check(setup: TrainerSetup, config: Any, ranks: int) -> ParallelConfig:
+    """How the model, of whose `config.json` this is, shall be divided over that many ranks. Raises ConfigError for what
+    cannot be."""
     parallel = setup.trainer.parallel or ParallelConfig()
     experts = getattr(config, "num_experts", 0)
     refusals = [
@@ -68,8 +69,8 @@ def check(setup: TrainerSetup, config: Any) -> ParallelConfig:
             'trainer.master_weights = "none" is for trainer.kind = "local"; "fsdp" divides float32 over all ranks',
         ),
         (
-            parallel.ranks != distributed.get_world_size(),
-            f"trainer.parallel.ranks = {parallel.ranks}, but {distributed.get_world_size()} were started",
+            parallel.ranks != ranks,
+            f"trainer.parallel.ranks = {parallel.ranks}, but {ranks} were started",
         ),
         (
             parallel.tensor > 1 and parallel.expert > 1,
