@@ -25,7 +25,7 @@ from upspiral.trainer.fsdp.state import load_state, save_state
 from upspiral.trainer.logprob import target_logprobs
 from upspiral.trainer.rank_backend import RankBackend, clip_scale
 from upspiral.trainer.routes import replayed_routes_in
-from upspiral.weights.load import load_module
+from upspiral.weights.model_files import ModelFiles
 from upspiral.weights.names import hugging_face_tensors
 from upspiral.weights.publication import Publication, PublisherSettings
 from upspiral.weights.publisher import Publisher
@@ -34,19 +34,17 @@ _EXPERTS_NAME = "upspiral_divided"
 
 
 class FsdpBackend(RankBackend):
-    """See `TrainerBackend`. A checkpoint can be loaded with another number of ranks, however they divide the model.
-
-    Every rank reads the whole model into its own memory first.
-    """
+    """See `TrainerBackend`. A checkpoint can be loaded with another number of ranks, however they divide the model."""
 
     def __init__(self, setup: TrainerSetup) -> None:
         """Raises ConfigError, naming the key, for what this backend does not do."""
-        model: Any = load_module(setup.model_folder, setup.dtype)
-        self._layout = Layout.of(check(setup, model.config, distributed.get_world_size()), setup.device)
+        files = ModelFiles(setup.model_folder)
+        model: Any = files.skeleton()
+        self._layout = Layout.of(check(setup, files.config, distributed.get_world_size()), setup.device)
         compute_by_modules(model)
         self._model = model
-        self._policy = _Policy(model.eval())
-        divide(self._policy, model, self._layout, setup)
+        self._policy = _Policy(model)
+        divide(self._policy, model, files, self._layout, setup)
         if self._layout.experts is not None:
             group = self._layout.experts.get_group()
             ALL_EXPERTS_FUNCTIONS.register(_EXPERTS_NAME, DividedExperts(group, dispatches=self._layout.dispatches))
@@ -84,7 +82,8 @@ class FsdpBackend(RankBackend):
         """All weights in the model's precision, one at a time on every rank."""
         dtype = getattr(torch, self._setup.dtype)
         for name, parameter in self._parameters.items():
-            yield name, parameter.detach().to(dtype).full_tensor()
+            rounded: Any = parameter.detach().to(dtype)
+            yield name, rounded.full_tensor()
 
     @contextmanager
     def _computing(self) -> Iterator[None]:

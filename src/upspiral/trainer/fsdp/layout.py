@@ -22,6 +22,7 @@ from upspiral.config.models import ParallelConfig
 from upspiral.errors import ConfigError
 from upspiral.trainer.base import TrainerSetup
 from upspiral.weights.experts import has_experts
+from upspiral.weights.model_files import ModelFiles
 
 _STYLES: dict[str, Callable[[], ParallelStyle]] = {"colwise": ColwiseParallel, "rowwise": RowwiseParallel}
 """By the names that transformers' plans have for them."""
@@ -96,17 +97,17 @@ def check(setup: TrainerSetup, config: Any, ranks: int) -> ParallelConfig:
     return parallel
 
 
-def divide(whole: nn.Module, model: Any, layout: Layout, setup: TrainerSetup) -> None:
-    """Divides a transformers model, which is on the CPU and the same on every rank, in place: layer by layer, so that a
-    device never holds more than its part and one layer. `whole` is what is called: its own weights are what is left of
-    the model's, embedding and output layer. Gradients of ranks are added."""
-    precision = MixedPrecisionPolicy()
+def divide(whole: nn.Module, model: Any, files: ModelFiles, layout: Layout, setup: TrainerSetup) -> None:
+    """Fills and divides a skeleton of `files` in place, layer by layer: no rank ever holds more than its part and one
+    layer. `whole` is what is called: its own weights are what is left of the model's, embedding and output layer.
+    Gradients of ranks are added."""
+    precision, dtype = MixedPrecisionPolicy(), getattr(torch, setup.dtype)
     if setup.dtype == "bfloat16":
         # What is divided is in float32: the masters. Casts are the model's own affair, RoPE's angles stay as they are.
         precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     plan = _plan(model)
-    for layer in model.model.layers:
-        layer.to(setup.device, torch.float32)
+    for number, layer in enumerate(model.model.layers):
+        files.fill(layer, f"model.layers.{number}.", dtype, setup.device)
         if layout.tensor is not None:
             own = {name: style() for name, style in plan.items() if _has(layer, name)}
             parallelize_module(layer, layout.tensor, own, src_data_rank=None)
@@ -114,7 +115,9 @@ def divide(whole: nn.Module, model: Any, layout: Layout, setup: TrainerSetup) ->
             _divide_by_number(layer.mlp.experts, layout.experts)
             _add_gradients(fully_shard(layer.mlp.experts, mesh=layout.experts_data, mp_policy=precision))
         _add_gradients(fully_shard(layer, mesh=layout.data, mp_policy=precision))
-    whole.to(setup.device, torch.float32)
+    files.fill(model, "", dtype, setup.device)
+    model.tie_weights()
+    model.model.rotary_emb.to(setup.device)
     _add_gradients(fully_shard(whole, mesh=layout.data, mp_policy=precision))
 
 
