@@ -24,6 +24,7 @@ NEEDS_TORCH = (
     "upspiral.weights.fused",
     "upspiral.weights.families",
     "upspiral.weights.experts",
+    "upspiral.weights.model_files",
     "upspiral.weights.exact",
     "upspiral.weights.probe",
     "upspiral.weights.publisher",

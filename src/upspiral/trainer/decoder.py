@@ -46,6 +46,11 @@ def prepare(model: Any) -> None:
         fuse_projections(model)
 
 
+def compute_by_modules(model: Any) -> None:
+    """From now on the model computes by its own modules, as it must where its weights lie on many ranks."""
+    _decoders[model] = None
+
+
 class CompiledDecoder:
     """The decoder of a model whose layers are dense and whose projections are plain."""
 

@@ -21,11 +21,14 @@ WHOLE = 3
 """Two would compute most of a path of three batches again, which flat rows of its length would not."""
 
 
+WorkKind = Literal["forward", "backward", "both"]
+
+
 @dataclass(frozen=True, slots=True)
 class Work:
     """`forward` keeps the batch for others below it, `backward` ends that; `both` is for a batch with none below."""
 
-    kind: Literal["forward", "backward", "both"]
+    kind: WorkKind
     batch: int
 
 
@@ -77,6 +80,11 @@ class Lane:
         ended, self._passes[work.batch] = self._passes[work.batch], None
         assert ended is not None
         ended.backward(self._losses.pop(work.batch, None))
+
+
+def is_deep(batches: Sequence[ForestBatch]) -> bool:
+    """Whether some batch of a lane has so many below it that its layers are computed again."""
+    return any(below >= WHOLE for below in _longest_below(batches))
 
 
 def _longest_below(batches: Sequence[ForestBatch]) -> list[int]:

@@ -7,6 +7,7 @@ trainer at UPSPIRAL_TRAINER and does what it is told. It ends when the trainer d
 from __future__ import annotations
 
 import os
+import select
 import sys
 import threading
 import time
@@ -53,8 +54,8 @@ class RankProgram:
 
 
 def main() -> None:
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     connection = _connect(os.environ[ADDRESS])
+    threading.Thread(target=_end_with, args=(connection.fileno(),), daemon=True).start()
     program = RankProgram()
     while True:
         try:
@@ -89,10 +90,13 @@ def _send(connection: Any, answer: tuple[bool, Any]) -> None:
         connection.send((False, RuntimeError(f"{error}; the answer was {answer[1]!r}")))
 
 
-def _end_with(parent: int) -> None:
-    """A rank may wait in a sum when its owner is killed, and would wait for the group's deadline."""
-    while os.getppid() == parent:
-        time.sleep(1.0)
+def _end_with(owner: int) -> None:
+    """Ends this process soon after the trainer's end of the connection is closed: it may be waiting in a sum for ranks
+    that are gone, and would until the group's deadline."""
+    poll = select.poll()
+    poll.register(owner, getattr(select, "POLLRDHUP", 0))
+    poll.poll()
+    time.sleep(1.0)
     os._exit(1)
 
 

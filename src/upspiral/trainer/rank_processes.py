@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import os
 import socket
+import struct
 import subprocess
 import sys
 import threading
 import time
-from collections import deque
 from collections.abc import Mapping
 from concurrent.futures import Future
 from contextlib import suppress
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Connection, answer_challenge, deliver_challenge
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 from upspiral.errors import DeadlineError, TrainerError
@@ -28,6 +29,7 @@ from upspiral.trainer.rank import ADDRESS
 CONNECT_DEADLINE_S = 300.0
 """Python, torch and what the machine else has to do."""
 _KILL_DEADLINE_S = 10.0
+_GREETING_DEADLINE_S = 10.0
 _LOG_TAIL = 2000
 
 
@@ -36,47 +38,36 @@ class ProcessRank:
 
     def __init__(self, connection: Connection, process: subprocess.Popen[bytes] | None, log: Path | None) -> None:
         self._connection, self._process, self._log = connection, process, log
-        self._lock = threading.Lock()
-        self._waiting: deque[Future[Any]] = deque()
-        self._gone = False
-        threading.Thread(target=self._read, name="trainer-rank", daemon=True).start()
+        self._calls: SimpleQueue[tuple[Future[Any], tuple[Any, ...]]] = SimpleQueue()
+        # A daemon, so that a rank that hangs keeps nobody from ending. It sends as well: a large call to a process that
+        # was stopped would not return.
+        threading.Thread(target=self._exchange, name="trainer-rank", daemon=True).start()
 
     def call(self, method: str, *args: Any, **keywords: Any) -> Future[Any]:
         future: Future[Any] = Future()
-        with self._lock:
-            if self._gone:
-                future.set_exception(self._death())
-                return future
-            self._waiting.append(future)
-            with suppress(OSError):  # the reader sees the end as well, and fails all that wait
-                self._connection.send((method, args, keywords))
+        self._calls.put((future, (method, args, keywords)))
         return future
 
     def kill(self) -> None:
+        with suppress(OSError):  # ends a wait for an answer, which a close alone does not
+            socket.socket(fileno=os.dup(self._connection.fileno())).shutdown(socket.SHUT_RDWR)
         if self._process is not None:
             self._process.kill()
             self._process.wait(_KILL_DEADLINE_S)
-        with self._lock:
-            if not self._gone:
-                with suppress(OSError):  # wakes the reader, which a close alone does not
-                    socket.socket(fileno=os.dup(self._connection.fileno())).shutdown(socket.SHUT_RDWR)
 
-    def _read(self) -> None:
-        try:
-            while True:
+    def _exchange(self) -> None:
+        """Calls and their answers, one after the other."""
+        while True:
+            future, call = self._calls.get()
+            try:
+                self._connection.send(call)
                 succeeded, result = self._connection.recv()
-                future = self._waiting.popleft()
-                if succeeded:
-                    future.set_result(result)
-                else:
-                    future.set_exception(result)
-        except (OSError, EOFError):
-            pass
-        with self._lock:
-            self._gone = True
-            self._connection.close()
-        while self._waiting:
-            self._waiting.popleft().set_exception(self._death())
+            except (OSError, EOFError):
+                future.set_exception(self._death())
+            except Exception as error:  # what cannot be pickled, here or there
+                future.set_exception(TrainerError(f"{call[0]!r} of the trainer cannot be sent to its ranks: {error!r}"))
+            else:
+                future.set_result(result) if succeeded else future.set_exception(result)
 
     def _death(self) -> TrainerError:
         if self._process is None:
@@ -94,19 +85,28 @@ def start_ranks(count: int, logs: Path, *, variables: Mapping[str, str] | None =
     first call."""
     logs.mkdir(parents=True, exist_ok=True)
     group = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
-    ranks = []
-    for number in range(count):
-        ours, theirs = socket.socketpair()
-        own = {"RANK": str(number), "LOCAL_RANK": str(number), ADDRESS: f"fd:{theirs.fileno()}"}
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", **(variables or {}), **group, **own}
-        log = logs / f"rank-{number}.log"
-        with theirs, log.open("ab") as output:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "upspiral.trainer.rank"],
-                env=environment, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stdout=output, stderr=output,
-            )  # fmt: skip
-        ranks.append(ProcessRank(Connection(ours.detach()), process, log))
+    ranks: list[ProcessRank] = []
+    try:
+        for number in range(count):
+            own = {"RANK": str(number), "LOCAL_RANK": str(number)}
+            environment = {**os.environ, "OMP_NUM_THREADS": "1", **(variables or {}), **group, **own}
+            ranks.append(_start_rank(environment, logs / f"rank-{number}.log"))
+    except BaseException:
+        for rank in ranks:
+            rank.kill()
+        raise
     return ranks
+
+
+def _start_rank(environment: dict[str, str], log: Path) -> ProcessRank:
+    ours, theirs = socket.socketpair()
+    with theirs, log.open("ab") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "upspiral.trainer.rank"],
+            env={**environment, ADDRESS: f"fd:{theirs.fileno()}"}, pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL, stdout=output, stderr=output,
+        )  # fmt: skip
+    return ProcessRank(Connection(ours.detach()), process, log)
 
 
 def accept_ranks(server: socket.socket, count: int, key: bytes) -> list[ProcessRank]:
@@ -121,15 +121,31 @@ def accept_ranks(server: socket.socket, count: int, key: bytes) -> list[ProcessR
         except TimeoutError:
             missing = sorted({*range(count)} - {*found})
             raise DeadlineError(f"ranks {missing} did not connect within {CONNECT_DEADLINE_S:.0f} s") from None
-        accepted.settimeout(None)
-        connection = Connection(accepted.detach())
-        try:
-            deliver_challenge(connection, key)
-            answer_challenge(connection, key)
-            found[connection.recv()] = connection
-        except (OSError, EOFError, AuthenticationError):
-            connection.close()
+        if (welcome := _welcome(accepted, key)) is not None:
+            number, connection = welcome
+            found[number] = connection
     return [ProcessRank(found[number], None, None) for number in sorted(found)]
+
+
+def _welcome(accepted: socket.socket, key: bytes) -> tuple[int, Connection] | None:
+    """Its number and the connection to a rank; None for who is none, or says nothing."""
+    accepted.settimeout(None)
+    accepted.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _timeval(_GREETING_DEADLINE_S))
+    connection = Connection(accepted.detach())
+    try:
+        deliver_challenge(connection, key)
+        answer_challenge(connection, key)
+        number = int(connection.recv())
+    except (OSError, EOFError, AuthenticationError, ValueError):
+        connection.close()
+        return None
+    with socket.socket(fileno=os.dup(connection.fileno())) as patient:
+        patient.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _timeval(0.0))
+    return number, connection
+
+
+def _timeval(seconds: float) -> bytes:
+    return struct.pack("ll", int(seconds), int(seconds % 1 * 1e6))
 
 
 def _free_port() -> int:

@@ -21,6 +21,8 @@ CALL_DEADLINE_S = 3600.0
 START_DEADLINE_S = 900.0
 """Imports, the process group and the model's weights."""
 CLOSE_DEADLINE_S = 30.0
+_CAUSE_DEADLINE_S = 2.0
+"""A rank that dies makes others fail, too, some of them before its own end is noticed."""
 
 
 class Rank(Protocol):
@@ -40,9 +42,12 @@ class Ranks:
     """See `TrainerBackend`. A rank that fails leaves the others waiting for it in the middle of a sum, so all of them
     are killed and every further call raises TrainerError: make a new one, and `load` a checkpoint."""
 
-    def __init__(self, ranks: Sequence[Rank], kind: str, setup: TrainerSetup) -> None:
-        """`kind`: a name of `registry.py`. Raises what a rank raises when it makes its backend."""
+    def __init__(
+        self, ranks: Sequence[Rank], kind: str, setup: TrainerSetup, *, call_deadline_s: float = CALL_DEADLINE_S
+    ) -> None:
+        """`kind`: see `make_backend`. Raises what a rank raises when it makes its backend."""
         self._ranks = list(ranks)
+        self._call_deadline_s = call_deadline_s
         self._failed: Exception | None = None
         self._all("make", kind, setup, deadline_s=START_DEADLINE_S)
 
@@ -74,15 +79,15 @@ class Ranks:
             for rank in self._ranks:
                 rank.kill()
 
-    def _all(self, method: str, *args: Any, deadline_s: float = CALL_DEADLINE_S, **keywords: Any) -> Any:
+    def _all(self, method: str, *args: Any, deadline_s: float | None = None, **keywords: Any) -> Any:
         """What the first rank returns, when all have returned."""
         if self._failed is not None:
             raise TrainerError(f"the trainer's ranks are gone ({self._failed}); start them again") from self._failed
+        deadline_s = deadline_s or self._call_deadline_s
         futures = [rank.call(method, *args, **keywords) for rank in self._ranks]
         done, waiting = wait(futures, timeout=deadline_s, return_when=FIRST_EXCEPTION)
-        errors = [error for future in futures if future in done and (error := future.exception()) is not None]
-        if errors:
-            raise self._give_up(errors[0])
+        if any(future.exception() is not None for future in done):
+            raise self._give_up(_cause(futures))
         if waiting:
             late = [number for number, future in enumerate(futures) if future in waiting]
             raise self._give_up(DeadlineError(f"ranks {late} did not end {method!r} within {deadline_s:.0f} s"))
@@ -93,3 +98,11 @@ class Ranks:
         for rank in self._ranks:
             rank.kill()
         return error
+
+
+def _cause(futures: Sequence[Future[Any]]) -> BaseException:
+    """What went wrong first, of what has gone wrong by now or soon: our own errors, before torch's about a rank that is
+    gone."""
+    done, _ = wait(futures, timeout=_CAUSE_DEADLINE_S)
+    errors = [error for future in futures if future in done and (error := future.exception()) is not None]
+    return next((error for error in errors if isinstance(error, UpspiralError)), errors[0])

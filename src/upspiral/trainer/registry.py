@@ -16,8 +16,9 @@ _BACKENDS = {
 
 
 def make_backend(kind: str, setup: TrainerSetup) -> TrainerBackend:
-    """One rank's part of a backend. Raises ConfigError when the packages of the kind are not installed."""
-    module, _, name = _BACKENDS[kind].partition(":")
+    """One rank's part of a backend. `kind`: a name from above, or MODULE:CLASS of one's own. Raises ConfigError when
+    the packages of the kind are not installed."""
+    module, _, name = _BACKENDS.get(kind, kind).partition(":")
     try:
         backend = getattr(import_module(module), name)
     except ImportError as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
@@ -26,8 +26,22 @@ class Tally:
 
     def add(self, loss: float, metrics: Mapping[str, Tensor]) -> None:
         self._loss += loss
-        for name, value in metrics.items():
-            before, now = self._tokens.get(name, 0.0), value.item()
+        self._add_tokens({name: value.item() for name, value in metrics.items()})
+
+    @property
+    def sums(self) -> tuple[float, dict[str, float]]:
+        """Loss and token metrics, for `add_up`."""
+        return self._loss, self._tokens
+
+    def add_up(self, of_ranks: Sequence[tuple[float, Mapping[str, float]]]) -> None:
+        """Takes the sums of all ranks in place of its own; what was counted is of all ranks already."""
+        self._loss, self._tokens = math.fsum(loss for loss, _ in of_ranks), {}
+        for _, tokens in of_ranks:
+            self._add_tokens(tokens)
+
+    def _add_tokens(self, tokens: Mapping[str, float]) -> None:
+        for name, now in tokens.items():
+            before = self._tokens.get(name, 0.0)
             self._tokens[name] = max(before, now) if name.startswith("max_") else before + now
 
     def metrics(self, lr: float, seconds: float) -> StepMetrics:

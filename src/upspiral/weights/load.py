@@ -62,12 +62,17 @@ def load_model(folder: Path, *, dtype: str, device: str) -> LoadedModel:
     `dtype` is "bfloat16" or "float32", `device` "auto", "cpu" or "cuda". Raises ModelError when the folder, its weights
     or its architecture cannot be used.
     """
+    return LoadedModel.from_module(load_module(folder, dtype).to(_resolve_device(device)))  # pyright: ignore[reportArgumentType]
+
+
+def load_module(folder: Path, dtype: str) -> CausalModule:
+    """The module of a folder on the CPU, as transformers makes it. Errors as `load_model`."""
     check_model_folder(folder, tokenizer=False)
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     module = _read(module_class(config, str(folder)), folder, getattr(torch, dtype))
     if config.tie_word_embeddings:
         module.tie_weights()
-    return LoadedModel.from_module(module.to(_resolve_device(device)))  # pyright: ignore[reportArgumentType]
+    return module
 
 
 def _read(family: type[CausalModule], folder: Path, dtype: torch.dtype) -> CausalModule:

@@ -1,0 +1,160 @@
+"""The agreement matrix: every trainer backend, however it divides the model, does what the local trainer does.
+
+From the same weights, on the same three steps of forest batches (GRPO's credit, shared prefixes, trees that are split
+with context, replayed routes where there are experts), in float32. Compared are each step's loss and gradient norm, and
+each weight tensor afterwards: L2 of the difference over L2 of the tensor. (Over L2 of what the tensor *moved* would say
+little: AdamW makes steps of full size of gradients that are nothing but rounding.) And what a backend publishes before
+it trains has the bits of the folder that it was made from, so that one backend goes on from another's weights.
+
+A backend joins by a line in `MATRIX`.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("torch", reason="needs the [train] extra")
+
+import torch
+
+from tests.fixtures.policy_batches import policy_batches
+from tests.fixtures.tiny_modules import FAMILIES, tiny_module
+from upspiral.config.models import AlgorithmConfig, ParallelConfig, TrainerConfig
+from upspiral.trainer.base import StepMetrics, TrainerSetup
+from upspiral.trainer.depth_first import is_deep
+from upspiral.trainer.forest import ForestBatch
+from upspiral.trainer.local import LocalTrainer
+from upspiral.trainer.rank_processes import ProcessRank, start_ranks
+from upspiral.trainer.ranks import Ranks
+from upspiral.weights.load import load_model
+from upspiral.weights.names import hugging_face_views
+from upspiral.weights.publication import PublisherSettings
+
+ALL = tuple(FAMILIES)
+MOE = ("qwen3-moe",)
+TOLERANCE = 1e-5
+LOSS_TOLERANCE = 1e-6
+"""Absolute: a loss is what is left of advantages of both signs, each a few tenths."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A number of ranks, started once, and the ways in which they divide which models."""
+
+    kind: str
+    ranks: int
+    divisions: Sequence[tuple[Mapping[str, int], Sequence[str]]]
+    variables: Mapping[str, str] = field(default_factory=dict)
+    """Of the ranks' environment."""
+
+
+MATRIX = [
+    Case("fsdp", 1, [({}, ALL)]),
+    Case("fsdp", 2, [({}, ALL), ({"tensor": 2}, ALL), ({"expert": 2}, MOE)]),
+    Case("fsdp", 4, [({}, ALL), ({"tensor": 2}, ("qwen3",)), ({"expert": 2}, MOE)]),
+]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a backend made of a family's steps."""
+
+    metrics: Sequence[StepMetrics]
+    begun: Mapping[str, torch.Tensor]
+    """Its weights before them."""
+    ended: Mapping[str, torch.Tensor]
+
+
+def steps_of(family: str) -> list[list[ForestBatch]]:
+    routes = (2, 3) if family == "qwen3-moe" else None
+    return [policy_batches(seed, routes, experts=8) for seed in range(3)]
+
+
+def setup_of(folder: Path, **division: int) -> TrainerSetup:
+    config = TrainerConfig(lr=1e-4, weight_decay=0.1, parallel=ParallelConfig(**division))
+    return TrainerSetup(folder, "float32", "cpu", config, AlgorithmConfig(), temperature=0.9)
+
+
+@cache
+def by_the_local_trainer(family: str, folder: Path) -> Trained:
+    loaded = load_model(folder, dtype="float32", device="cpu")
+    begun = {name: tensor.clone() for name, tensor in hugging_face_views(loaded.module).items()}
+    setup = setup_of(folder)
+    trainer = LocalTrainer(loaded.module, setup.trainer, setup.algorithm, temperature=setup.temperature)
+    metrics = [trainer.step(batches) for batches in steps_of(family)]
+    return Trained(metrics, begun, hugging_face_views(loaded.module))
+
+
+def by_ranks(ranks: Sequence[ProcessRank], kind: str, setup: TrainerSetup, family: str, root: Path) -> Trained:
+    backend = Ranks(ranks, kind, setup)
+    begun = weights_in(backend.publish(PublisherSettings(root), 0).folder)
+    metrics = [backend.step(batches) for batches in steps_of(family)]
+    return Trained(metrics, begun, weights_in(backend.publish(PublisherSettings(root), 1).folder))
+
+
+def weights_in(publication: Path) -> dict[str, torch.Tensor]:
+    return hugging_face_views(load_model(publication, dtype="float32", device="cpu").module)
+
+
+@contextmanager
+def started(case: Case, logs: Path) -> Iterator[list[ProcessRank]]:
+    ranks = start_ranks(case.ranks, logs, variables=case.variables)
+    try:
+        yield ranks
+    finally:
+        for rank in ranks:
+            rank.kill()
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folders = {family: tmp_path_factory.mktemp(family) for family in ALL}
+    for family, folder in folders.items():
+        tiny_module(family).save_pretrained(folder)
+    return folders
+
+
+def test_the_batches_are_what_the_matrix_promises() -> None:
+    steps = steps_of("qwen3-moe")
+    lanes = [[batch for batch in batches if batch.lane == number] for batches in steps for number in range(4)]
+    assert all(lanes)
+    assert any(is_deep(lane) for lane in lanes) and not all(is_deep(lane) for lane in lanes)
+    assert all(any(batch.context for batch in batches) for batches in steps)
+    assert all(batch.routes_TLK.shape[1:] == (2, 3) for batches in steps for batch in batches)
+
+
+@pytest.mark.parametrize("case", MATRIX, ids=[f"{case.kind}-{case.ranks}" for case in MATRIX])
+def test_backends_agree(case: Case, models: dict[str, Path], tmp_path: Path) -> None:
+    with started(case, tmp_path / "logs") as ranks:
+        for division, families in case.divisions:
+            for family in families:
+                setup = setup_of(models[family], ranks=case.ranks, **division)
+                ours = by_ranks(ranks, case.kind, setup, family, tmp_path / "published")
+                shutil.rmtree(tmp_path / "published")
+                assert_agree(ours, by_the_local_trainer(family, models[family]), f"{family} {dict(division)}")
+
+
+def assert_agree(ours: Trained, theirs: Trained, where: str) -> None:
+    assert ours.begun.keys() == theirs.begun.keys()
+    assert all(torch.equal(ours.begun[name], theirs.begun[name]) for name in theirs.begun), where
+    for number, (own, other) in enumerate(zip(ours.metrics, theirs.metrics, strict=True)):
+        assert own.loss == pytest.approx(other.loss, rel=TOLERANCE, abs=LOSS_TOLERANCE), (where, number)
+        assert own.grad_norm == pytest.approx(other.grad_norm, rel=TOLERANCE), (where, number)
+        assert own.tokens == pytest.approx(other.tokens, rel=1e-4, abs=1e-5), (where, number)
+        counts = [(each.unique_tokens, each.trained_tokens, each.skipped_steps, each.lr) for each in (own, other)]
+        assert counts[0] == counts[1], (where, number)
+    apart = {name: ours.ended[name].sub(tensor) for name, tensor in theirs.ended.items()}
+    relative = {name: (apart[name].norm() / tensor.norm()).item() for name, tensor in theirs.ended.items()}
+    moved = min((theirs.ended[name] - theirs.begun[name]).norm() / theirs.begun[name].norm() for name in apart)
+    worst = max(relative, key=lambda name: relative[name])
+    largest = max(each.abs().max().item() for each in apart.values())
+    print(f"{where}: {relative[worst]:.1e} of {worst}, largest difference {largest:.1e}, all moved {moved:.1e} or more")
+    assert moved > 10 * TOLERANCE, "nothing to compare"
+    assert relative[worst] <= TOLERANCE, (where, worst)

@@ -1,0 +1,125 @@
+"""Ranks: one that raises, dies or hangs ends all of them with its reason; none outlives its owner."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("torch", reason="needs the [train] extra")
+
+from tests.fixtures.troubled_backend import CANNOT_BE_SENT, DIES, FINE, HANGS, RAISES
+from upspiral.config.models import AlgorithmConfig, TrainerConfig
+from upspiral.errors import ConfigError, DeadlineError, ModelError, TrainerError
+from upspiral.trainer.base import TrainerSetup
+from upspiral.trainer.rank_processes import accept_ranks, start_ranks
+from upspiral.trainer.ranks import Ranks
+
+ROOT = Path(__file__).parents[2]
+PATH = {"PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}"}
+KIND = "tests.fixtures.troubled_backend:TroubledBackend"
+SETUP = TrainerSetup(Path("none"), "float32", "cpu", TrainerConfig(), AlgorithmConfig(), temperature=1.0)
+
+OWNER = f"""
+import sys
+from pathlib import Path
+from tests.integration.test_ranks import KIND, SETUP, PATH
+from upspiral.trainer.rank_processes import start_ranks
+from upspiral.trainer.ranks import Ranks
+ranks = Ranks(start_ranks(2, Path(sys.argv[1]), variables=PATH), KIND, SETUP)
+print("made", flush=True)
+ranks.step([], lr={HANGS})
+"""
+
+
+def children(of: int) -> set[int]:
+    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(of)], capture_output=True, text=True, timeout=20)
+    return {int(line) for line in found.stdout.split()}
+
+
+def eventually(true: Callable[[], bool], what: str, deadline_s: float = 20.0) -> None:
+    end = time.monotonic() + deadline_s
+    while not true():
+        assert time.monotonic() < end, f"waited {deadline_s} s for {what}"
+        time.sleep(0.1)
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize(
+    ("trouble", "error", "says"),
+    [
+        (RAISES, ModelError, "the last rank has no model"),
+        (DIES, TrainerError, r"exit code 3\)[\s\S]*the last words"),
+        (HANGS, DeadlineError, r"ranks \[0, 1\] did not end 'step' within 3 s"),
+        (CANNOT_BE_SENT, RuntimeError, "pickle"),
+    ],
+)
+def test_trouble_of_one_rank_ends_all(tmp_path: Path, trouble: float, error: type[Exception], says: str) -> None:
+    before = children(os.getpid())
+    ranks = Ranks(start_ranks(2, tmp_path, variables=PATH), KIND, SETUP, call_deadline_s=3)
+    started = children(os.getpid()) - before
+    try:
+        assert ranks.step([], lr=FINE).loss == 3.0
+        with pytest.raises(error, match=says):
+            ranks.step([], lr=trouble)
+        assert len(started) >= 2 and not any(is_alive(pid) for pid in started)
+        with pytest.raises(TrainerError, match="start them again"):
+            ranks.step([], lr=FINE)
+    finally:
+        ranks.close()
+
+
+def test_a_kind_whose_packages_are_missing_names_them(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no_such_package"):
+        Ranks(start_ranks(1, tmp_path, variables=PATH), "no_such_package:Backend", SETUP)
+
+
+def test_no_rank_outlives_its_owner(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", OWNER, str(tmp_path)]
+    owner = subprocess.Popen(command, env={**os.environ, **PATH}, stdout=subprocess.PIPE)
+    try:
+        assert owner.stdout is not None and owner.stdout.readline() == b"made\n"
+        ranks = children(owner.pid)
+        assert len(ranks) == 2 and all(is_alive(pid) for pid in ranks)
+    finally:
+        owner.send_signal(signal.SIGKILL)
+        owner.communicate(timeout=20)
+    eventually(lambda: not any(is_alive(pid) for pid in ranks), "the ranks of a killed owner to end")
+
+
+def test_ranks_of_torchrun_connect_and_others_are_turned_away(tmp_path: Path) -> None:
+    key = secrets.token_bytes(16)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = server.getsockname()
+        stranger = socket.create_connection(address)
+        stranger.sendall(b"GET / HTTP/1.1\r\n\r\n" + bytes(100))
+        variables = {"UPSPIRAL_TRAINER": f"127.0.0.1:{address[1]}", "UPSPIRAL_TRAINER_KEY": key.hex()}
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        torchrun = subprocess.Popen(
+            [*command, "-m", "upspiral.trainer.rank"], env={**os.environ, **PATH, **variables}, cwd=tmp_path
+        )
+        try:
+            ranks = Ranks(accept_ranks(server, 2, key), KIND, SETUP)
+            assert ranks.step([], lr=FINE).loss == 3.0
+            assert ranks.step([], lr=FINE).trained_tokens in {
+                pid for child in children(torchrun.pid) for pid in (child, *children(child))
+            }
+            ranks.close()
+            assert torchrun.wait(30) == 0
+        finally:
+            torchrun.kill()
+            stranger.close()
