@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from upspiral.cli.packages import need_training_packages
 from upspiral.config.loader import load_run_config
+from upspiral.config.models import RunConfig
 from upspiral.errors import ConfigError
 
 
@@ -38,6 +40,9 @@ def export(run: Path, /, *, hf: Path | None = None, peft: Path | None = None, st
     from upspiral.weights.load import load_model
     from upspiral.weights.models import resolve_model
 
+    if config.trainer.kind != "local":
+        _export_of_ranks(config, _checkpoint(run, step), hf)
+        return
     checkpoint = _checkpoint(run, step)
     source = resolve_model(config.model.path)
     model = load_model(source, dtype=config.model.dtype, device="cpu")
@@ -49,6 +54,31 @@ def export(run: Path, /, *, hf: Path | None = None, peft: Path | None = None, st
         print(export_hf(model.module, source, hf))
     if peft is not None and trainer.adapter is not None:
         print(export_peft(trainer.adapter, source, peft))
+
+
+def _export_of_ranks(config: RunConfig, checkpoint: Path, hf: Path | None) -> None:
+    """As many ranks as the run had put its checkpoint together."""
+    from upspiral.loop.placement import trainer_setup
+    from upspiral.trainer.checkpoint import check_checkpoint, step_of
+    from upspiral.trainer.rank_processes import start_ranks
+    from upspiral.trainer.ranks import Ranks
+    from upspiral.weights.export import export_hf
+    from upspiral.weights.load import load_model
+    from upspiral.weights.models import resolve_model
+    from upspiral.weights.publication import PublisherSettings
+
+    assert hf is not None, "adapters are the local trainer's"
+    check_checkpoint(checkpoint)
+    source = resolve_model(config.model.path)
+    count = config.trainer.parallel.ranks if config.trainer.parallel else 1
+    with TemporaryDirectory(prefix="upspiral-export-") as work:
+        ranks = Ranks(start_ranks(count, Path(work) / "logs"), config.trainer.kind, trainer_setup(config, source))
+        try:
+            ranks.load(checkpoint)
+            published = ranks.publish(PublisherSettings(Path(work) / "weights"), step_of(checkpoint))
+        finally:
+            ranks.close()
+        print(export_hf(load_model(published.folder, dtype=config.model.dtype, device="cpu").module, source, hf))
 
 
 def _checkpoint(run: Path, step: int | None) -> Path:

@@ -128,7 +128,9 @@ def load(setting: Setting) -> LoadedModel:
 
 async def _shared(setting: Setting) -> tuple[EmbeddedEngine, SharedLearner]:
     config, model, threads = setting.config, load(setting), num_threads(setting.config)
-    trainer = LocalTrainer.of(model.module, trainer_setup(setting), lanes=threads, exact=config.engine.exact)
+    trainer = LocalTrainer.of(
+        model.module, trainer_setup(setting.config, setting.model_folder), lanes=threads, exact=config.engine.exact
+    )
     engine = EmbeddedEngine(model, config.engine, seed=config.seed, threads=threads)
     await engine.start()
     setting.stack.push_async_callback(engine.stop)
@@ -136,7 +138,7 @@ async def _shared(setting: Setting) -> tuple[EmbeddedEngine, SharedLearner]:
 
 
 async def _trainer(setting: Setting, placement: Placement) -> TrainerBackend:
-    config, setup = setting.config, trainer_setup(setting)
+    config, setup = setting.config, trainer_setup(setting.config, setting.model_folder)
     if config.trainer.kind == "local":
         exact = config.engine.exact
         return LocalTrainer.of(load(setting).module, setup, lanes=num_threads(config), exact=exact)
@@ -145,10 +147,10 @@ async def _trainer(setting: Setting, placement: Placement) -> TrainerBackend:
     return await asyncio.to_thread(Ranks, ranks, config.trainer.kind, setup)
 
 
-def trainer_setup(setting: Setting) -> TrainerSetup:
-    config = setting.config
+def trainer_setup(config: RunConfig, model_folder: Path) -> TrainerSetup:
+    """What every backend of the run's trainer is made from."""
     return TrainerSetup(
-        model_folder=setting.model_folder,
+        model_folder=model_folder,
         dtype=config.model.dtype,
         device=device_of(config),
         trainer=config.trainer,

@@ -52,7 +52,7 @@ def test_parameters_are_those_of_transformers_modules(tmp_path: Path) -> None:
     from tests.fixtures.tiny_modules import FAMILIES, tiny_module
 
     for family in FAMILIES:
-        module = tiny_module(family, **({"mlp_only_layers": []} if family == "qwen3-moe" else {}))
+        module = tiny_module(family, mlp_only_layers=[]) if family == "qwen3-moe" else tiny_module(family)
         (tmp_path / "config.json").write_text(json.dumps(module.config.to_dict()))
         counted = sum(
             parameter.numel()

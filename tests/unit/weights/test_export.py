@@ -134,7 +134,7 @@ def test_the_command_exports_the_newest_checkpoint(
     assert "has no checkpoint yet" in capsys.readouterr().err
     model = trained(source)
     trainer = LocalTrainer(model.module, config.trainer, config.algorithm, temperature=1.0)
-    save_checkpoint(run / "checkpoints", 3, {**trainer.state_dict(), "step": 3}, keep=1)
+    save_checkpoint(run / "checkpoints", 3, trainer.save, keep=1)
     assert run_command(["export", str(run), "--hf", str(tmp_path / "out")]) == 0
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     with torch.no_grad():
@@ -161,7 +161,7 @@ def test_the_command_exports_the_adapter(source: Path, tmp_path: Path) -> None:
     for each in trainer.adapter.weights:
         torch.nn.init.normal_(each.up_OR, std=0.3)
     trainer.adapter.merge()
-    save_checkpoint(run / "checkpoints", 3, {**trainer.state_dict(), "step": 3}, keep=1)
+    save_checkpoint(run / "checkpoints", 3, trainer.save, keep=1)
     assert run_command(["export", str(run), "--peft", str(tmp_path / "peft"), "--hf", str(tmp_path / "hf")]) == 0
     whole = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
     base = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)

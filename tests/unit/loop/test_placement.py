@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from upspiral.config.models import RunConfig
-from upspiral.loop.assembly import num_lanes
+from upspiral.loop.placement import num_lanes
 
 
 def test_a_gpu_computes_one_microbatch_at_a_time() -> None:
