@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -53,12 +54,15 @@ class Case:
     divisions: Sequence[tuple[Mapping[str, int], Sequence[str]]]
     variables: Mapping[str, str] = field(default_factory=dict)
     """Of the ranks' environment."""
+    needs: str = "torch"
+    """A package."""
 
 
 MATRIX = [
     Case("fsdp", 1, [({}, ALL)]),
     Case("fsdp", 2, [({}, ALL), ({"tensor": 2}, ALL), ({"expert": 2}, MOE)]),
     Case("fsdp", 4, [({}, ALL), ({"tensor": 2}, ("qwen3",)), ({"expert": 2}, MOE)]),
+    Case("deepspeed", 2, [({"zero_stage": stage}, ALL) for stage in (1, 2, 3)], needs="deepspeed"),
 ]
 
 
@@ -132,6 +136,8 @@ def test_the_batches_are_what_the_matrix_promises() -> None:
 
 @pytest.mark.parametrize("case", MATRIX, ids=[f"{case.kind}-{case.ranks}" for case in MATRIX])
 def test_backends_agree(case: Case, models: dict[str, Path], tmp_path: Path) -> None:
+    if find_spec(case.needs) is None:
+        pytest.skip(f"needs the [{case.needs}] extra")
     with started(case, tmp_path / "logs") as ranks:
         for division, families in case.divisions:
             for family in families:

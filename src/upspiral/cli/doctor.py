@@ -92,6 +92,15 @@ def _packages() -> Iterator[Finding]:
             yield Finding(name, "missing", "not installed", f"pip install 'upspiral[{extra}]'")
             continue
         yield _torch(version) if name == "torch" else Finding(name, "ok", version)
+    yield _optional("deepspeed", 'trainer.kind = "deepspeed"')
+
+
+def _optional(name: str, needed_for: str) -> Finding:
+    """A package whose extra has its name."""
+    try:
+        return Finding(name, "ok", metadata.version(name))
+    except metadata.PackageNotFoundError:
+        return Finding(name, "note", f"not installed; {needed_for} needs it", f"pip install 'upspiral[{name}]'")
 
 
 def _torch(version: str) -> Finding:

@@ -28,6 +28,9 @@ from upspiral.trainer.spans import Path, Span, SpanAttention, kernel_for, paths_
 
 ATTENTION_NAME = "upspiral_forest"
 
+End = tuple[Tensor, Tensor | None]
+"""A tensor that a backward pass begins at, and the gradient that is there already; None: 1, for a loss."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class KeptLayer:
@@ -101,14 +104,19 @@ class ForestPass:
 
     def backward(self, loss: Tensor | None) -> None:
         """The backward pass of the batch, after those of all batches that have it as context."""
-        ends = [(loss, None)] if loss is not None and loss.requires_grad else []
+        ends = self.ends(loss)
+        if ends:
+            torch.autograd.backward([end for end, _ in ends], [grad for _, grad in ends])
+
+    def ends(self, loss: Tensor | None) -> list[End]:
+        """Where that pass begins, for those who run it themselves; afterwards the pass keeps nothing."""
+        ends: list[End] = [(loss, None)] if loss is not None and loss.requires_grad else []
         self._keeps = False  # what is computed again from here on has nothing below it any more
         for layer in self.kept.values():
             pairs = zip(layer.computed, layer.leaves, strict=True)
             ends += [(computed, leaf.grad) for computed, leaf in pairs if leaf.grad is not None]
         self.kept.clear()
-        if ends:
-            torch.autograd.backward([end for end, _ in ends], [grad for _, grad in ends])
+        return ends
 
     @staticmethod
     def _leaves(earlier: ForestPass | None, layer: int) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from upspiral.trainer.attention import ForestPass
+from upspiral.trainer.attention import End, ForestPass
 from upspiral.trainer.forest import ForestBatch
 
 WHOLE = 3
@@ -77,9 +77,16 @@ class Lane:
 
     def end(self, work: Work) -> None:
         """The batch's backward; afterwards nothing of it is kept."""
-        ended, self._passes[work.batch] = self._passes[work.batch], None
-        assert ended is not None
-        ended.backward(self._losses.pop(work.batch, None))
+        self._taken(work).backward(self._losses.pop(work.batch, None))
+
+    def ends(self, work: Work) -> list[End]:
+        """Where the batch's backward begins, instead of doing it; afterwards nothing of the batch is kept."""
+        return self._taken(work).ends(self._losses.pop(work.batch, None))
+
+    def _taken(self, work: Work) -> ForestPass:
+        taken, self._passes[work.batch] = self._passes[work.batch], None
+        assert taken is not None
+        return taken
 
 
 def is_deep(batches: Sequence[ForestBatch]) -> bool:

@@ -90,9 +90,15 @@ class MasterAdamW(ParameterOptimizer):
                 parameter.copy_(master)
 
     def _fresh(self) -> torch.optim.AdamW:
-        kinds = ([x for x in self._masters if x.ndim > 1], [x for x in self._masters if x.ndim <= 1])
-        groups = [{"params": kind, "weight_decay": weight_decay_of(kind[0], self._config)} for kind in kinds if kind]
-        return torch.optim.AdamW(groups, lr=self._config.lr, betas=self._config.betas, fused=True)
+        return adamw(self._masters, self._config)
+
+
+def adamw(parameters: Iterable[Tensor], config: TrainerConfig) -> torch.optim.AdamW:
+    """torch's, with the decay that each parameter is to have."""
+    own = list(parameters)
+    kinds = ([x for x in own if x.ndim > 1], [x for x in own if x.ndim <= 1])
+    groups = [{"params": kind, "weight_decay": weight_decay_of(kind[0], config)} for kind in kinds if kind]
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
 
 
 def weight_decay_of(parameter: Tensor, config: TrainerConfig) -> float:

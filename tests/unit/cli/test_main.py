@@ -88,6 +88,6 @@ def test_doctor_looks_at_everything(
     monkeypatch.setenv("UPSPIRAL_CACHE", str(tmp_path))
     assert run_command(["doctor"]) == 1
     printed = capsys.readouterr().out
-    things = ("python", "cores", "memory", "disk", "torch", "bfloat16", "sandbox", "model", "ports")
+    things = ("python", "cores", "memory", "disk", "torch", "deepspeed", "bfloat16", "sandbox", "model", "ports")
     assert [thing for thing in things if thing not in printed] == []
     assert "upspiral model get smollm2-135m" in printed
