@@ -128,9 +128,8 @@ def load(setting: Setting) -> LoadedModel:
 
 async def _shared(setting: Setting) -> tuple[EmbeddedEngine, SharedLearner]:
     config, model, threads = setting.config, load(setting), num_threads(setting.config)
-    trainer = LocalTrainer.of(
-        model.module, trainer_setup(setting.config, setting.model_folder), lanes=threads, exact=config.engine.exact
-    )
+    setup = trainer_setup(config, setting.model_folder)
+    trainer = LocalTrainer.of(model.module, setup, lanes=threads, exact=config.engine.exact)
     engine = EmbeddedEngine(model, config.engine, seed=config.seed, threads=threads)
     await engine.start()
     setting.stack.push_async_callback(engine.stop)
