@@ -246,5 +246,5 @@ def test_a_server_that_is_killed_is_started_again_with_the_weights_that_it_had(t
 
 def test_a_server_that_cannot_start_says_why(tmp_path: Path) -> None:
     settings = settings_of(tmp_path / "nowhere", tmp_path / "vllm.log")
-    with pytest.raises(EngineError, match=r"vLLM's server did not start \(exit code 1\); the end of .*nowhere"):
+    with pytest.raises(EngineError, match=r"(?s)vLLM's server did not start \(exit code 1\); the end of .*nowhere"):
         asyncio.run(VllmServer(settings).start())
