@@ -14,6 +14,8 @@ the bit; checksums are made and checked where we publish, and there is no probe.
 - `parts` are seconds of writing, reading and copying; an engine waits for the copying alone.
 - `delta_bytes_share`: bytes of a difference over bytes of the weights. `changed_share`: of the elements.
 - `disk_over_shared`: disk_s over shared_s.
+- `probe_s`: what the trainer computes for engines to check themselves; not part of any of the above.
+- `checksum_gb_s`: of the largest tensor, by our checksum and by two of the standard library.
 
 One thread computes. `tied` weights are written twice into a whole publication (`lm_head.weight`), not by `save_file`.
 """
@@ -21,12 +23,14 @@ One thread computes. `tied` weights are written twice into a whole publication (
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+import zlib
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -46,8 +50,10 @@ from upspiral.weights.cpu import keep_freed_memory
 from upspiral.weights.load import LoadedModel, load_model
 from upspiral.weights.models import resolve_model
 from upspiral.weights.names import hugging_face_views
+from upspiral.weights.probe import measured_probe
 from upspiral.weights.publication import PublisherSettings
 from upspiral.weights.publisher import Publisher
+from upspiral.weights.receiver import checksum
 
 MODEL = "smollm2-135m"
 TARGET_RATIO = 5.0
@@ -190,6 +196,8 @@ def measure(rounds: int, warm_up: int, disk: Path, shared: Path) -> dict[str, An
         "disk_over_shared": round(figures["disk"]["seconds"] / figures["shared"]["seconds"], 2),
         "delta_bytes_share": round(ways["delta"].num_bytes / weights, 4),
         "changed_share": round(statistics.median(shares[warm_up:]), 4),
+        "probe_s": round(seconds_of(lambda: measured_probe(steps.model.module)), 4),
+        "checksum_gb_s": checksum_speeds(steps.model.module.model.embed_tokens.weight),
         "first_shared_s": round(sum(times["shared"][0].values()), 3),
         "bytes": {"weights": weights, **{way: each.num_bytes for way, each in ways.items()}},
         "parts": {way: found["parts"] for way, found in figures.items()},
@@ -214,6 +222,26 @@ def summary(times: list[Times]) -> dict[str, Any]:
         "parts": {part: round(statistics.median(each[part] for each in times), 4) for part in times[0]},
         "runs": [round(each, 4) for each in sums],
     }
+
+
+def checksum_speeds(weight: torch.Tensor) -> dict[str, float]:
+    data = weight.detach().reshape(-1).view(torch.uint8).numpy()
+    ways: dict[str, Callable[[], object]] = {
+        "ours": lambda: checksum(data),
+        "crc32": lambda: zlib.crc32(data.data),
+        "blake2b": lambda: hashlib.blake2b(data.data).digest(),
+    }
+    return {name: round(data.nbytes / seconds_of(way) / 1e9, 1) for name, way in ways.items()}
+
+
+def seconds_of(work: Callable[[], object]) -> float:
+    """The median of five."""
+    times = []
+    for _ in range(5):
+        started = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - started)
+    return statistics.median(times)
 
 
 def main() -> None:

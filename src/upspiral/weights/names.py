@@ -26,6 +26,7 @@ def hugging_face_tensors(parameters: Iterable[tuple[str, Tensor]], *, tied: bool
         yield from _parts(name, weight)
         if tied and name == EMBEDDING:
             yield OUTPUT, weight  # the same object, so that a publisher sees that it has it already
+        del parameter, weight  # or they would be held while the next one is gathered
 
 
 def hugging_face_views(module: Any) -> dict[str, Tensor]:

@@ -25,7 +25,7 @@ from tests.fixtures.tiny_model import make_model
 from tests.fixtures.tiny_modules import FAMILIES, tiny_module
 from upspiral.errors import StoreError
 from upspiral.weights import receiver as receiver_module
-from upspiral.weights.names import hugging_face_views
+from upspiral.weights.names import hugging_face_tensors, hugging_face_views
 from upspiral.weights.probe import measured_probe
 from upspiral.weights.publication import PublisherSettings
 from upspiral.weights.publisher import Publisher
@@ -347,5 +347,6 @@ def test_tensors_are_taken_one_at_a_time(model_folder: Path, tmp_path: Path) -> 
             yield pair
             del pair
 
-    Publisher(model_folder).publish(gathered(), 1, PublisherSettings(tmp_path / "w"))
+    tensors = hugging_face_tensors(gathered(), tied=False)
+    Publisher(model_folder).publish(tensors, 1, PublisherSettings(tmp_path / "w"))
     assert len(alive) == 5
