@@ -5,6 +5,7 @@ torch's clipping and its optimizers take lists of tensors of one mesh; here are 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -78,7 +79,4 @@ def _holders(parameter: DTensor) -> int:
     """How many ranks hold the same part."""
     mesh = parameter.device_mesh
     divided = [mesh.size(number) for number, place in enumerate(parameter.placements) if not place.is_replicate()]
-    parts = 1
-    for size in divided:
-        parts *= size
-    return distributed.get_world_size() // parts
+    return distributed.get_world_size() // math.prod(divided)
