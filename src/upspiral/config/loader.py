@@ -45,18 +45,14 @@ def dump_toml(config: RunConfig) -> str:
     Keys that are unset, or that the run never reads, are left out: giving them would be an error.
     """
     off = {key for key in switched_off(config) if _value_of(config, key) == all_keys()[key].default}
-    lines: list[str] = []
-    section = ""
+    tables: dict[str, list[str]] = {}  # a table may be begun only once, and others may stand among its keys
     for key in all_keys():
         value = _value_of(config, key)
         if value is None or key in off:
             continue
         table, _, leaf = key.rpartition(".")
-        if table != section:
-            lines += ["", f"[{table}]"]
-            section = table
-        lines.append(f"{leaf} = {toml_value(value)}")
-    return "\n".join(lines) + "\n"
+        tables.setdefault(table, ["", f"[{table}]"] if table else []).append(f"{leaf} = {toml_value(value)}")
+    return "\n".join(line for lines in tables.values() for line in lines) + "\n"
 
 
 def toml_value(value: Any) -> str:

@@ -129,6 +129,19 @@ def pack(
     return batches
 
 
+def plain_path(token_ids: Sequence[int]) -> ForestBatch:
+    """One path whose tokens but the first are targets without credit: to compute their log-probabilities."""
+    ids, count = np.array(token_ids, np.int64), len(token_ids)
+    nothing = np.zeros(count - 1)
+    return ForestBatch(
+        token_ids_T=ids, positions_T=np.arange(count), routes_TLK=np.empty((count, 0, 0), np.int16),
+        node_start_N=np.array([0]), node_length_N=np.array([count]), node_parent_N=np.array([-1]),
+        sources_M=np.arange(count - 1), targets_M=ids[1:],
+        positive_M=nothing, negative_M=nothing, token_weight_M=nothing, behavior_logprobs_M=nothing,
+        rollout_M=np.zeros(count - 1, np.int64), rollout_ids=("",),
+    )  # fmt: skip
+
+
 def route_shape(items: Sequence[Item]) -> tuple[int, int]:
     """How many layers have experts and how many a token goes to; (0, 0) where no rollout has routes."""
     kept = (node.routes for graph, _ in items for node in graph.nodes if node.routes is not None)

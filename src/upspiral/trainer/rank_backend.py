@@ -8,7 +8,8 @@ from __future__ import annotations
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import groupby
 from typing import Any
@@ -19,10 +20,14 @@ from torch import Tensor, distributed
 from upspiral.algorithm.loss import Loss, PolicyLoss, SftLoss
 from upspiral.trainer.attention import ForestPass
 from upspiral.trainer.base import StepKind, StepMetrics, TrainerSetup
-from upspiral.trainer.forest import ForestBatch
+from upspiral.trainer.forest import ForestBatch, plain_path
 from upspiral.trainer.rounds import Turn, turns
 from upspiral.trainer.tally import Tally
 from upspiral.trainer.terms import token_terms
+from upspiral.weights.names import hugging_face_tensors
+from upspiral.weights.probe import probe_tokens
+from upspiral.weights.publication import Probe, Publication, PublisherSettings
+from upspiral.weights.publisher import Publisher
 
 
 class RankBackend(ABC):
@@ -38,6 +43,7 @@ class RankBackend(ABC):
         self._losses: dict[str, Loss] = {"policy": PolicyLoss.from_config(setup.algorithm), "sft": SftLoss()}
         self._temperatures = {"policy": setup.temperature, "sft": 1.0}
         self._policy_steps = 0
+        self._publisher: Publisher | None = None
 
     def step(
         self, batches: Sequence[ForestBatch], *, kind: StepKind = "policy", lr: float | None = None
@@ -62,6 +68,33 @@ class RankBackend(ABC):
     def _update(self, lr: float) -> float:
         """One update by the gradients since the last. Returns their norm over the whole model, the same on all ranks;
         when it is not finite, the weights stay and the gradients are dropped."""
+
+    def _publish_together(
+        self, weights: Iterable[tuple[str, Tensor]], config: Any, settings: PublisherSettings, version: int
+    ) -> Publication:
+        """`weights`: the module's parameters by name, gathered one by one by all ranks; the first one writes them.
+        `config`: that of the module."""
+        if self._publisher is None:
+            self._publisher = Publisher(self._setup.model_folder)
+        probe = self._measured_probe(config.vocab_size)
+        tensors = hugging_face_tensors(weights, tied=config.tie_word_embeddings)
+        published: list[Publication | None] = [None]
+        if distributed.get_rank() == 0:
+            published[0] = self._publisher.publish(tensors, version, settings, probe=probe)
+        else:
+            deque(tensors, maxlen=0)
+        distributed.broadcast_object_list(published, src=0)
+        assert published[0] is not None
+        return published[0]
+
+    @torch.no_grad()
+    def _measured_probe(self, vocabulary: int) -> Probe:
+        """See `measured_probe`. All ranks call it together, and all have it."""
+        token_ids = probe_tokens(vocabulary)
+        batch = plain_path(token_ids)
+        with self._computing():
+            logprobs, _ = self._logprobs(batch, ForestPass(batch), 1.0)
+        return Probe(token_ids, logprobs.tolist())
 
     def _backward(self, turn: Turn) -> None:
         turn.lane.end(turn.work)

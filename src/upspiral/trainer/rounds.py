@@ -17,10 +17,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-import numpy as np
-
 from upspiral.trainer.depth_first import Lane, Work, WorkKind, is_deep, lanes_of
-from upspiral.trainer.forest import ForestBatch
+from upspiral.trainer.forest import ForestBatch, plain_path
 
 PassKind = Literal["forward", "backward"]
 
@@ -66,7 +64,7 @@ def turns(
         if coming and coming[0][1].kind == kind:
             turn = Turn("forward", *coming.popleft(), fills=False)
         else:
-            turn = Turn("forward", Lane([filler()], recompute=recompute), Work("both", 0), fills=True)
+            turn = Turn("forward", Lane([plain_path([0])], recompute=recompute), Work("both", 0), fills=True)
         yield turn
         if kind == "both":
             yield replace(turn, kind="backward")
@@ -92,14 +90,3 @@ def rounds(works: Sequence[Sequence[WorkKind]]) -> list[WorkKind]:
             own.popleft()
         kinds.append(kind)
     return kinds
-
-
-def filler() -> ForestBatch:
-    """One token without targets or context."""
-    zero, none, nothing = np.zeros(1, np.int64), np.empty(0, np.int64), np.empty(0)
-    return ForestBatch(
-        token_ids_T=zero, positions_T=zero, routes_TLK=np.empty((1, 0, 0), np.int16),
-        node_start_N=zero, node_length_N=zero + 1, node_parent_N=zero - 1, sources_M=none, targets_M=none,
-        positive_M=nothing, negative_M=nothing, token_weight_M=nothing, behavior_logprobs_M=nothing, rollout_M=none,
-        rollout_ids=(),
-    )  # fmt: skip

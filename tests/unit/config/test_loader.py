@@ -159,6 +159,13 @@ def test_a_dumped_config_loads_to_itself(folder: Path) -> None:
     assert load_run_config(copy) == config
 
 
+def test_a_section_with_sections_inside_survives_too(folder: Path) -> None:
+    inside = '[trainer]\nlr = 1e-3\nkind = "fsdp"\n[trainer.parallel]\nranks = 4\ntensor = 2'
+    config = load_run_config(write(folder, inside))
+    (folder / "resolved.toml").write_text(dump_toml(config))
+    assert load_run_config(folder / "resolved.toml") == config
+
+
 @given(text=st.text(st.characters(exclude_categories=("Cs",))), number=st.floats(allow_nan=False), whole=st.integers())
 def test_any_value_survives_toml(text: str, number: float, whole: int) -> None:
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -26,9 +25,7 @@ from upspiral.trainer.logprob import target_logprobs
 from upspiral.trainer.rank_backend import RankBackend, clip_scale
 from upspiral.trainer.routes import replayed_routes_in
 from upspiral.weights.model_files import ModelFiles
-from upspiral.weights.names import hugging_face_tensors
 from upspiral.weights.publication import Publication, PublisherSettings
-from upspiral.weights.publisher import Publisher
 
 _EXPERTS_NAME = "upspiral_divided"
 
@@ -43,7 +40,7 @@ class FsdpBackend(RankBackend):
         self._layout = Layout.of(check(setup, files.config, distributed.get_world_size()), setup.device)
         compute_by_modules(model)
         self._model = model
-        self._policy = _Policy(model)
+        self._policy: Any = _Policy(model)
         divide(self._policy, model, files, self._layout, setup)
         if self._layout.experts is not None:
             group = self._layout.experts.get_group()
@@ -51,20 +48,10 @@ class FsdpBackend(RankBackend):
             model.set_experts_implementation(_EXPERTS_NAME)
         self._parameters: dict[str, DTensor] = dict(model.named_parameters())
         self._optimizer = ShardedAdamW(list(self._parameters.values()), setup.trainer)
-        self._publisher = Publisher(setup.model_folder)
         super().__init__(setup, self._layout.data.get_group(), alike=self._layout.dispatches)
 
     def publish(self, settings: PublisherSettings, version: int) -> Publication:
-        """The first rank writes; all take part, as each tensor is gathered when its turn comes."""
-        tensors = hugging_face_tensors(self._whole(), tied=self._model.config.tie_word_embeddings)
-        published: list[Publication | None] = [None]
-        if distributed.get_rank() == 0:
-            published[0] = self._publisher.publish(tensors, version, settings)
-        else:
-            deque(tensors, maxlen=0)
-        distributed.broadcast_object_list(published, src=0)
-        assert published[0] is not None
-        return published[0]
+        return self._publish_together(self._whole(), self._model.config, settings, version)
 
     def save(self, folder: Path) -> None:
         save_state(folder, self._parameters, self._optimizer, self._policy_steps)
@@ -90,6 +77,8 @@ class FsdpBackend(RankBackend):
         with ExitStack() as stack:
             stack.enter_context(forest_attention_in(self._model))
             stack.enter_context(replayed_routes_in(self._model))
+            # What is gathered for passes without a gradient would stay, and grow old.
+            stack.callback(self._policy.reshard)
             yield
 
     def _logprobs(self, batch: ForestBatch, forest: ForestPass, temperature: float) -> tuple[Tensor, Tensor]:

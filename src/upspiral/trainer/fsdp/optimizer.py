@@ -5,6 +5,7 @@ torch's clipping and its optimizers take lists of tensors of one mesh; here are 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,14 +31,14 @@ class ShardedAdamW:
 
     @torch.no_grad()
     def step(self, scale: float, lr: float) -> None:
-        """One update by the parameters' gradients times `scale`."""
+        """One update by the parameters' gradients, which are scaled in place."""
         (beta1, beta2), decays = self._config.betas, [weight_decay_of(each, self._config) for each in self._weights]
         for decay in sorted(set(decays)):
             chosen = [
                 number for number, own in enumerate(decays)
                 if own == decay and self._parameters[number].grad is not None and self._weights[number].numel()
             ]  # fmt: skip
-            gradients = [gradient_of(self._parameters[number]) * scale for number in chosen]
+            gradients = [gradient_of(self._parameters[number]).mul_(scale) for number in chosen]
             weights, first, second = ([each[n] for n in chosen] for each in (self._weights, self.first, self.second))
             counters = [torch.tensor(float(self.steps), device=weight.device) for weight in weights]
             adamw(
@@ -65,22 +66,17 @@ def gradient_of(parameter: Any) -> Tensor:
 @torch.no_grad()
 def global_norm(parameters: Sequence[DTensor]) -> float:
     """Of the gradients of all ranks, each element counted once however many ranks hold it."""
-    squares = torch.zeros((), dtype=torch.float64)
-    for parameter in parameters:
-        if parameter.grad is not None:
-            own = torch.linalg.vector_norm(gradient_of(parameter), dtype=torch.float32).double().cpu()
-            squares += own.square() / _holders(parameter)
-    device = local(parameters[0].detach()).device
-    squares = squares.to(device)
-    distributed.all_reduce(squares)
-    return squares.sqrt().item()
+    given = [parameter for parameter in parameters if parameter.grad is not None]
+    norms = [torch.linalg.vector_norm(gradient_of(parameter), dtype=torch.float32) for parameter in given]
+    holders = torch.tensor([_holders(parameter) for parameter in given], dtype=torch.float64)
+    squares = torch.stack(norms).double().square()
+    total = (squares / holders.to(squares.device)).sum()
+    distributed.all_reduce(total)
+    return total.sqrt().item()
 
 
 def _holders(parameter: DTensor) -> int:
     """How many ranks hold the same part."""
     mesh = parameter.device_mesh
     divided = [mesh.size(number) for number, place in enumerate(parameter.placements) if not place.is_replicate()]
-    parts = 1
-    for size in divided:
-        parts *= size
-    return distributed.get_world_size() // parts
+    return distributed.get_world_size() // math.prod(divided)
