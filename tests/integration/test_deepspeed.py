@@ -25,7 +25,10 @@ from upspiral.trainer.local import LocalTrainer
 from upspiral.trainer.rank_processes import ProcessRank, start_ranks
 from upspiral.trainer.ranks import Ranks
 from upspiral.trainer.registry import make_backend
+from upspiral.weights.load import load_module
+from upspiral.weights.probe import measured_probe
 from upspiral.weights.publication import PublisherSettings
+from upspiral.weights.receiver import read_probe
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +117,19 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_counted(
     assert trainer.step(batches(0)).skipped_steps == 0
     after = published(trainer, tmp_path, 2)
     assert all(torch.isfinite(tensor).all() for tensor in after.values()) and not same(before, after)
+
+
+def test_a_publication_has_the_probe_of_its_weights(
+    two_ranks: list[ProcessRank], model_folder: Path, tmp_path: Path
+) -> None:
+    trainer = Ranks(two_ranks, "deepspeed", setup(model_folder, 3, dtype="float32"))
+    trainer.step(batches(0))
+    trainer.publish(PublisherSettings(tmp_path), 1)
+    trainer.step(batches(1))  # of what was gathered to publish, nothing may be left
+    folder = trainer.publish(PublisherSettings(tmp_path), 2).folder
+    found, expected = read_probe(folder), measured_probe(load_module(folder, "float32"))
+    assert found is not None and found["token_ids"] == expected.token_ids
+    assert found["logprobs"] == pytest.approx(expected.logprobs, abs=1e-5)
 
 
 def test_forgotten_moments_are_those_of_a_new_trainer(

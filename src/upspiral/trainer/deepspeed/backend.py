@@ -7,7 +7,6 @@ offload to the host or to disks.
 from __future__ import annotations
 
 import json
-from collections import deque
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
@@ -25,9 +24,7 @@ from upspiral.trainer.rank_backend import RankBackend
 from upspiral.trainer.rounds import Turn
 from upspiral.trainer.routes import replayed_routes_in
 from upspiral.weights.load import load_module
-from upspiral.weights.names import hugging_face_tensors
 from upspiral.weights.publication import Publication, PublisherSettings
-from upspiral.weights.publisher import Publisher
 
 _ABOUT = "deepspeed.json"
 
@@ -56,19 +53,9 @@ class DeepSpeedBackend(RankBackend):
             parallel.ranks, parallel.zero_stage, setup.dtype, [list(each.shape) for each in self._module.parameters()]
         )
         self._engine = ZeroEngine(self._module, setup, parallel.zero_stage)
-        self._publisher = Publisher(setup.model_folder)
 
     def publish(self, settings: PublisherSettings, version: int) -> Publication:
-        """The first rank writes; all take part, as each tensor is gathered when its turn comes."""
-        tensors = hugging_face_tensors(self._engine.weights(), tied=self._module.config.tie_word_embeddings)
-        published: list[Publication | None] = [None]
-        if distributed.get_rank() == 0:
-            published[0] = self._publisher.publish(tensors, version, settings)
-        else:
-            deque(tensors, maxlen=0)
-        distributed.broadcast_object_list(published, src=0)
-        assert published[0] is not None
-        return published[0]
+        return self._publish_together(self._engine.weights(), self._module.config, settings, version)
 
     def save(self, folder: Path) -> None:
         self._engine.save(folder)

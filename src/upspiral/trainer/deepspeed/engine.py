@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from upspiral.errors import StoreError
 from upspiral.trainer.attention import End, ForestPass
 from upspiral.trainer.base import TrainerSetup
 from upspiral.trainer.forest import ForestBatch
@@ -97,8 +98,10 @@ class ZeroEngine:
         self._engine.save_checkpoint(str(folder), tag=_TAG)
 
     def load(self, folder: Path) -> None:
-        """What an engine divided in the same way has written."""
-        self._engine.load_checkpoint(str(folder), tag=_TAG)
+        """What an engine divided in the same way has written. StoreError when it is not there."""
+        found, _ = self._engine.load_checkpoint(str(folder), tag=_TAG)
+        if found is None:
+            raise StoreError(f"{folder} lacks the files that DeepSpeed wrote; resume from an earlier checkpoint")
 
     def close(self) -> None:
         self._engine.destroy()
