@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +23,8 @@ from tests.integration.test_loop import recipe, steps_of
 from upspiral.trajectory.store import TrajectoryStore
 from upspiral.types import RolloutStatus
 
-ON_RAY = {
-    "cluster.address": "local", "cluster.engines": "2", "cluster.sandbox_hosts": "1", "engine.exact": "true",
-}  # fmt: skip
-HERE = {"engine.exact": "true"}
+HERE = {"engine.exact": "true", "trainer.kind": "fsdp", "trainer.parallel.ranks": "2"}
+ON_RAY = HERE | {"cluster.address": "local", "cluster.engines": "2", "cluster.sandbox_hosts": "1"}
 ACTORS = ("EngineHost", "RankHost", "SandboxHost", "RunHost")
 
 
@@ -76,13 +76,13 @@ def left_over() -> list[str]:
     return [
         " ".join(process.info["cmdline"])
         for process in psutil.process_iter(["cmdline"])
-        if any(f"ray::{name}" in " ".join(process.info["cmdline"] or ()) for name in ACTORS)
+        if any(is_actor(process, name) for name in ACTORS)
     ]
 
 
 @pytest.mark.timeout(400)
 def test_the_same_results_as_without_ray(tmp_path: Path, model: Path) -> None:
-    file = recipe(tmp_path, model, steps=3)
+    file = recipe(tmp_path, model, steps=3)  # 64 rollouts at once, each in a sandbox
     for name, flags in (("here", HERE), ("ray", ON_RAY)):
         finish(started(file, tmp_path / name, flags), 180)
     here, there = sampled(tmp_path / "here"), sampled(tmp_path / "ray")
@@ -90,3 +90,60 @@ def test_the_same_results_as_without_ray(tmp_path: Path, model: Path) -> None:
     assert here == there
     assert learned(tmp_path / "here") == learned(tmp_path / "ray")
     assert left_over() == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+def test_killing_any_actor_loses_nothing(tmp_path: Path, model: Path) -> None:
+    """Twenty times, whichever it is."""
+    folder, chance = tmp_path / "run", random.Random(0)
+    process = started(recipe(tmp_path, model, steps=400), folder, ON_RAY | {"cluster.restarts": "100"})
+    killed: list[str] = []
+    stored: dict[str, int] = {}
+    try:
+        while len(killed) < 20:
+            before = len(steps_of(folder)) if (folder / "metrics.jsonl").exists() else 0
+            until(lambda before=before: (folder / "metrics.jsonl").exists() and len(steps_of(folder)) > before, 200)
+            stored |= committed(folder)
+            name = ACTORS[len(killed) % len(ACTORS)]
+            found = [each for each in psutil.process_iter(["cmdline"]) if is_actor(each, name)]
+            if not found:
+                continue  # it is being started
+            chance.choice(found).kill()
+            killed.append(name)
+        before = len(steps_of(folder))
+        until(lambda: len(steps_of(folder)) > before + 2, 200)
+    finally:
+        process.send_signal(signal.SIGINT)
+        time.sleep(20)
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    there = committed(folder)
+    assert {name: there.get(name) for name in stored} == stored, "a rollout that had ended is not what it was"
+    steps = steps_of(folder)
+    assert [line["step"] for line in steps] == list(range(1, len(steps) + 1))
+    assert all(line["ledger"]["difference"] == 0 for line in steps)
+    failed = sum(line["rollouts_failed"] for line in steps)
+    print(f"{len(steps)} steps, {len(killed)} kills, {failed} rollouts masked as failed of {32 * len(steps)}")
+    until(lambda: left_over() == [], 60)
+
+
+def committed(folder: Path) -> dict[str, int]:
+    """Tokens of every rollout that has ended."""
+    store = TrajectoryStore(folder / "trajectories.db", create=False)
+    try:
+        ended = [each for each in store.rollouts() if each.status is RolloutStatus.FINISHED]
+        return {each.id: sum(len(node.token_ids) for node in store.graph(each.id).nodes) for each in ended}
+    finally:
+        store.close()
+
+
+def until(holds: Callable[[], bool], timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not holds():
+        assert time.monotonic() < deadline, f"not within {timeout_s:g} s"
+        time.sleep(0.5)
+
+
+def is_actor(process: psutil.Process, name: str) -> bool:
+    return any(f"ray::{name}" in word for word in process.info["cmdline"] or ())
