@@ -95,7 +95,7 @@ class ForestBatch:
 
 
 def pack(
-    items: Sequence[Item], *, tokens_per_microbatch: int, minibatches: int = 1, lanes: int = 1
+    items: Sequence[Item], *, tokens_per_microbatch: int, minibatches: int = 1, lanes: int = 1, apart: bool = False
 ) -> list[ForestBatch]:
     """Packs the rollouts of a step into microbatches of at most `tokens_per_microbatch` unique tokens.
 
@@ -106,7 +106,8 @@ def pack(
     a mean over its own groups.
 
     With `lanes` > 1 the trees are dealt to that many lanes, about equal in cost. A tree that is cut for it has the path
-    down to the cut in both; where that costs more than it gains, there is one lane, which has all cores.
+    down to the cut in both; where that costs more than it gains, there is one lane, which has all cores. `apart`: lanes
+    are on machines or devices of their own, so that one alone is no faster, and they are dealt wherever it helps.
 
     How items are ordered, packed and split changes gradients only by rounding (DESIGN law 3).
     """
@@ -122,7 +123,7 @@ def pack(
         trie.divide(tokens_per_microbatch)
         rollout_ids = tuple(graph.rollout_id for graph, _ in part)
         done = set[int]()
-        for lane, branches in enumerate(_deal(list(trie.preorder()), lanes)):
+        for lane, branches in enumerate(_deal(list(trie.preorder()), lanes, apart)):
             for batch in _Layout(branches, done).batches(tokens_per_microbatch):
                 batches.append(replace(batch, rollout_ids=rollout_ids, minibatch=number, lane=lane))
             done |= {id(branch) for branch in branches}
@@ -158,14 +159,14 @@ def _minibatches(items: Sequence[Item], count: int) -> list[list[Item]]:
     return [[item for group in part for item in group] for part in dealt if part]
 
 
-def _deal(branches: list[Branch], lanes: int) -> list[list[Branch]]:
+def _deal(branches: list[Branch], lanes: int, apart: bool) -> list[list[Branch]]:
     """At most `lanes` lists, each closed under ancestors and in preorder; one where dealing gains nothing."""
     costs = _costs(branches)
     whole, size = [branches], sum(costs.values()) / lanes
     while lanes > 1 and size < sum(costs.values()):
         dealt = _cut(branches, costs, size, lanes)
         if dealt is not None:
-            return min(whole, dealt, key=lambda parts: _duration(parts, costs, lanes))
+            return min(whole, dealt, key=lambda parts: _duration(parts, costs, 1 if apart else lanes))
         size *= 1.02
     return whole if branches else []
 
@@ -180,13 +181,13 @@ def _costs(branches: list[Branch]) -> dict[int, float]:
     return costs
 
 
-def _duration(parts: list[list[Branch]], costs: dict[int, float], lanes: int) -> float:
+def _duration(parts: list[list[Branch]], costs: dict[int, float], cores: int) -> float:
     """In the time that one core takes for a token. A lane that runs alone has all cores and gains from them what it is
     large enough for (measured with two cores: 1.3 times one core's speed for 63 tokens, 1.5 for 255, 1.8 for 1,520)."""
     longest = max((sum(costs[id(branch)] for branch in part) for part in parts), default=0.0)
     if len(parts) > 1:
         return longest + _PASS_COSTS
-    return longest / (1 + (lanes - 1) * 0.85 * longest / (longest + 170)) + _PASS_COSTS / lanes
+    return longest / (1 + (cores - 1) * 0.85 * longest / (longest + 170)) + _PASS_COSTS / cores
 
 
 def _cut(branches: list[Branch], costs: dict[int, float], size: float, most: int) -> list[list[Branch]] | None:

@@ -60,12 +60,14 @@ def test_a_path_longer_than_the_budget_is_cut() -> None:
 
 
 def test_lanes_repeat_a_path_only_where_that_is_sooner_done() -> None:
-    def cost_of(turns: Sequence[int]) -> list[int]:
+    def cost_of(turns: Sequence[int], *, apart: bool = False) -> list[int]:
         items = [rollout(f"a-{index}", 50, turns) for index in range(4)]
-        return [batch.num_tokens for batch in pack(items, tokens_per_microbatch=10**6, lanes=2)]
+        return [batch.num_tokens for batch in pack(items, tokens_per_microbatch=10**6, lanes=2, apart=apart)]
 
     assert cost_of((2,)) == [20 + 12 + 4 * 1]
     assert cost_of((2000,)) == [20 + 12 + 2 * 1999] * 2
+    assert cost_of((2,), apart=True) == [20 + 12 + 2 * 1] * 2
+    assert cost_of((1,), apart=True) == [20 + 12]
 
 
 def test_minibatches_split_by_groups_and_keep_each_a_mean() -> None:
