@@ -26,6 +26,7 @@ NEEDS_TORCH = (
     "upspiral.weights.experts",
     "upspiral.weights.model_files",
     "upspiral.weights.exact",
+    "upspiral.weights.growing_file",
     "upspiral.weights.probe",
     "upspiral.weights.publisher",
     "upspiral.weights.receiver",

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from upspiral.errors import StoreError
+from upspiral.errors import StoreError, UpspiralError
 from upspiral.weights.difference import difference
 from upspiral.weights.publication import Probe, Publication, PublisherSettings
 from upspiral.weights.receiver import BITS, DTYPES, MANIFEST, PROBE, Bytes, Entry, Manifest, checksum
@@ -79,16 +79,19 @@ class Publisher:
             shelf = self._shelf(settings.root)
             place = shelf.begin(version, base and base.manifest.version, settings.keep)
             try:
-                published = self._write(place, tensors, base, settings, probe)
+                published, now = self._write(place, tensors, base, settings, probe)
                 folder = shelf.complete(place, settings.keep)
             except BaseException:
                 shelf.abandon(place)
                 raise
+        except UpspiralError:
+            raise  # some of them are OSErrors, too
         except OSError as error:
             raise StoreError(
                 f"version {version} could not be published in {settings.root}: {error}; free space there, or change "
                 "weights.transport"
             ) from error
+        self._base = now
         return replace(published, folder=folder)
 
     def _shelf(self, root: Path) -> Shelf:
@@ -103,7 +106,7 @@ class Publisher:
         base: _Base | None,
         settings: PublisherSettings,
         probe: Probe | None,
-    ) -> Publication:
+    ) -> tuple[Publication, _Base | None]:
         holds = settings.form == "delta" or bool(self._held)
         form = _Difference(place, self._held, base.entries) if base else _Whole(place, self._held if holds else None)
         entries = tuple(_entries(tensors, form))
@@ -118,14 +121,14 @@ class Publisher:
             probe=_write_probe(place.folder, probe),
         )
         num_bytes += (place.folder / MANIFEST).write_bytes(manifest.to_bytes())
-        if holds:
-            self._base = _Base(
-                manifest,
-                {entry.name: entry for entry in entries},
-                whole_bytes=base.whole_bytes if base else num_bytes,
-                chain_bytes=base.chain_bytes + num_bytes if base else 0,
-            )
-        return Publication(place.folder, place.version, base and base.manifest.version, num_bytes)
+        now = _Base(
+            manifest,
+            {entry.name: entry for entry in entries},
+            whole_bytes=base.whole_bytes if base else num_bytes,
+            chain_bytes=base.chain_bytes + num_bytes if base else 0,
+        )
+        published = Publication(place.folder, place.version, base and base.manifest.version, num_bytes)
+        return published, now if holds else None
 
     def _copy_configuration(self, folder: Path, dtype: torch.dtype) -> None:
         for pattern in _CONFIGURATION:

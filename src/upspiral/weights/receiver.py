@@ -41,9 +41,10 @@ DTYPES: Mapping[str, torch.dtype] = {
 BITS: Mapping[int, type[np.unsignedinteger[Any]]] = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 """Elements of so many bytes as what they are compared and replaced as."""
 
-_ROW_WORDS, _ROW_BYTES = 1024, 8192
-_CHUNK_BYTES = 128 * _ROW_BYTES
-"""Small enough to stay in a core's cache while it is read twice."""
+_ROW_WORDS = 521
+_ROW_BYTES = 8 * _ROW_WORDS
+_CHUNK_BYTES = 512 * _ROW_BYTES
+"""What is summed is still in a core's cache when it is copied."""
 
 Bytes = NDArray[np.uint8]
 
@@ -61,30 +62,26 @@ def folder_name(version: int) -> str:
 
 
 def checksum(data: Bytes, into: Bytes | None = None) -> str:
-    """Of any bytes, at half the speed of reading memory; copies them to `into` on the way.
+    """Of any bytes, nearly at the speed of reading memory; copies them to `into` on the way.
 
-    A digest of the sums of rows and columns of the data as a table of 64-bit words, 1024 in a row. Whatever is changed
-    within 8192 bytes, such as a page that is lost or old, changes a column's sum, for each word there has a column to
-    itself: it is noticed for certain. So are pages that changed places, and anything else that was not made to keep all
-    sums. Not meant against someone who wants to deceive.
+    A digest of the sums of the columns of the data as tables of 64-bit words, 521 in a row and 512 rows each. Whatever
+    is changed within 4168 bytes, such as a page that is lost or old, is noticed for certain: each word there has a
+    column to itself. As 521 is a prime, pages and other blocks that changed places come into other columns. Anything
+    else has to keep all sums by chance, or by intent: it is not made against that.
     """
-    columns = np.zeros(_ROW_WORDS, np.uint64)
-    rows = [np.array([len(data)], np.uint64)]
+    digest = hashlib.blake2b(len(data).to_bytes(8, "little"), digest_size=16)
     for start in range(0, len(data), _CHUNK_BYTES):
         chunk = data[start : start + _CHUNK_BYTES]
-        words = _padded(chunk).view(np.uint64).reshape(-1, _ROW_WORDS)
-        columns += words.sum(0)
-        rows.append(words.sum(1))
+        whole = len(chunk) // _ROW_BYTES * _ROW_BYTES
+        columns = chunk[:whole].view(np.uint64).reshape(-1, _ROW_WORDS).sum(0)
+        if whole < len(chunk):
+            last = np.zeros(_ROW_BYTES, np.uint8)
+            last[: len(chunk) - whole] = chunk[whole:]
+            columns += last.view(np.uint64)
         if into is not None:
             into[start : start + len(chunk)] = chunk
-    digest = hashlib.blake2b(columns.tobytes(), digest_size=16)
-    digest.update(np.concatenate(rows).tobytes())
+        digest.update(columns.tobytes())
     return digest.hexdigest()
-
-
-def _padded(chunk: Bytes) -> Bytes:
-    missing = -len(chunk) % _ROW_BYTES
-    return np.concatenate([chunk, np.zeros(missing, np.uint8)]) if missing else chunk
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,7 +27,6 @@ _LEADING = b'{"__metadata__":{"format":"pt"}'
 @dataclass(slots=True, eq=False)
 class _Part:
     file: GrowingFile
-    head: NDArray[np.uint8]
     table: bytearray = field(default_factory=lambda: bytearray(_LEADING))
     names: list[str] = field(default_factory=list)
 
@@ -35,10 +34,12 @@ class _Part:
         self.table += described
         self.names.append(name)
 
-    def write_head(self) -> None:
+    def write_head(self) -> str:
+        """Its checksum."""
         table = bytes(self.table) + b"}"
-        content = (HEAD_BYTES - 8).to_bytes(8, "little") + table.ljust(HEAD_BYTES - 8)
-        self.head[:] = np.frombuffer(content, np.uint8)
+        head = (HEAD_BYTES - 8).to_bytes(8, "little") + table.ljust(HEAD_BYTES - 8)
+        self.file.replace_beginning(head)
+        return checksum(np.frombuffer(head, np.uint8))
 
 
 class SafetensorsFiles:
@@ -70,8 +71,7 @@ class SafetensorsFiles:
         names = _file_names(len(self._parts))
         found = []
         for part, name in zip(self._parts, names, strict=True):
-            part.write_head()
-            found.append((name, HEAD_BYTES, checksum(part.head)))
+            found.append((name, HEAD_BYTES, part.write_head()))
             part.file.finish()
             part.file.move(self._folder / name)
         self._write_index(names)
@@ -82,7 +82,8 @@ class SafetensorsFiles:
         if number == len(self._files):
             self._files.append(GrowingFile(self._folder / f"part-{number}"))
         file = self._files[number]
-        self._parts.append(_Part(file, file.room(HEAD_BYTES)))
+        file.room(HEAD_BYTES)
+        self._parts.append(_Part(file))
 
     def _write_index(self, names: Sequence[str]) -> None:
         if len(names) == 1:

@@ -216,8 +216,9 @@ def test_damaged_weights_are_not_adopted(form: Any, folder: Path, root: Path) ->
             content = bytearray(path.read_bytes())
             content[-100] ^= 4
             path.write_bytes(content)
-            with pytest.raises(EngineError, match="is not what was written; publish version 2 again"):
+            with pytest.raises(EngineError, match="is not what was written; publish version 2 whole") as raised:
                 await engine.update_weights(damaged)
+            assert isinstance(raised.value, StaleBaseError) == (form == "delta")
             completion = await complete(engine)
             assert set(completion.versions) == {1}
             assert before.distance(completion) < 1e-4

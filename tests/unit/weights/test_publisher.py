@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tests.fixtures.publications import changed, received, same_bits, shared_root, weights
 from tests.fixtures.tiny_model import make_model
 from tests.fixtures.tiny_modules import FAMILIES, tiny_module
-from upspiral.errors import StoreError
+from upspiral.errors import DeadlineError, StoreError
 from upspiral.weights import receiver as receiver_module
 from upspiral.weights.names import hugging_face_tensors, hugging_face_views
 from upspiral.weights.probe import measured_probe
@@ -201,15 +201,18 @@ def test_a_publisher_that_starts_again_begins_whole_and_clears_up(model_folder: 
     assert names(root) == ["v000007", "v000008"]
 
 
-def test_a_publication_that_fails_leaves_nothing_and_the_next_is_whole(model_folder: Path, root: Path) -> None:
+@pytest.mark.parametrize("error", [RuntimeError("a rank died"), DeadlineError("a rank died")])
+def test_a_publication_that_fails_leaves_nothing_and_the_next_is_whole(
+    error: Exception, model_folder: Path, root: Path
+) -> None:
     publisher, settings, now = Publisher(model_folder), PublisherSettings(root, "delta"), weights()
     publisher.publish(now.items(), 1, settings)
 
     def broken() -> Iterator[tuple[str, Tensor]]:
         yield next(iter(changed(now, 0.5, 3).items()))
-        raise RuntimeError("a rank died")
+        raise error
 
-    with pytest.raises(RuntimeError, match="a rank died"):
+    with pytest.raises(type(error), match="a rank died"):
         publisher.publish(broken(), 2, settings)
     assert names(root) == ["v000001"]
     publication = publisher.publish(now.items(), 2, settings)
@@ -229,7 +232,7 @@ def test_a_full_disk_is_an_error_and_not_the_end_of_the_process(model_folder: Pa
 import resource, signal, sys
 from pathlib import Path
 import torch
-from upspiral.errors import StoreError
+from upspiral.errors import DeadlineError, StoreError
 from upspiral.weights import receiver as receiver_module
 from upspiral.weights.publication import PublisherSettings
 from upspiral.weights.publisher import Publisher

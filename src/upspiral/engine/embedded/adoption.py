@@ -30,10 +30,10 @@ class Adoption:
             with self._receiver.reading(publication.folder) as tensors:
                 pairs = self._pairs(dict(tensors), publication)
                 yield lambda: _copy(pairs)
-        except StaleBase as error:
-            raise StaleBaseError(f"{error}; publish version {publication.version} whole") from error
-        except Damaged as error:
-            raise EngineError(f"{error}; publish version {publication.version} again") from error
+        except (StaleBase, Damaged) as error:
+            # Whatever a difference lacks, the whole has; of what is whole, only its writer can tell what is wrong.
+            kind = EngineError if publication.base is None else StaleBaseError
+            raise kind(f"{error}; publish version {publication.version} whole") from error
 
     def _pairs(self, found: dict[str, Tensor], publication: Publication) -> list[tuple[Tensor, Tensor]]:
         """Each place in the module with what goes there."""
