@@ -276,7 +276,7 @@ os.wait()
 '''
 
 class Stage:
-    group = None
+    group, process = None, 0  # of which the kernel tells no children, so that they have to be signalled
     def signal(self, number): pass
     def open_pid_namespace(self): return os.open(f"/proc/{self.first}/ns/pid", os.O_RDONLY)
 
