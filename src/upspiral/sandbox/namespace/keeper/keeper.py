@@ -342,9 +342,12 @@ class Keeper:
     # Snapshots
 
     def _snapshot(self, request: Message, descriptors: list[int]) -> None:
-        """`sealed`: the sandbox's disk has become a layer, and a new agent above it has taken over its socket.
-        `copied`: nothing has changed for the sandbox."""
+        """`sealed`: the sandbox's disk has become a layer, and a new agent above it has taken over its socket. (Where
+        nothing was written, what it stands on is all there is.) `copied`: nothing has changed for the sandbox."""
         live = self._the(request["name"])
+        if not live.has_written():
+            self._keep(request["snapshot"], live.stack, lambda _: self._answer(request["number"], how="sealed"))
+            return
         if request["may_seal"] and not live.has_shared_memory() and runs_nothing_else(live):
             live.stack.hold()
             disk, agent = os.dup(live.disk), os.dup(live.agent)
