@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -12,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from tests.fixtures.small_image import make_small_root
-from upspiral.errors import ImageError
+from upspiral.errors import ImageError, SandboxError
 from upspiral.sandbox.base import Allow, Sandbox, SandboxSpec
-from upspiral.sandbox.images import Image, ImageBuilder, ImageStore, Recipe
+from upspiral.sandbox.images import Image, ImageBuilder, ImageStore, Recipe, UsedImage
 from upspiral.sandbox.namespace import NamespaceBackend
 
 TIMEOUT_S = 60.0
@@ -169,6 +170,27 @@ def test_sandboxes_that_start_side_by_side_hold_their_image_once(store: ImageSto
             await asyncio.gather(*starts)
             assert len(os.listdir(store.folder / "holds")) == 1
         assert os.listdir(store.folder / "holds") == []
+
+    asyncio.run(run())
+
+
+def test_a_start_that_a_stop_overtakes_holds_no_image(store: ImageStore) -> None:
+    looking = threading.Event()
+
+    class OnASlowDisk(ImageStore):
+        def use(self, name: str) -> UsedImage:
+            looking.set()
+            time.sleep(0.5)
+            return super().use(name)
+
+    async def run() -> None:
+        async with backend_of(OnASlowDisk(store.folder)) as backend, AsyncExitStack() as kept:
+            start = asyncio.create_task(kept.enter_async_context(backend.acquire(SandboxSpec(image="small"))))
+            assert await asyncio.to_thread(looking.wait, TIMEOUT_S)
+            await backend.stop()
+            with pytest.raises(SandboxError):
+                await start
+            assert os.listdir(store.folder / "holds") == []
 
     asyncio.run(run())
 

@@ -61,7 +61,7 @@ class ProcessSandbox(ConnectedSandbox):
     """An agent that is a child of this process, and a folder."""
 
     def __init__(self, folder: Path, agent: asyncio.subprocess.Process, connection: Connection, spec: SandboxSpec):
-        super().__init__(f"process-{agent.pid}-{folder.name}", connection, spec.limits)
+        super().__init__(f"process-{agent.pid}-{folder.name}-{secrets.token_hex(4)}", connection, spec.limits)
         self._folder = folder
         self._agent = agent
 

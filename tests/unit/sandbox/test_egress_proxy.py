@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import hashlib
 import os
+import resource
 import socket
 from asyncio import StreamReader, StreamWriter
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -16,7 +17,7 @@ import orjson
 import psutil
 import pytest
 
-from upspiral.errors import ConfigError, SandboxError
+from upspiral.errors import ConfigError, SandboxBusyError, SandboxError
 from upspiral.sandbox.base import Allow, SandboxSpec
 from upspiral.sandbox.egress import EgressLimits, EgressLog, EgressProxy, EgressRecord, way_out
 from upspiral.sandbox.egress.log_file import EgressFile
@@ -24,6 +25,7 @@ from upspiral.sandbox.egress.log_file import EgressFile
 DEADLINE_S = 20.0
 PUBLIC = "93.184.216.34"
 OTHER = "198.41.0.4"
+SILENT = "2620:0:862:ed1a::1"
 Serve = Callable[[StreamReader, StreamWriter], Awaitable[None]]
 
 
@@ -46,6 +48,9 @@ class World:
     log: EgressLog = field(default_factory=EgressLog)
     looked_up: list[str] = field(default_factory=list)
     connected: list[str] = field(default_factory=list)
+    opened: list[tuple[StreamReader, StreamWriter]] = field(default_factory=list)
+    silence: asyncio.Event = field(default_factory=asyncio.Event)
+    """Of an address that answers when this is over."""
 
     async def resolve(self, name: str, port: int) -> Sequence[str]:
         self.looked_up.append(name)
@@ -57,7 +62,10 @@ class World:
         self.connected.append(f"{address}:{port}")
         if address == OTHER:
             raise ConnectionRefusedError("refused")
-        return await asyncio.open_unix_connection(self.folder / "up", limit=32 * 1024)
+        if address == SILENT:
+            await self.silence.wait()
+        self.opened.append(await asyncio.open_unix_connection(self.folder / "up", limit=32 * 1024))
+        return self.opened[-1]
 
     @property
     def record(self) -> EgressRecord:
@@ -282,6 +290,54 @@ def test_only_permitted_addresses_of_a_name_are_tried_in_turn(world: World) -> N
         assert world.connected == [f"{OTHER}:443", f"{PUBLIC}:443"]
 
     play(world, act)
+
+
+def test_an_address_that_keeps_silent_holds_nothing_up(world: World) -> None:
+    world.names["example.org"] = [SILENT, OTHER, PUBLIC]
+
+    async def act() -> None:
+        reader, writer = await world.tunnel()
+        writer.write(b"hello")
+        assert await reader.readexactly(5) == b"hello"
+        assert world.connected == [f"{SILENT}:443", f"{OTHER}:443", f"{PUBLIC}:443"]
+        writer.close()
+        await world.settled()
+        assert world.record.address == PUBLIC and world.record.duration_s < DEADLINE_S / 4
+
+    play(world, act)
+
+
+def test_of_two_addresses_that_answer_at_once_one_is_left(world: World) -> None:
+    world.names["example.org"], ended = [SILENT, SILENT], asyncio.Event()
+
+    async def serve(reader: StreamReader, writer: StreamWriter) -> None:
+        try:
+            await echo(reader, writer)
+        finally:
+            ended.set()
+
+    async def act() -> None:
+        opening = asyncio.create_task(world.tunnel())
+        while len(world.connected) < 2:
+            await asyncio.sleep(0.01)
+        world.silence.set()
+        reader, writer = await opening
+        await ended.wait()
+        writer.write(b"hello")
+        assert await reader.readexactly(5) == b"hello"
+        writer.close()
+
+    world.serve = serve
+    play(world, act)
+
+
+def test_only_silence_takes_the_time_for_a_connection(world: World) -> None:
+    world.names["example.org"] = [SILENT, SILENT]
+
+    async def act() -> None:
+        assert b"504" in await world.talk(b"CONNECT example.org:443 HTTP/1.1\r\nHost: example.org\r\n\r\n")
+
+    play(world, act, limits=EgressLimits(connect_timeout_s=0.6))
 
 
 @pytest.mark.parametrize(
@@ -705,6 +761,21 @@ def test_stopping_ends_connections_and_takes_the_socket_away(world: World) -> No
             silent_writer.close()
 
     asyncio.run(run())
+
+
+def test_a_proxy_for_which_no_open_file_is_left_is_refused_as_busy(world: World) -> None:
+    async def act() -> None:
+        proxy, limits = EgressProxy(Allow(("example.org",)), world.log), resource.getrlimit(resource.RLIMIT_NOFILE)
+        free = os.dup(0)
+        os.close(free)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (free, limits[1]))
+        try:
+            with pytest.raises(SandboxBusyError, match="RLIMIT_NOFILE"):
+                await proxy.start(world.folder / "another")
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+    asyncio.run(act())
 
 
 def test_a_connection_that_asks_nothing_is_no_record(world: World) -> None:

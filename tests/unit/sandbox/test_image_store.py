@@ -203,6 +203,17 @@ def test_a_flattened_stack_shares_its_files(store: ImageStore) -> None:
     assert layers_of(store) == set()
 
 
+def test_a_deep_stack_is_flattened(store: ImageStore) -> None:
+    """Deeper than a recursion of two calls a folder can be."""
+    deep = "d/" * 600
+    with store.hold() as hold:
+        layers = [add_layer(store, hold, Member(f"{deep}{name}", b"x")) for name in ("a", "b")]
+        files = store.lowers([store.flatten(layers, hold).digest])[0]
+        assert sorted(os.listdir(files / deep)) == ["a", "b"]
+    store.collect()
+    assert layers_of(store) == set()
+
+
 WORKER = """
 import os, sys, time
 from pathlib import Path

@@ -250,6 +250,7 @@ def test_layers_that_nobody_stands_on_are_gone(tmp_path: Path) -> None:
 
         async with backend.acquire(SandboxSpec(files={"a": b"1"})) as sandbox:
             first = await sandbox.snapshot()
+            await sandbox.write("b", b"2")
             forks = await sandbox.fork(4)
             assert num_layers() == 2, "the snapshot's and the forks'"
             await backend.drop(first)
@@ -257,6 +258,23 @@ def test_layers_that_nobody_stands_on_are_gone(tmp_path: Path) -> None:
             await asyncio.gather(*(each.stop() for each in forks))
             assert num_layers() == 2, "the sandbox itself does"
         assert num_layers() == 0
+
+    in_backend(check, tmp_path)
+
+
+def test_a_sandbox_that_has_written_nothing_since_its_last_snapshot_is_left_alone(tmp_path: Path) -> None:
+    async def check(backend: NamespaceBackend) -> None:
+        (keeper,) = keepers()
+        async with backend.acquire(SandboxSpec(files={"a": b"1"})) as sandbox:
+            await sandbox.snapshot()
+            process = int(await output_of(sandbox, "sleep 1000 >/dev/null 2>&1 & echo $!"))
+            (fork,) = await sandbox.fork()
+            assert (await sandbox.snapshot()).how == "sealed"
+            assert Path(f"/proc/{keeper}/mounts").read_text().count("/layers/") == 1
+            assert await output_of(sandbox, f"kill -0 {process}; rm a; echo 2 > b; ls") == "b\n"
+            assert await output_of(fork, "ls") == "a\n"
+            (fork,) = await sandbox.fork()
+            assert await output_of(fork, "ls") == "b\n", "that something is gone has been written, too"
 
     in_backend(check, tmp_path)
 

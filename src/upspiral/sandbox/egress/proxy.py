@@ -22,15 +22,15 @@ from types import TracebackType
 
 from upspiral.errors import SandboxError
 from upspiral.sandbox.base import Allow
+from upspiral.sandbox.egress.attempts import Connect, reach_first
 from upspiral.sandbox.egress.head import Request, parse_request
 from upspiral.sandbox.egress.policy import Policy, parse_address
 from upspiral.sandbox.egress.record import EgressLimits, EgressRecord
 from upspiral.sandbox.egress.relay import CHUNK_BYTES, CutOff, Ends, HeadTooLong, Traffic, exchange, read_head, tunnel
+from upspiral.sandbox.open_files import enough_for_a_sandbox
 
 Resolve = Callable[[str, int], Awaitable[Sequence[str]]]
 """From a name and a port to its addresses; OSError when there are none."""
-Connect = Callable[[str, int], Awaitable[tuple[StreamReader, StreamWriter]]]
-"""To an address that was checked; OSError when it cannot be reached."""
 
 _LONGEST_SOCKET_PATH = 107
 _FAREWELL_S = 1.0
@@ -85,11 +85,13 @@ class EgressProxy:
         self._num_records = 0
 
     async def start(self, path: Path) -> None:
-        """Listens at a unix socket that only this user may open. Raises SandboxError when it cannot."""
+        """Listens at a unix socket that only this user may open. Raises SandboxError when it cannot; SandboxBusyError
+        for want of open files."""
         if len(os.fsencode(path)) > _LONGEST_SOCKET_PATH:
             raise SandboxError(f"{path}: too long for a unix socket ({_LONGEST_SOCKET_PATH} bytes)")
         try:
-            self._server = await asyncio.start_unix_server(self._accept, path, limit=self.limits.header_bytes)
+            with enough_for_a_sandbox():
+                self._server = await asyncio.start_unix_server(self._accept, path, limit=self.limits.header_bytes)
             path.chmod(0o600)
         except OSError as error:
             raise SandboxError(f"the egress proxy could not listen at {path}: {error}") from error
@@ -141,7 +143,7 @@ class EgressProxy:
             self._log(replace(record, reason=f"{record.reason}; later connections are not written down".lstrip("; ")))
 
     async def open(self, request: Request) -> tuple[str, StreamReader, StreamWriter]:
-        """A connection to the first permitted address that can be reached, and that address. Raises Refused."""
+        """A connection to the first permitted address that answers, and that address. Raises Refused."""
         if not self._policy.names(request.host, request.port):
             raise Refused(403, f"{request.host}:{request.port} is not on the allow-list of this sandbox")
         try:
@@ -152,13 +154,12 @@ class EgressProxy:
             raise Refused(504, reason, allowed=True) from None
 
     async def _reach(self, request: Request) -> tuple[str, StreamReader, StreamWriter]:
-        problem = ""
-        for address in await self._permitted_addresses(request.host, request.port):
-            try:
-                return (address, *await self._connect(address, request.port))
-            except OSError as error:
-                problem = str(error)
-        raise Refused(502, f"{request.host}:{request.port} could not be reached: {problem}", allowed=True)
+        addresses = await self._permitted_addresses(request.host, request.port)
+        try:
+            return await reach_first(self._connect, addresses, request.port)
+        except OSError as error:
+            reason = f"{request.host}:{request.port} could not be reached: {error}"
+            raise Refused(502, reason, allowed=True) from None
 
     async def _permitted_addresses(self, host: str, port: int) -> Sequence[str]:
         try:

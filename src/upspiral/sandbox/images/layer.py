@@ -360,42 +360,54 @@ def _describe(place: Path, status: os.stat_result) -> tuple[Kind, bytes]:
 def merge(layers: Sequence[Path], target: Path, *, below: Sequence[Path] = (), keep_owners: bool) -> None:
     """Makes one layer of several, the topmost first, in an empty folder; `below` is what will lie under it. Files are
     shared by hard links."""
-    _Merge(below, keep_owners).folders(layers, target, "")
+    waiting, filled = [_Merged(layers, target, "", below)], list[_Merged]()
+    while waiting:
+        folder = waiting.pop()
+        waiting += folder.fill()
+        filled.append(folder)
+    for folder in reversed(filled):  # what is made in a folder changes its time
+        folder.finish(keep_owners)
 
 
 @dataclass(frozen=True, slots=True)
-class _Merge:
-    below: Sequence[Path]
-    keep_owners: bool
+class _Merged:
+    """A folder that is made of several."""
 
-    def folders(self, sources: Sequence[Path], target: Path, path: str) -> None:
-        """`sources`: one folder as the layers have it, the topmost first, as far down as it is seen."""
+    sources: Sequence[Path]
+    """The folder as the layers have it, the topmost first, as far down as it is seen."""
+    target: Path
+    path: str
+    below: Sequence[Path]
+    """The layers under it that show through."""
+
+    def fill(self) -> Iterator[_Merged]:
+        """Returns the folders in it, which are made and empty."""
         entries: dict[str, list[Path]] = {}
-        for source in sources:
+        for source in self.sources:
             for name in os.listdir(source):
                 entries.setdefault(name, []).append(source / name)
         for name, places in entries.items():
-            self.entry(places, target / name, f"{path}/{name}" if path else name)
-        status = sources[0].lstat()
-        if self.keep_owners:
-            os.chown(target, status.st_uid, status.st_gid)
-        target.chmod(stat.S_IMODE(status.st_mode))
-        os.utime(target, ns=(status.st_mtime_ns, status.st_mtime_ns))
+            target, path = self.target / name, f"{self.path}/{name}" if self.path else name
+            status = places[0].lstat()
+            if is_whiteout(status):
+                if look_up(self.below, path) is not None:
+                    make_whiteout(target)
+            elif not stat.S_ISDIR(status.st_mode):
+                os.link(places[0], target, follow_symlinks=False)
+            else:
+                target.mkdir(mode=0o700)
+                seen, hides = _seen(places)
+                under = look_up(self.below, path) if hides else None
+                if under is not None and stat.S_ISDIR(under.st_mode):
+                    set_opaque(target)
+                yield _Merged(seen, target, path, () if hides else self.below)
 
-    def entry(self, places: Sequence[Path], target: Path, path: str) -> None:
-        status = places[0].lstat()
-        if is_whiteout(status):
-            if look_up(self.below, path) is not None:
-                make_whiteout(target)
-        elif not stat.S_ISDIR(status.st_mode):
-            os.link(places[0], target, follow_symlinks=False)
-        else:
-            seen, hides = _seen(places)
-            target.mkdir(mode=0o700)
-            _Merge(() if hides else self.below, self.keep_owners).folders(seen, target, path)
-            under = look_up(self.below, path) if hides else None
-            if under is not None and stat.S_ISDIR(under.st_mode):
-                set_opaque(target)
+    def finish(self, keep_owners: bool) -> None:
+        status = self.sources[0].lstat()
+        if keep_owners:
+            os.chown(self.target, status.st_uid, status.st_gid)
+        self.target.chmod(stat.S_IMODE(status.st_mode))
+        os.utime(self.target, ns=(status.st_mtime_ns, status.st_mtime_ns))
 
 
 def _seen(places: Sequence[Path]) -> tuple[Sequence[Path], bool]:

@@ -139,8 +139,7 @@ class NamespaceBackend:
             self._keeper.close()
             await asyncio.to_thread(self._keeper.wait)
             self._bury()
-            for image in self._used_images.values():
-                image.release()
+            await asyncio.to_thread(self._release_images)
 
     async def start_all(self, snapshot: Snapshot, spec: SandboxSpec, count: int) -> Sequence[NamespaceSandbox]:
         """Sandboxes on a snapshot, which is dropped: all, or none and the error of one."""
@@ -219,13 +218,19 @@ class NamespaceBackend:
 
     def _use_image(self, name: str) -> UsedImage:
         """What a name means may change; what was used is there until this backend stops. Threads take turns, since a
-        second hold of the same image would have nobody to release it."""
+        second hold of the same image would have nobody to release it, nor would one that comes after the end."""
         with self._using:
+            self._check_open()
             self._images = self._images or ImageStore()
             digest = self._images.image(name).digest
             if digest not in self._used_images:
                 self._used_images[digest] = self._images.use(digest)
             return self._used_images[digest]
+
+    def _release_images(self) -> None:
+        with self._using:
+            for image in self._used_images.values():
+                image.release()
 
     def _on_ended(self, name: str, problem: str, is_over: bool) -> None:
         kind = SandboxGoneError if is_over else SandboxError
@@ -235,9 +240,12 @@ class NamespaceBackend:
         elif name in self._beginning:
             self._beginning[name] = error
 
-    def _revive(self) -> None:
+    def _check_open(self) -> None:
         if self._stopping is not None:
             raise SandboxGoneError("the sandbox backend was stopped")
+
+    def _revive(self) -> None:
+        self._check_open()
         if self._keeper.is_dead:
             self._bury()
             self._origins.clear()

@@ -22,7 +22,7 @@ from typing import Any
 
 from upspiral.sandbox.namespace.keeper import MAX_MESSAGE_BYTES, aside, launch, stuck, syscalls
 from upspiral.sandbox.namespace.keeper.aside import Aside
-from upspiral.sandbox.namespace.keeper.control_groups import Allowance, find_hierarchies
+from upspiral.sandbox.namespace.keeper.control_groups import Allowance, Group, find_hierarchies
 from upspiral.sandbox.namespace.keeper.identity import Identities
 from upspiral.sandbox.namespace.keeper.live import LAST_WORDS_BYTES, Live, is_over
 from upspiral.sandbox.namespace.keeper.merged import OPAQUE
@@ -218,15 +218,29 @@ class Keeper:
             live.kill()
 
     def _fork(self, order: Order, stack: Stack, agent: int, when_ready: Callable[[str], None]) -> Live:
+        group = None
+        if self._hierarchies is not None:
+            allowance = Allowance(order.memory_bytes, order.processes, order.cpus)
+            group = self._hierarchies.make(order.name, allowance)
+        try:
+            process, here = self._clone(order, stack, agent, group)
+            return Live(order, stack, agent, process, here, when_ready, group=group)
+        except OSError:
+            if group is not None:
+                group.remove()
+            raise
+
+    def _clone(self, order: Order, stack: Stack, agent: int, group: Group | None) -> tuple[int, socket.socket]:
+        """The process, and this end of the line to it."""
         has_image = len(stack.image) > 0
         programs, filtering = (None, self._filter_for_images) if has_image else (self._programs, self._filter)
         ground = launch.Ground.on(stack, programs, filtering)
         here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        process = syscalls.clone(launch.CLONED)
+        process = syscalls.clone(launch.CLONED) if group is None else group.clone(launch.CLONED)
         if process == 0:
-            launch.run_sandbox(order, ground, there, agent)
+            launch.run_sandbox(order, ground, there, agent, group)
         there.close()
-        return Live(order, stack, agent, process, here, when_ready)
+        return process, here
 
     def _stack_for(self, order: Order) -> Stack:
         if order.snapshot is None:
@@ -236,16 +250,12 @@ class Keeper:
         return self._snapshots[order.snapshot]
 
     def _let_go_ahead(self, live: Live) -> None:
-        """Gives the child its ids, its control group and what it may not open itself."""
-        identity, order = live.stack.identity, live.order
+        """Gives the child its ids and what it may not open itself."""
+        identity = live.stack.identity
         for kind in ("uid_map", "gid_map"):
             _write(f"/proc/{live.process}/{kind}", f"{identity.inside} {identity.outside} 1")
         if not self._may_inspect:
             live.pid_namespace = live.open_pid_namespace()
-        if self._hierarchies is not None:
-            allowance = Allowance(order.memory_bytes, order.processes, order.cpus)
-            live.group = self._hierarchies.make(order.name, allowance)
-            live.group.add(live.process)
         given: list[int] = []
         try:
             self._open_trees(live, given)
@@ -332,9 +342,12 @@ class Keeper:
     # Snapshots
 
     def _snapshot(self, request: Message, descriptors: list[int]) -> None:
-        """`sealed`: the sandbox's disk has become a layer, and a new agent above it has taken over its socket.
-        `copied`: nothing has changed for the sandbox."""
+        """`sealed`: the sandbox's disk has become a layer, and a new agent above it has taken over its socket. (Where
+        nothing was written, what it stands on is all there is.) `copied`: nothing has changed for the sandbox."""
         live = self._the(request["name"])
+        if not live.has_written():
+            self._keep(request["snapshot"], live.stack, lambda _: self._answer(request["number"], how="sealed"))
+            return
         if request["may_seal"] and not live.has_shared_memory() and runs_nothing_else(live):
             live.stack.hold()
             disk, agent = os.dup(live.disk), os.dup(live.agent)

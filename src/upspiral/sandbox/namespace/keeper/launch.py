@@ -17,6 +17,7 @@ from typing import NoReturn
 from upspiral.sandbox.inside.agent import serve
 from upspiral.sandbox.inside.settings import Settings
 from upspiral.sandbox.namespace.keeper import syscalls
+from upspiral.sandbox.namespace.keeper.control_groups import Group
 from upspiral.sandbox.namespace.keeper.live import LAST_WORDS, LAST_WORDS_BYTES
 from upspiral.sandbox.namespace.keeper.order import Order
 from upspiral.sandbox.namespace.keeper.skeleton import WRITABLE
@@ -65,8 +66,8 @@ class Ground:
         )
 
 
-def run_sandbox(order: Order, ground: Ground, line: socket.socket, agent: int) -> NoReturn:
-    """Becomes PID 1 of the sandbox, and serves to the end.
+def run_sandbox(order: Order, ground: Ground, line: socket.socket, agent: int, group: Group | None) -> NoReturn:
+    """Enters the group, becomes PID 1 of the sandbox, and serves to the end.
 
     The keeper's go-ahead comes by `line`, once it has mapped the ids, with trees of mounts for the image's layers and
     for `order.mounts`, and a file that counts out-of-memory kills if there is a control group. Back goes a tree of the
@@ -74,6 +75,8 @@ def run_sandbox(order: Order, ground: Ground, line: socket.socket, agent: int) -
     line.
     """
     try:
+        if group is not None:
+            group.enter()
         settings = _become_sandbox(order, ground, line, agent)
         serve(socket.socket(fileno=agent), settings)
         os._exit(0)

@@ -79,11 +79,19 @@ class Live:
         """What it has written."""
         return os.open("u", FOLDER_FLAGS, dir_fd=self.disk)
 
+    def has_written(self) -> bool:
+        """Anything that can be seen, or that cannot be seen any more, since it began."""
+        return self._is_filled("u")
+
     def has_shared_memory(self) -> bool:
         """Files in /dev/shm, which only this agent's sandbox has: they are on its disk, and in no layer."""
-        folder = os.open("s", FOLDER_FLAGS, dir_fd=self.disk)
+        return self._is_filled("s")
+
+    def _is_filled(self, name: str) -> bool:
+        folder = os.open(name, FOLDER_FLAGS, dir_fd=self.disk)
         try:
-            return bool(os.listdir(folder))
+            with os.scandir(folder) as entries:
+                return next(entries, None) is not None
         finally:
             os.close(folder)
 

@@ -15,8 +15,9 @@ _libc = ctypes.PyDLL(None, use_errno=True)
 _libc.prctl.argtypes = [ctypes.c_int, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong]
 _ARCHITECTURE = {"x86_64": 0, "aarch64": 1}.get(platform.machine(), 0)
 _CLONE, _PIVOT_ROOT, _CAPSET = ((56, 220)[_ARCHITECTURE], (155, 41)[_ARCHITECTURE], (126, 91)[_ARCHITECTURE])
-_OPEN_TREE, _MOVE_MOUNT, _CLOSE_RANGE, _MOUNT_SETATTR = 428, 429, 436, 442
+_OPEN_TREE, _MOVE_MOUNT, _CLONE3, _CLOSE_RANGE, _MOUNT_SETATTR = 428, 429, 435, 436, 442
 _SIGCHLD = 17
+_CLONE_INTO_CGROUP = 0x200000000
 
 _AT_FDCWD = -100
 _AT_EMPTY_PATH, _AT_RECURSIVE = 0x1000, 0x8000
@@ -59,20 +60,25 @@ def _check(result: int, what: str) -> int:
     return result
 
 
-def clone(namespaces: Namespace) -> int:
-    """Forks, with the child in new namespaces at once. Returns 0 in the child, else the child's id.
+def clone(namespaces: int, control_group: int | None = None) -> int:
+    """Forks, with the child in new namespaces and in the control group (version 2) of an open folder at once. Returns 0
+    in the child, else the child's id.
 
     One fork where unshare needs two: only children come into a new pid namespace. To be called from the one thread.
     """
     ctypes.pythonapi.PyOS_BeforeFork()
-    process = _libc.syscall(_CLONE, ctypes.c_ulong(namespaces | _SIGCHLD), None, None, None, None)
+    if control_group is None:
+        process = _libc.syscall(_CLONE, ctypes.c_ulong(namespaces | _SIGCHLD), None, None, None, None)
+    else:
+        wanted = struct.pack("=11Q", namespaces | _CLONE_INTO_CGROUP, 0, 0, 0, _SIGCHLD, *[0] * 5, control_group)
+        process = _libc.syscall(_CLONE3, wanted, ctypes.c_size_t(len(wanted)))
     code = ctypes.get_errno()
     if process == 0:
         ctypes.pythonapi.PyOS_AfterFork_Child()
         return 0
     ctypes.pythonapi.PyOS_AfterFork_Parent()
     if process < 0:
-        raise OSError(code, f"clone {namespaces!r}: {os.strerror(code)}")
+        raise OSError(code, f"clone {Namespace(namespaces)!r}: {os.strerror(code)}")
     return process
 
 
