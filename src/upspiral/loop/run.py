@@ -133,6 +133,7 @@ class Run:
             tokens_per_microbatch=trainer.tokens_per_microbatch,
             minibatches=trainer.minibatches,
             lanes=num_lanes(self._config),
+            apart=trainer.kind != "local",
         )
 
     async def _optimize(

@@ -44,6 +44,11 @@ def warm_start_steps(
         for start in range(0, len(order), settings.batch_size):
             graphs = [graph for _, graph in order[start : start + settings.batch_size]]
             items = list(zip(graphs, sft_credit(graphs), strict=True))
-            batches = pack(items, tokens_per_microbatch=config.trainer.tokens_per_microbatch, lanes=lanes)
+            batches = pack(
+                items,
+                tokens_per_microbatch=config.trainer.tokens_per_microbatch,
+                lanes=lanes,
+                apart=config.trainer.kind != "local",
+            )
             yield settings.lr * (1 - 0.9 * step / num_steps), batches
             step += 1
