@@ -41,7 +41,8 @@ class DividedAdamW:
         """One update, unless the gradient is not finite. Uses up the sums; returns the norm of the whole gradient,
         before clipping."""
         gradients = self._add_up(sums)
-        squares = torch.zeros((), dtype=torch.float64, device=self.masters[0].device)
+        device = next(iter(self._parameters.values())).device
+        squares = torch.zeros((), dtype=torch.float64, device=device)
         for name, gradient in gradients.items():
             if name in self._divided or self._tensor.rank() == 0:
                 squares += torch.linalg.vector_norm(gradient).double().square()
