@@ -30,7 +30,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@started=$$SECONDS; set -e; \
 	  test -x $(BIN)/python || $(PYTHON) -m venv .venv; \
 	  $(PIP_INSTALL) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch==2.13.0; \
-	  $(PIP_INSTALL) -e '.[train,ray,deepspeed,agents,dev]'; \
+	  $(PIP_INSTALL) -e '.[train,ray,deepspeed,megatron,agents,dev]'; \
 	  touch $@; \
 	  echo "set-up: done in $$((SECONDS - started)) s, .venv is $$(du -sh .venv | cut -f1)"
 

@@ -58,11 +58,15 @@ class Case:
     """A package."""
 
 
+WITHOUT_CUDA = {"CUDA_VISIBLE_DEVICES": ""}
+"""Megatron takes it where there is some."""
 MATRIX = [
     Case("fsdp", 1, [({}, ALL)]),
     Case("fsdp", 2, [({}, ALL), ({"tensor": 2}, ALL), ({"expert": 2}, MOE)]),
     Case("fsdp", 4, [({}, ALL), ({"tensor": 2}, ("qwen3",)), ({"expert": 2}, MOE)]),
     Case("deepspeed", 2, [({"zero_stage": stage}, ALL) for stage in (1, 2, 3)], needs="deepspeed"),
+    Case("megatron", 1, [({}, ALL)], WITHOUT_CUDA, needs="megatron"),
+    Case("megatron", 2, [({}, MOE), ({"tensor": 2}, ALL)], WITHOUT_CUDA, needs="megatron"),
 ]
 
 

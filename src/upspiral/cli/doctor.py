@@ -92,15 +92,26 @@ def _packages() -> Iterator[Finding]:
             yield Finding(name, "missing", "not installed", f"pip install 'upspiral[{extra}]'")
             continue
         yield _torch(version) if name == "torch" else Finding(name, "ok", version)
-    yield _optional("deepspeed", 'trainer.kind = "deepspeed"')
+    yield _optional("deepspeed", "deepspeed")
+    yield _megatron()
 
 
-def _optional(name: str, needed_for: str) -> Finding:
-    """A package whose extra has its name."""
+def _optional(name: str, kind: str) -> Finding:
+    """A package that a kind of trainer needs, whose extra has the kind's name."""
     try:
         return Finding(name, "ok", metadata.version(name))
     except metadata.PackageNotFoundError:
-        return Finding(name, "note", f"not installed; {needed_for} needs it", f"pip install 'upspiral[{name}]'")
+        return Finding(
+            name, "note", f'not installed; trainer.kind = "{kind}" needs it', f"pip install 'upspiral[{kind}]'"
+        )
+
+
+def _megatron() -> Finding:
+    found = _optional("megatron-core", "megatron")
+    if found.status != "ok" or import_module("torch").cuda.is_available():
+        return found
+    advice = 'Megatron is made for CUDA; train with trainer.kind = "local" or "fsdp" here'
+    return Finding(found.thing, "note", f"{found.found}, without CUDA for tests of its logic only", advice)
 
 
 def _torch(version: str) -> Finding:

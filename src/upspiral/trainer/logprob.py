@@ -58,8 +58,8 @@ class ChunkedLogprob(torch.autograd.Function):
         hidden, weight, targets, temperature = inputs
         wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         logprobs, entropy, lse = (torch.empty(len(targets), dtype=wide, device=hidden.device) for _ in range(3))
-        for rows in _blocks(len(targets), len(weight), weight.device):
-            logits = _logits(hidden[rows], weight, temperature, wide)
+        for rows in blocks(len(targets), len(weight), weight.device):
+            logits = logits_of(hidden[rows], weight, temperature, wide)
             chosen = logits.gather(1, targets[rows, None])[:, 0]
             # As the engine does it, row by row to the same bits.
             all_logprobs = logits.log_softmax(1)
@@ -78,9 +78,9 @@ class ChunkedLogprob(torch.autograd.Function):
         grad_hidden = torch.zeros_like(hidden, dtype=lse.dtype)
         grad_weight = torch.empty_like(weight) if trained else None
         scaled_M1 = (grads[0] / ctx.temperature)[:, None]
-        for part in _blocks(len(weight), len(targets), weight.device):
+        for part in blocks(len(weight), len(targets), weight.device):
             # d logprob / d logit = onehot(target) - softmax
-            slope = _logits(hidden, weight[part], ctx.temperature, lse.dtype).sub_(lse[:, None]).exp_()
+            slope = logits_of(hidden, weight[part], ctx.temperature, lse.dtype).sub_(lse[:, None]).exp_()
             slope.mul_(-scaled_M1)
             place_M1 = (targets - part.start)[:, None]
             inside_M1 = (place_M1 >= 0) & (place_M1 < slope.shape[1])
@@ -92,12 +92,12 @@ class ChunkedLogprob(torch.autograd.Function):
         return grad_hidden.to(hidden.dtype), grad_weight, None, None
 
 
-def _logits(hidden: Tensor, weight: Tensor, temperature: float, dtype: torch.dtype) -> Tensor:
+def logits_of(hidden: Tensor, weight: Tensor, temperature: float, dtype: torch.dtype) -> Tensor:
     logits = multiply(at_least_some_rows(hidden), weight)[: len(hidden)].to(dtype)
     return logits if temperature == 1.0 else logits.div_(temperature)
 
 
-def _blocks(count: int, width: int, device: torch.device) -> list[slice]:
+def blocks(count: int, width: int, device: torch.device) -> list[slice]:
     """`count` in parts that make blocks of logits together with `width` of the other dimension."""
     size = max(1, LOGITS_PER_BLOCK.get(device.type, LOGITS_PER_BLOCK["cuda"]) // max(1, width))
     return [slice(start, min(start + size, count)) for start in range(0, count, size)]

@@ -63,14 +63,15 @@ class ModelFiles:
         layer, _, own = name.rpartition(".experts.")
         if own == "gate_up_proj":
             each = range(self.config.num_experts)
-            pairs = ([self._tensor(f"{layer}.experts.{n}.{part}_proj.weight") for part in ("gate", "up")] for n in each)
+            pairs = ([self.tensor(f"{layer}.experts.{n}.{part}_proj.weight") for part in ("gate", "up")] for n in each)
             return torch.stack([torch.cat(pair) for pair in pairs])
         if own == "down_proj":
             each = range(self.config.num_experts)
-            return torch.stack([self._tensor(f"{layer}.experts.{n}.down_proj.weight") for n in each])
-        return self._tensor(name)
+            return torch.stack([self.tensor(f"{layer}.experts.{n}.down_proj.weight") for n in each])
+        return self.tensor(name)
 
-    def _tensor(self, name: str) -> Tensor:
+    def tensor(self, name: str) -> Tensor:
+        """By its name in the files, as it is there. Raises ModelError where there is none."""
         if name not in self._places:
             raise ModelError(
                 f"the weights in {self._folder} lack {name}, which its config.json asks for; fetch the model again, or "

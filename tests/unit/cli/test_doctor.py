@@ -7,11 +7,12 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
-from upspiral.cli.doctor import Finding, show
+from upspiral.cli.doctor import Finding, examine, show
 from upspiral.errors import SandboxError
 from upspiral.sandbox.namespace.host import check_host
 from upspiral.sandbox.survey import survey
@@ -81,3 +82,11 @@ def test_square_brackets_are_printed(monkeypatch: pytest.MonkeyPatch, capsys: py
     show([Finding("torch", "missing", "not [b]installed[/b]", "pip install 'upspiral[train]'")])
     printed = capsys.readouterr().out
     assert "not [b]installed[/b]" in printed and "-> pip install 'upspiral[train]'" in printed
+
+
+def test_megatron_without_cuda_is_for_tests() -> None:
+    torch = pytest.importorskip("torch", reason="needs the [train] extra")
+    if find_spec("megatron") is None or torch.cuda.is_available():
+        pytest.skip("needs the [megatron] extra, and no CUDA")
+    found = next(each for each in examine() if each.thing == "megatron-core")
+    assert found.status == "note" and "for tests of its logic only" in found.found and "fsdp" in found.advice
