@@ -75,14 +75,14 @@ def trainer(tmp_path: Path) -> Trainer:
 
 def run(work: Callable[[], Awaitable[None]]) -> None:
     async def within() -> None:
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(200):
             await work()
 
     asyncio.run(within())
 
 
 async def until(holds: Callable[[], bool]) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while not holds():
             await asyncio.sleep(0.002)
 
