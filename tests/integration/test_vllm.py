@@ -6,7 +6,7 @@ import asyncio
 import os
 import signal
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,7 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="needs the [train] extra")
 
-from tests.fixtures.tiny_model import make_tokenizer
-from tests.fixtures.tiny_modules import tiny_module
+from tests.fixtures.publishing_trainer import PublishingTrainer
 from upspiral.engine.kept import KeptEngine
 from upspiral.engine.vllm.client import VllmEngine
 from upspiral.engine.vllm.environment import is_installed, vllm_python
@@ -26,8 +25,6 @@ from upspiral.errors import ContextLengthError, EngineError, EngineGoneError, Re
 from upspiral.types import SamplingParams
 from upspiral.weights.names import hugging_face_tensors
 from upspiral.weights.probe import measured_probe
-from upspiral.weights.publication import Publication, PublisherSettings
-from upspiral.weights.publisher import Publisher
 
 pytestmark = [
     pytest.mark.slow,
@@ -59,34 +56,9 @@ async def running(trainer: Trainer, folder: Path) -> AsyncIterator[VllmEngine]:
         await home.kill()
 
 
-class Trainer:
-    """A module that changes, and its publications."""
-
+class Trainer(PublishingTrainer):
     def __init__(self, family: str, folder: Path) -> None:
-        self.module = tiny_module(family, **FAMILIES.get(family, EXPERTS))
-        self.folder = make_tokenizer(folder)
-        self.module.save_pretrained(self.folder)
-        self._publisher = Publisher(self.folder)
-        self.settings = PublisherSettings(folder.parent / "published")
-
-    def change(self, names: Sequence[str] = ("",)) -> None:
-        """Enough to be seen in every log-probability."""
-        with torch.no_grad():
-            for name, parameter in self.module.named_parameters():
-                if any(part in name for part in names):
-                    parameter.mul_(1 + 0.3 * torch.randn_like(parameter))
-
-    def publish(self, version: int, **changes: Any) -> Publication:
-        tied = self.module.config.tie_word_embeddings
-        tensors = hugging_face_tensors(self.module.named_parameters(), tied=tied)
-        probe = measured_probe(self.module)
-        return self._publisher.publish(tensors, version, self.settings, probe=probe, **changes)
-
-    @torch.no_grad()
-    def logprobs(self, token_ids: Sequence[int], count: int) -> np.ndarray:
-        """Of the last `count` tokens."""
-        logits = self.module(input_ids=torch.tensor([token_ids])).logits[0].log_softmax(-1)
-        return np.array([logits[at - 1, token_ids[at]] for at in range(len(token_ids) - count, len(token_ids))])
+        super().__init__(family, folder, **FAMILIES.get(family, EXPERTS))
 
 
 async def sampled(engine: Any, **params: Any) -> tuple[list[int], list[float], list[int]]:

@@ -54,6 +54,8 @@ class Server:
                 async for line in answer.content:
                     if line.startswith(b"data:") and (event := line[5:].strip()) != b"[DONE]":
                         yield orjson.loads(event)
+        except RequestError:  # a ValueError, but no broken JSON
+            raise
         except TimeoutError:
             raise DeadlineError(f"{self.url}{path} gave nothing for {TOKEN_DEADLINE_S:.0f} s") from None
         except (aiohttp.ClientError, OSError, ValueError) as error:
@@ -68,6 +70,8 @@ class Server:
                 await self._check(answer, path)
                 content = await answer.read()
                 return orjson.loads(content) if content else None
+        except RequestError:  # a ValueError, but no broken JSON
+            raise
         except TimeoutError:
             raise DeadlineError(f"{self.url}{path} did not answer within {deadline_s:.0f} s") from None
         except (aiohttp.ClientError, OSError) as error:

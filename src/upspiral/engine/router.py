@@ -55,6 +55,7 @@ class _Member:
     why: str = ""
     """The last failure."""
     draining: bool = False
+    pauses: int = 0
     catching_up: asyncio.Task[None] | None = field(default=None, repr=False)
 
     def failed(self, error: Exception) -> None:
@@ -64,6 +65,11 @@ class _Member:
 
     def served(self) -> None:
         self.failures, self.closed_until = 0, 0.0
+
+    @property
+    def on_trial(self) -> bool:
+        """It has failed, and has not yet delivered a token of the generation that tries it again."""
+        return self.failures > 0 and self.running > 0
 
     def __str__(self) -> str:
         return f"engine {self.number}"
@@ -82,7 +88,8 @@ class Router:
         self._patience_s = patience_s
         self._affinity = Affinity()
         self._publication: Publication | None = None
-        self._removed = EngineStats()
+        self._elsewhere = EngineStats()
+        """What engines sampled that were removed, less what others had sampled when they were added."""
 
     @property
     def context_length(self) -> int:
@@ -94,12 +101,17 @@ class Router:
         return max((each.engine.version for each in self._members), default=0)
 
     def stats(self) -> EngineStats:
-        """Sums; the counts of engines that were removed stay in them."""
-        all_stats = [self._removed, *(each.engine.stats() for each in self._members)]
-        return _sum(all_stats)
+        """Sums of what was done for this router: what engines that were removed did stays in them."""
+        return _sum([self._elsewhere, *(each.engine.stats() for each in self._members)])
 
     async def start(self) -> None:
-        await self._of_all(lambda engine: engine.start())
+        """When one does not start, stops all and raises its error."""
+        try:
+            await self._of_all(lambda engine: engine.start())
+        except BaseException:
+            with contextlib.suppress(EngineError, DeadlineError):
+                await self.stop()
+            raise
 
     async def stop(self) -> None:
         for each in self._members:
@@ -108,9 +120,11 @@ class Router:
         await self._of_all(lambda engine: engine.stop())
 
     async def _of_all(self, work: Callable[[UpdatableEngine], Coroutine[Any, Any, None]]) -> None:
-        async with asyncio.TaskGroup() as group:
-            for each in self._members:
-                group.create_task(work(each.engine))
+        """Raises the first error when all have done it or failed."""
+        outcomes = await asyncio.gather(*(work(each.engine) for each in self._members), return_exceptions=True)
+        for outcome in outcomes:
+            if isinstance(outcome, BaseException):
+                raise outcome
 
     # ---- which engines there are
 
@@ -124,6 +138,7 @@ class Router:
         member = _Member(self._next_number, engine)
         self._next_number += 1
         self._members.append(member)
+        self._elsewhere = _sum([self._elsewhere, _counts(engine.stats(), -1)])
         if self._publication is not None and engine.version != self._publication.version:
             self._catch_up(member)
         return member.number
@@ -142,7 +157,7 @@ class Router:
             await asyncio.sleep(_LOOK_AGAIN_S)
         self._members.remove(member)
         self._affinity.forget(member.number)
-        self._removed = _sum([self._removed, replace(member.engine.stats(), running=0, waiting=0)])
+        self._elsewhere = _sum([self._elsewhere, _counts(member.engine.stats(), 1)])
         return member.engine
 
     # ---- generating
@@ -151,7 +166,7 @@ class Router:
         prompt = np.asarray(prompt_ids, np.int32)
         delivered: list[int] = []
         failures: dict[_Member, Exception] = {}
-        attempts = 0
+        attempts, gives_up = 0, time.monotonic() + self._patience_s
         while (ended := _ending(delivered, params, self.context_length - len(prompt))) is None:
             member = await self._chosen(prompt, failures)
             before = len(delivered)
@@ -167,12 +182,16 @@ class Router:
             except (ContextLengthError, RequestError):
                 raise
             except (EngineError, DeadlineError) as error:
-                attempts = 0 if len(delivered) > before else attempts + (not isinstance(error, EngineGoneError))
                 failures[member] = error
                 member.failed(error)
+                attempts = 0 if len(delivered) > before else attempts + (not isinstance(error, EngineGoneError))
+                if len(delivered) > before or not isinstance(error, EngineGoneError):
+                    gives_up = time.monotonic() + self._patience_s
                 _log.warning("%s failed a generation after %d tokens: %s", member, len(delivered), error)
                 if attempts >= MOST_ATTEMPTS:
                     raise EngineError(f"no engine could do it in {attempts} attempts: {_told(failures)}") from error
+                if time.monotonic() > gives_up:
+                    raise EngineError(f"no engine came back {self._patience()} ({_told(failures)})") from error
         yield GenerationChunk(finish_reason=ended)
 
     async def _continue(
@@ -206,15 +225,20 @@ class Router:
                 return self._choose(prompt, fresh or able)
             if time.monotonic() > deadline:
                 states = "; ".join(f"{each}: {each.why or 'draining'}" for each in self._members) or "there is none"
-                raise EngineError(f"no engine came back within {self._patience_s:.0f} s ({states})")
+                raise EngineError(f"no engine came back {self._patience()} ({states})")
             await asyncio.sleep(_LOOK_AGAIN_S)
 
+    def _patience(self) -> str:
+        return f"within {self._patience_s:g} s"
+
     def _able(self) -> list[_Member]:
-        """Those that may get new work: the newest version alone, as soon as one of them has it."""
+        """Those that may get new work: the newest version alone, as soon as one of them has it, and of an engine that
+        has failed one generation at a time, unless there is no other."""
         now = time.monotonic()
         able = [each for each in self._members if not each.draining and each.closed_until <= now]
         newest = self._publication.version if self._publication is not None else None
-        return [each for each in able if each.engine.version == newest] or able
+        able = [each for each in able if each.engine.version == newest] or able
+        return [each for each in able if not each.on_trial] or able
 
     def _choose(self, prompt: np.ndarray, able: Sequence[_Member]) -> _Member:
         most = _SHARE * sum(each.running for each in able) / len(able) + _SLACK
@@ -228,11 +252,12 @@ class Router:
     async def update_weights(self, publication: Publication) -> None:
         """Raises StaleBaseError when an engine needs the weights whole, and EngineError when none could adopt them."""
         self._publication = publication
+        members = list(self._members)  # those that come and go meanwhile have no outcome
         outcomes = await asyncio.gather(
-            *(each.engine.update_weights(publication) for each in self._members), return_exceptions=True
+            *(each.engine.update_weights(publication) for each in members), return_exceptions=True
         )
         failures: dict[_Member, Exception] = {}
-        for member, outcome in zip(list(self._members), outcomes, strict=False):
+        for member, outcome in zip(members, outcomes, strict=True):
             if isinstance(outcome, EngineError | DeadlineError):
                 failures[member] = outcome
             elif isinstance(outcome, BaseException):
@@ -251,28 +276,37 @@ class Router:
 
     async def _until_current(self, member: _Member) -> None:
         """Tries again until the engine has the newest weights or is removed."""
-        while member in self._members and (publication := self._publication) is not None:
+        while True:
             await asyncio.sleep(max(_LOOK_AGAIN_S, member.closed_until - time.monotonic()))
-            try:
-                if member.engine.version != publication.version:
-                    await member.engine.update_weights(publication)
-                member.served()
+            publication = self._publication
+            if publication is None or member not in self._members:
                 return
+            try:
+                # Also when it says that it has the version: it may have failed to show it.
+                await member.engine.update_weights(publication)
             except StaleBaseError:
                 return  # the next publication tells its publisher
             except (EngineError, DeadlineError) as error:
                 member.failed(error)
+                continue
+            if publication is self._publication:
+                return member.served()
 
     async def pause(self) -> None:
         """Of the engines that answer; one that has failed samples nothing."""
-        for each in self._members:
-            with contextlib.suppress(EngineError):
-                await each.engine.pause()
+        await asyncio.gather(*(self._pause(each) for each in self._members))
+
+    async def _pause(self, member: _Member) -> None:
+        with contextlib.suppress(EngineError, DeadlineError):
+            await member.engine.pause()
+            member.pauses += 1
 
     def resume(self) -> None:
         for each in self._members:
-            with contextlib.suppress(EngineError):
-                each.engine.resume()
+            if each.pauses:
+                each.pauses -= 1
+                with contextlib.suppress(EngineError):
+                    each.engine.resume()
 
 
 def _ending(delivered: Sequence[int], params: SamplingParams, room: int) -> FinishReason | None:
@@ -286,6 +320,14 @@ def _ending(delivered: Sequence[int], params: SamplingParams, room: int) -> Fini
 
 def _told(failures: Mapping[_Member, Exception]) -> str:
     return "; ".join(f"{member}: {error}" for member, error in failures.items())
+
+
+def _counts(stats: EngineStats, sign: int) -> EngineStats:
+    """What only grows."""
+    return EngineStats(
+        sampled_tokens=sign * stats.sampled_tokens, prefilled_tokens=sign * stats.prefilled_tokens,
+        reused_tokens=sign * stats.reused_tokens, extra={name: sign * value for name, value in stats.extra.items()},
+    )  # fmt: skip
 
 
 def _sum(parts: Sequence[EngineStats]) -> EngineStats:

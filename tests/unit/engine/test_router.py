@@ -140,7 +140,7 @@ def test_it_says_that_none_came_back() -> None:
     engine = FailingEngine()
     router = Router([engine], patience_s=0.01)
     router._members[0].draining = True
-    with pytest.raises(EngineError, match=r"no engine came back within 0 s \(engine 0: draining\)"):
+    with pytest.raises(EngineError, match=r"no engine came back within 0\.01 s \(engine 0: draining\)"):
         run(read(router))
 
 

@@ -1,0 +1,1 @@
+"""SGLang: a client of its server's own API."""
