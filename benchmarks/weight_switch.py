@@ -21,6 +21,7 @@ import asyncio
 import statistics
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +114,7 @@ def change_and_publish(module: Any, publisher: Publisher, settings: PublisherSet
 
 
 def wrong(versions: list[int], before: int, after: int) -> int:
-    falling = sum(second < first for first, second in zip(versions, versions[1:], strict=False))
+    falling = sum(second < first for first, second in pairwise(versions))
     return falling + sum(not before <= version <= after for version in versions)
 
 

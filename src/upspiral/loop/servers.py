@@ -9,6 +9,7 @@ from upspiral.config.models import RunConfig, ServerConfig
 from upspiral.engine.base import UpdatableEngine
 from upspiral.engine.kept import KeptEngine
 from upspiral.engine.router import Router
+from upspiral.engine.sglang.client import SglangEngine
 from upspiral.engine.vllm.client import VllmEngine
 from upspiral.engine.vllm.environment import vllm_python
 from upspiral.engine.vllm.server import ServerSettings, VllmServer
@@ -52,6 +53,5 @@ def servers(config: RunConfig, model_folder: Path, logs: Path, *, cpu: bool, thr
 
 def _client(config: RunConfig, url: str, key: str) -> UpdatableEngine:
     tolerance = 0.005 if config.model.dtype == "float32" else 0.25
-    if config.engine.kind == "vllm":
-        return VllmEngine(url, key=key, probe_tolerance=tolerance)
-    raise ConfigError(f"engine.server.urls: there is no client for engine.kind = {config.engine.kind!r}")
+    client = VllmEngine if config.engine.kind == "vllm" else SglangEngine
+    return client(url, key=key, probe_tolerance=tolerance)
