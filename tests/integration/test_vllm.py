@@ -91,8 +91,8 @@ def test_weights_are_switched_and_every_token_says_by_which_it_was_sampled(famil
                 await agrees(engine, trainer, version)
             await engine.update_weights(trainer.publish(4))  # again: nothing happens
             await goes_on_over_a_switch(engine, trainer)
-            await notices_what_it_did_not_adopt(engine, trainer)
             await refuses_and_frees(engine)
+            await notices_what_it_did_not_adopt(engine, trainer)
 
     asyncio.run(asyncio.wait_for(check(), DEADLINE_S))
 
@@ -117,7 +117,7 @@ async def goes_on_over_a_switch(engine: VllmEngine, trainer: Trainer) -> None:
 
 
 async def notices_what_it_did_not_adopt(engine: VllmEngine, trainer: Trainer) -> None:
-    """A publication whose probe is that of other weights."""
+    """A publication whose probe is that of other weights: nothing is sampled until there is a right one."""
     tied = trainer.module.config.tie_word_embeddings
     tensors = [(n, t.clone()) for n, t in hugging_face_tensors(trainer.module.named_parameters(), tied=tied)]
     trainer.change()
@@ -125,6 +125,10 @@ async def notices_what_it_did_not_adopt(engine: VllmEngine, trainer: Trainer) ->
     wrong = trainer._publisher.publish(tensors, 6, trainer.settings, probe=probe)
     with pytest.raises(EngineError, match="answers as if it had not adopted version 6"):
         await engine.update_weights(wrong)
+    with pytest.raises(EngineError, match="version 6"):
+        await sampled(engine)
+    await engine.update_weights(trainer.publish(6))
+    await agrees(engine, trainer, 6)
 
 
 async def refuses_and_frees(engine: VllmEngine) -> None:

