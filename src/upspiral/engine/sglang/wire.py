@@ -108,8 +108,6 @@ class Reader:
     def _piece(self, meta: dict[str, Any]) -> Piece:
         ended, why = _ending(meta.get("finish_reason"))
         total = meta.get("completion_tokens", self._count)
-        if ended == "abort":  # one that was waiting says 0, whatever it had before
-            total = max(total, self._count)
         entries = self._new(meta, "output_token_logprobs", total)
         token_ids = [int(entry[1]) for entry in entries]
         logprobs, kept = [float(entry[0]) for entry in entries], list[NDArray[np.int32] | None]()
