@@ -91,6 +91,18 @@ def children_of(process: int) -> list[int]:
     return [each for each in found if not _is_zombie(each)]
 
 
+def agents_of(keeper: int) -> list[int]:
+    """Its children in a world of their own; the one that they are forked from is not."""
+    return [each for each in children_of(keeper) if _pid_namespace(each) != _pid_namespace(keeper)]
+
+
+def _pid_namespace(process: int) -> str:
+    try:
+        return os.readlink(f"/proc/{process}/ns/pid")
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
+
+
 def _is_zombie(process: int) -> bool:
     try:
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "Z"

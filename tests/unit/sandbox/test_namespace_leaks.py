@@ -15,6 +15,7 @@ import pytest
 
 from tests.unit.sandbox.namespace_stage import (
     TIMEOUT_S,
+    agents_of,
     assert_nothing_is_left,
     children_of,
     control_groups_of,
@@ -165,7 +166,7 @@ def test_a_killed_agent_is_an_error_and_leaves_nothing(tmp_path: Path) -> None:
     async def check(backend: NamespaceBackend) -> None:
         (keeper,) = keepers()
         async with backend.acquire(SandboxSpec()) as sandbox:
-            (agent,) = children_of(keeper)
+            (agent,) = agents_of(keeper)
             running = asyncio.create_task(sandbox.exec(f"sleep {SLEEP_S}", timeout_s=TIMEOUT_S))
             await asyncio.sleep(0.2)
             os.kill(agent, signal.SIGKILL)
@@ -173,7 +174,21 @@ def test_a_killed_agent_is_an_error_and_leaves_nothing(tmp_path: Path) -> None:
                 await running
             with pytest.raises(SandboxError):
                 await sandbox.read("x")
-        wait_until(lambda: (sleepers(), children_of(keeper)) == ([], []))
+        wait_until(lambda: (sleepers(), agents_of(keeper)) == ([], []))
+
+    in_backend(check, tmp_path)
+
+
+def test_sandboxes_are_forked_from_another_process_when_that_was_killed(tmp_path: Path) -> None:
+    async def check(backend: NamespaceBackend) -> None:
+        (keeper,) = keepers()
+        async with backend.acquire(SandboxSpec()) as first:
+            (mould,) = set(children_of(keeper)) - set(agents_of(keeper))
+            os.kill(mould, signal.SIGKILL)
+            async with backend.acquire(SandboxSpec()) as second:
+                for sandbox in (first, second):
+                    assert (await sandbox.exec("echo alive", timeout_s=TIMEOUT_S)).stdout == b"alive\n"
+            assert mould not in children_of(keeper)
 
     in_backend(check, tmp_path)
 
@@ -207,10 +222,10 @@ def test_whoever_gives_up_while_a_sandbox_is_made_leaves_nothing(tmp_path: Path)
         for _ in range(4):
             await asyncio.gather(*(one(backend, chance.random() * 0.1) for _ in range(16)))
         for _ in range(100):
-            if children_of(keeper) == []:
+            if agents_of(keeper) == []:
                 break
             await asyncio.sleep(0.05)
-        assert (children_of(keeper), sleepers()) == ([], [])
+        assert (agents_of(keeper), sleepers()) == ([], [])
         below = [each for group in control_groups_of(os.getpid()) for each in group.iterdir() if each.is_dir()]
         assert below == []
 

@@ -31,8 +31,9 @@ def serve(connection: socket.socket, settings: Settings, listener: socket.socket
     """
     gc.freeze()  # a collection would write to every page that is shared with a keeper, which should have made one
     os.umask(0o022)
-    with contextlib.suppress(OSError):  # commands will say so
-        os.makedirs(settings.workspace, exist_ok=True)
+    if not os.path.exists(settings.workspace):
+        with contextlib.suppress(OSError):  # commands will say so
+            os.makedirs(settings.workspace)
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # each command that left something behind holds two
     agent = Agent(settings, OPERATIONS, listener)

@@ -32,27 +32,34 @@ class Group:
     freezer: str
     """The file that is written to stop and to go on."""
 
-    def clone(self, namespaces: int = 0) -> int:
-        """Forks (`syscalls.clone`); the child is to `enter`.
+    def open_birthplace(self) -> int | None:
+        """A folder for `syscalls.clone` (version 2). None: the child is to `enter`.
 
         Whoever moves another process waits until no processor can be amid a fork any more, which takes 10 ms and more.
         Neither who is born in a group nor who moves itself alone has to.
         """
+        return os.open(self.folders[0], os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC) if self._is_v2 else None
+
+    def clone(self) -> int:
+        """Forks (`syscalls.clone`); the child is to `enter`."""
         from upspiral.sandbox.namespace.keeper import syscalls  # of Linux; hosts import this module wherever they are
 
-        if not self._is_v2:
-            return syscalls.clone(namespaces)
-        folder = os.open(self.folders[0], os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        birthplace = self.open_birthplace()
         try:
-            return syscalls.clone(namespaces, folder)
+            return syscalls.clone(0, birthplace)
         finally:
-            os.close(folder)
+            if birthplace is not None:
+                os.close(birthplace)
+
+    @property
+    def entrances(self) -> Sequence[str]:
+        """Files to which a child that was not born in the group writes 0, before anything that counts. It must have one
+        thread."""
+        return () if self._is_v2 else [f"{folder}/tasks" for folder in self.folders]
 
     def enter(self) -> None:
-        """To be called by the child, which has one thread, before anything that counts."""
-        if not self._is_v2:
-            for folder in self.folders:
-                _write(f"{folder}/tasks", 0)
+        for entrance in self.entrances:
+            _write(entrance, 0)
 
     def freeze(self, deadline: float) -> None:
         """Returns when all of its processes have stopped."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +28,7 @@ class Identities:
     def __init__(self, free: Sequence[int]):
         """No free ids: there is but one, that of this process, which is 0 in the keeper's own namespace."""
         self._free = free
-        self._numbers = itertools.count(secrets.randbelow(len(free)) if free else 0)
+        self._numbers = itertools.count(int.from_bytes(os.urandom(8), "big") % len(free) if free else 0)
 
     @classmethod
     def of_this_process(cls) -> Identities:

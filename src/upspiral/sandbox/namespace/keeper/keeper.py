@@ -26,12 +26,12 @@ from upspiral.sandbox.namespace.keeper.control_groups import Allowance, Group, f
 from upspiral.sandbox.namespace.keeper.identity import Identities
 from upspiral.sandbox.namespace.keeper.live import LAST_WORDS_BYTES, Live, is_over
 from upspiral.sandbox.namespace.keeper.merged import OPAQUE
+from upspiral.sandbox.namespace.keeper.mould import Mould
 from upspiral.sandbox.namespace.keeper.order import Order
 from upspiral.sandbox.namespace.keeper.pause import paused, resume, runs_nothing_else
 from upspiral.sandbox.namespace.keeper.skeleton import MADE, make_dev, make_skeleton
 from upspiral.sandbox.namespace.keeper.stack import Layer, Stack
 from upspiral.sandbox.namespace.keeper.syscalls import MountFlag, Namespace
-from upspiral.sandbox.namespace.seccomp import filter_program
 
 _MAX_NAMES_BYTES = 64 << 20
 """Of names and attributes in a difference; of content there may be as much as the disk has room for."""
@@ -65,11 +65,11 @@ class Keeper:
         """Agents that waited in the kernel at the last look."""
         self._num_layers = 0
         self._most_descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        self._mould: Mould | None = None
         self._may_inspect = self._is_root and syscalls.has_capability(syscalls.CAP_SYS_PTRACE)
-        self._filter, self._filter_for_images = filter_program(), filter_program(pretends_to_give_away=True)
         try:
             self._enter(host["folder"])
-            self._programs = make_skeleton()
+            self._mould = Mould(launch.Sandboxing.of_this_machine(make_skeleton()))
             make_dev()
             for name in ("t", "layers"):
                 os.mkdir(name, 0o755)
@@ -223,24 +223,31 @@ class Keeper:
             allowance = Allowance(order.memory_bytes, order.processes, order.cpus)
             group = self._hierarchies.make(order.name, allowance)
         try:
-            process, here = self._clone(order, stack, agent, group)
+            plan = launch.Plan.of(order, stack, group).to_json()
+            try:
+                process, here = self._clone(plan, agent, group)
+            except ChildProcessError:  # a child that nobody knows of ends, since its line does
+                process, here = self._clone(plan, agent, group)
             return Live(order, stack, agent, process, here, when_ready, group=group)
         except OSError:
             if group is not None:
                 group.remove()
             raise
 
-    def _clone(self, order: Order, stack: Stack, agent: int, group: Group | None) -> tuple[int, socket.socket]:
+    def _clone(self, plan: bytes, agent: int, group: Group | None) -> tuple[int, socket.socket]:
         """The process, and this end of the line to it."""
-        has_image = len(stack.image) > 0
-        programs, filtering = (None, self._filter_for_images) if has_image else (self._programs, self._filter)
-        ground = launch.Ground.on(stack, programs, filtering)
+        assert self._mould is not None
         here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        process = syscalls.clone(launch.CLONED) if group is None else group.clone(launch.CLONED)
-        if process == 0:
-            launch.run_sandbox(order, ground, there, agent, group)
-        there.close()
-        return process, here
+        birthplace = None if group is None else group.open_birthplace()
+        try:
+            return self._mould.cast(plan, [there.fileno(), agent], birthplace), here
+        except OSError:
+            here.close()
+            raise
+        finally:
+            there.close()
+            if birthplace is not None:
+                os.close(birthplace)
 
     def _stack_for(self, order: Order) -> Stack:
         if order.snapshot is None:
@@ -332,6 +339,8 @@ class Keeper:
         deadline = time.monotonic() + _EXIT_TIMEOUT_S
         for each in self._asides:
             each.kill()
+        if self._mould is not None:
+            self._mould.end()
         for live in self._live.values():
             live.kill()
         for live in self._live.values():

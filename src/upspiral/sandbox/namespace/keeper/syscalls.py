@@ -12,12 +12,20 @@ import struct
 from enum import IntFlag
 
 _libc = ctypes.PyDLL(None, use_errno=True)
+_before_fork, _after_fork_in_child, _after_fork_in_parent = (
+    getattr(ctypes.pythonapi, f"PyOS_{name}Fork{whom}")
+    for name, whom in (("Before", ""), ("After", "_Child"), ("After", "_Parent"))
+)
+# Looked up here, once: what a sandbox does for the first time it does in memory of its own.
+_syscall, _mount, _unmount, _unshare, _prctl, _sethostname = (
+    _libc.syscall, _libc.mount, _libc.umount2, _libc.unshare, _libc.prctl, _libc.sethostname,
+)  # fmt: skip
 _libc.prctl.argtypes = [ctypes.c_int, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong]
 _ARCHITECTURE = {"x86_64": 0, "aarch64": 1}.get(platform.machine(), 0)
 _CLONE, _PIVOT_ROOT, _CAPSET = ((56, 220)[_ARCHITECTURE], (155, 41)[_ARCHITECTURE], (126, 91)[_ARCHITECTURE])
 _OPEN_TREE, _MOVE_MOUNT, _CLONE3, _CLOSE_RANGE, _MOUNT_SETATTR = 428, 429, 435, 436, 442
 _SIGCHLD = 17
-_CLONE_INTO_CGROUP = 0x200000000
+_CLONE_PARENT, _CLONE_INTO_CGROUP = 0x8000, 0x200000000
 
 _AT_FDCWD = -100
 _AT_EMPTY_PATH, _AT_RECURSIVE = 0x1000, 0x8000
@@ -25,7 +33,7 @@ _OPEN_TREE_CLONE, _OPEN_TREE_CLOEXEC = 1, os.O_CLOEXEC
 _MOVE_MOUNT_FROM_EMPTY_PATH = 4
 _MOUNT_ATTR_RDONLY, _MOUNT_ATTR_NOSUID, _MOUNT_ATTR_NODEV, _MOUNT_ATTR_IDMAP = 1, 2, 4, 0x100000
 _MNT_DETACH = 2
-_CAPABILITY_VERSION_3 = 0x20080522
+_OWN_CAPABILITIES, _NO_CAPABILITIES = struct.pack("=Ii", 0x20080522, 0), bytes(24)
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_SECCOMP, _PR_CAPBSET_DROP = 1, 4, 22, 24
 _PR_SET_NO_NEW_PRIVS, _PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL = 38, 47, 4
 _SECCOMP_MODE_FILTER = 2
@@ -53,37 +61,38 @@ class MountFlag(IntFlag):
     PRIVATE = 1 << 18
 
 
-def _check(result: int, what: str) -> int:
+def _check(result: int, what: str, flags: IntFlag | None = None) -> int:
     if result < 0:
         code = ctypes.get_errno()
-        raise OSError(code, f"{what}: {os.strerror(code)}")
+        raise OSError(code, f"{what}{'' if flags is None else f' {flags!r}'}: {os.strerror(code)}")
     return result
 
 
-def clone(namespaces: int, control_group: int | None = None) -> int:
+def clone(namespaces: int, control_group: int | None = None, *, for_parent: bool = False) -> int:
     """Forks, with the child in new namespaces and in the control group (version 2) of an open folder at once. Returns 0
-    in the child, else the child's id.
+    in the child, else the child's id. `for_parent`: it becomes a child of this process' own parent.
 
     One fork where unshare needs two: only children come into a new pid namespace. To be called from the one thread.
     """
-    ctypes.pythonapi.PyOS_BeforeFork()
+    flags, signal = (namespaces | _CLONE_PARENT, 0) if for_parent else (namespaces, _SIGCHLD)
+    _before_fork()
     if control_group is None:
-        process = _libc.syscall(_CLONE, ctypes.c_ulong(namespaces | _SIGCHLD), None, None, None, None)
+        process = _syscall(_CLONE, ctypes.c_ulong(flags | signal), None, None, None, None)
     else:
-        wanted = struct.pack("=11Q", namespaces | _CLONE_INTO_CGROUP, 0, 0, 0, _SIGCHLD, *[0] * 5, control_group)
-        process = _libc.syscall(_CLONE3, wanted, ctypes.c_size_t(len(wanted)))
-    code = ctypes.get_errno()
+        wanted = struct.pack("=11Q", flags | _CLONE_INTO_CGROUP, 0, 0, 0, signal, *[0] * 5, control_group)
+        process = _syscall(_CLONE3, wanted, ctypes.c_size_t(len(wanted)))
     if process == 0:
-        ctypes.pythonapi.PyOS_AfterFork_Child()
+        _after_fork_in_child()
         return 0
-    ctypes.pythonapi.PyOS_AfterFork_Parent()
+    _after_fork_in_parent()
     if process < 0:
+        code = ctypes.get_errno()
         raise OSError(code, f"clone {Namespace(namespaces)!r}: {os.strerror(code)}")
     return process
 
 
 def unshare(namespaces: Namespace) -> None:
-    _check(_libc.unshare(int(namespaces)), f"unshare {namespaces!r}")
+    _check(_unshare(int(namespaces)), "unshare", namespaces)
 
 
 def enter(namespace: int, kind: Namespace) -> None:
@@ -92,7 +101,7 @@ def enter(namespace: int, kind: Namespace) -> None:
 
 
 def mount(source: str, target: str, kind: str, flags: MountFlag | int = 0, options: str = "") -> None:
-    result = _libc.mount(
+    result = _mount(
         source.encode(), os.fsencode(target), kind.encode(), ctypes.c_ulong(int(flags)), options.encode() or None
     )
     _check(result, f"mount {kind or source} at {target}" + (f" with {options}" if options else ""))
@@ -101,28 +110,28 @@ def mount(source: str, target: str, kind: str, flags: MountFlag | int = 0, optio
 def bind(source: str, target: str) -> None:
     """The tree of mounts at `source`, seen at `target`, too."""
     flags = ctypes.c_ulong(MountFlag.BIND | MountFlag.RECURSIVE)
-    _check(_libc.mount(os.fsencode(source), os.fsencode(target), None, flags, None), f"bind {source} at {target}")
+    _check(_mount(os.fsencode(source), os.fsencode(target), None, flags, None), f"bind {source} at {target}")
 
 
 def make_private(target: str) -> None:
     flags = ctypes.c_ulong(MountFlag.PRIVATE | MountFlag.RECURSIVE)
-    _check(_libc.mount(None, os.fsencode(target), None, flags, None), f"make {target} private")
+    _check(_mount(None, os.fsencode(target), None, flags, None), f"make {target} private")
 
 
 def unmount(target: str) -> None:
     """At once for new users; the kernel frees it when the last open file is closed."""
-    _check(_libc.umount2(os.fsencode(target), _MNT_DETACH), f"unmount {target}")
+    _check(_unmount(os.fsencode(target), _MNT_DETACH), f"unmount {target}")
 
 
 def clone_tree(path: str) -> int:
     """A descriptor of a copy of the mounts from `path` down. They go when the last descriptor is closed."""
     flags = _OPEN_TREE_CLONE | _OPEN_TREE_CLOEXEC | _AT_RECURSIVE
-    return _check(_libc.syscall(_OPEN_TREE, _AT_FDCWD, os.fsencode(path), flags), f"open_tree {path}")
+    return _check(_syscall(_OPEN_TREE, _AT_FDCWD, os.fsencode(path), flags), f"open_tree {path}")
 
 
 def attach(tree: int, target: str) -> None:
     """Puts the mounts of a descriptor at a path. They then live as long as the mount namespace."""
-    result = _libc.syscall(_MOVE_MOUNT, tree, b"", _AT_FDCWD, os.fsencode(target), _MOVE_MOUNT_FROM_EMPTY_PATH)
+    result = _syscall(_MOVE_MOUNT, tree, b"", _AT_FDCWD, os.fsencode(target), _MOVE_MOUNT_FROM_EMPTY_PATH)
     _check(result, f"move_mount to {target}")
 
 
@@ -139,13 +148,13 @@ def map_owners(tree: int, user_namespace: int) -> None:
 def _set_attributes(tree: int, attributes: int, user_namespace: int) -> None:
     wanted = struct.pack("=QQQQ", attributes, 0, 0, user_namespace)
     flags = _AT_EMPTY_PATH | _AT_RECURSIVE
-    result = _libc.syscall(_MOUNT_SETATTR, tree, b"", flags, wanted, len(wanted))
+    result = _syscall(_MOUNT_SETATTR, tree, b"", flags, wanted, len(wanted))
     _check(result, f"mount_setattr {attributes:#x}")
 
 
 def pivot_root() -> None:
     """Makes the working directory, which must be a mount, the root; the old one stays the working directory."""
-    _check(_libc.syscall(_PIVOT_ROOT, b".", b"."), "pivot_root")
+    _check(_syscall(_PIVOT_ROOT, b".", b"."), "pivot_root")
 
 
 def drop_old_root() -> None:
@@ -155,20 +164,20 @@ def drop_old_root() -> None:
 
 
 def set_hostname(name: str) -> None:
-    _check(_libc.sethostname(name.encode(), len(name.encode())), "sethostname")
+    _check(_sethostname(name.encode(), len(name.encode())), "sethostname")
 
 
 def close_from(first: int, kept: set[int]) -> None:
     """Closes every descriptor from `first` on but those."""
     for descriptor in sorted(kept):
         if descriptor > first:
-            _check(_libc.syscall(_CLOSE_RANGE, first, descriptor - 1, 0), "close_range")
+            _check(_syscall(_CLOSE_RANGE, first, descriptor - 1, 0), "close_range")
         first = max(first, descriptor + 1)
-    _check(_libc.syscall(_CLOSE_RANGE, first, ctypes.c_uint(-1), 0), "close_range")
+    _check(_syscall(_CLOSE_RANGE, first, ctypes.c_uint(-1), 0), "close_range")
 
 
 def _control(option: int, first: int = 0, second: int = 0) -> int:
-    return _libc.prctl(option, first, second, 0, 0)
+    return _prctl(option, first, second, 0, 0)
 
 
 def die_with_parent(signal: int) -> None:
@@ -191,8 +200,7 @@ def drop_capabilities() -> None:
     while _control(_PR_CAPBSET_DROP, capability) == 0:
         capability += 1
     _check(_control(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL), "PR_CAP_AMBIENT")
-    header = struct.pack("=Ii", _CAPABILITY_VERSION_3, 0)
-    _check(_libc.syscall(_CAPSET, header, bytes(24)), "capset")
+    _check(_syscall(_CAPSET, _OWN_CAPABILITIES, _NO_CAPABILITIES), "capset")
 
 
 def has_capability(number: int) -> bool:
@@ -206,7 +214,13 @@ class _Program(ctypes.Structure):
     _fields_ = [("length", ctypes.c_ushort), ("instructions", ctypes.c_char_p)]
 
 
-def filter_system_calls(program: bytes) -> None:
-    """Installs a seccomp filter (`namespace/seccomp.py`); it holds for everything that descends from here."""
-    described = _Program(len(program) // 8, program)
-    _check(_control(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, ctypes.addressof(described)), "PR_SET_SECCOMP")
+class Filter:
+    """A seccomp filter (`namespace/seccomp.py`), laid out for the kernel beforehand."""
+
+    def __init__(self, program: bytes):
+        self._described = _Program(len(program) // 8, program)
+        self._address = ctypes.addressof(self._described)
+
+    def install(self) -> None:
+        """For this process and everything that will descend from it."""
+        _check(_control(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, self._address), "PR_SET_SECCOMP")
