@@ -58,7 +58,12 @@ def _of_other_engines(config: RunConfig) -> dict[str, str]:
 
 def _of_other_trainers(config: RunConfig) -> dict[str, str]:
     kind = config.trainer.kind
-    used = {"local": (), "deepspeed": ("ranks", "zero_stage")}.get(kind, ("ranks", "tensor", "expert"))
+    used = {
+        "local": (),
+        "fsdp": ("ranks", "tensor", "expert"),
+        "deepspeed": ("ranks", "zero_stage"),
+        "megatron": ("ranks", "tensor"),
+    }[kind]
     return {
         f"trainer.parallel.{name}": f'trainer.kind = "{kind}" does not divide a model so; drop this key'
         for name in ("ranks", "tensor", "expert", "zero_stage")
@@ -77,6 +82,11 @@ def contradictions(config: RunConfig) -> Iterator[tuple[str, str]]:
     algorithm, trainer, steps = config.algorithm, config.trainer, config.steps
     if config.engine.kind == "scripted":
         yield "engine.kind", 'a scripted engine has no weights, so there is nothing to learn; use "embedded" here'
+    if config.engine.kind in SERVERS and config.engine.routes == "replay":
+        yield (
+            "engine.routes",
+            f'no run asks engine.kind = "{config.engine.kind}" for routes yet; use "free" or "embedded"',
+        )
     if trainer.kind != "local" and trainer.lora is not None:
         yield "trainer.lora", f'trainer.kind = "{trainer.kind}" trains whole weights; drop the section or use "local"'
     if trainer.kind != "local" and trainer.master_weights == "none":

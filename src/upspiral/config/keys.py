@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
+from difflib import SequenceMatcher, get_close_matches
 from functools import cache
 from types import MappingProxyType, UnionType
 from typing import Any, get_args
@@ -42,9 +42,10 @@ def nearest_keys(name: str) -> list[str]:
     names = list(all_keys())
     section, _, leaf = name.rpartition(".")
     neighbours = [each for each in names if each.rpartition(".")[0] == section]
-    typed = get_close_matches(leaf, [each.rpartition(".")[2] for each in neighbours], n=1, cutoff=0.8)
+    typed = get_close_matches(leaf, [each.rpartition(".")[2] for each in neighbours], cutoff=0.8)
     if section and typed:
-        return [f"{section}.{typed[0]}"]
+        closeness = {each: SequenceMatcher(None, each, leaf).ratio() for each in typed}
+        return [f"{section}.{each}" for each in typed if closeness[each] == max(closeness.values())]
     same_leaf = [each for each in names if each.rpartition(".")[2] == leaf]
     close_section = get_close_matches(section, sections(), n=1) if section else []
     if close_section and f"{close_section[0]}.{leaf}" in same_leaf:

@@ -280,7 +280,7 @@ class ParallelConfig(_Section):
     tensor: PositiveInt = 1
     """Over how many ranks each matrix is divided ("fsdp", "megatron")."""
     expert: PositiveInt = 1
-    """Over how many ranks the experts of a layer are divided ("fsdp", "megatron"); they are also data parallel."""
+    """Over how many ranks the experts of a layer are divided ("fsdp"); they are also data parallel."""
     zero_stage: Annotated[int, Field(ge=1, le=3)] = 2
     """For "deepspeed", what is divided: 1 optimizer states, 2 gradients as well, 3 weights as well."""
 
