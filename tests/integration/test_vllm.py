@@ -9,6 +9,7 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -17,11 +18,17 @@ import pytest
 torch = pytest.importorskip("torch", reason="needs the [train] extra")
 
 from tests.fixtures.publishing_trainer import PublishingTrainer
+from tests.fixtures.tiny_model import make_model
+from tests.integration.test_loop import recipe, steps_of
+from upspiral.config.loader import load_run_config
 from upspiral.engine.kept import KeptEngine
 from upspiral.engine.vllm.client import VllmEngine
 from upspiral.engine.vllm.environment import is_installed, vllm_python
 from upspiral.engine.vllm.server import ServerSettings, VllmServer
 from upspiral.errors import ContextLengthError, EngineError, EngineGoneError, RequestError
+from upspiral.loop.run import run_training
+from upspiral.monitor.progress import LiveProgress
+from upspiral.trajectory.store import TrajectoryStore
 from upspiral.types import SamplingParams
 from upspiral.weights.names import hugging_face_tensors
 from upspiral.weights.probe import measured_probe
@@ -235,3 +242,23 @@ def test_a_server_that_cannot_start_says_why(tmp_path: Path) -> None:
     settings = settings_of(tmp_path / "nowhere", tmp_path / "vllm.log")
     with pytest.raises(EngineError, match=r"(?s)vLLM's server did not start \(exit code 1\); the end of .*nowhere"):
         asyncio.run(VllmServer(settings).start())
+
+
+def test_a_run_whose_rollouts_are_on_vllm_learns(tmp_path: Path) -> None:
+    """Rewards rise, the ledger closes, tokens carry the version of their step, engine and trainer agree."""
+    model = make_model(tmp_path / "model", hidden=128)
+    file = recipe(tmp_path, model, steps=8)
+    file.write_text(file.read_text().replace("cache_slots = 64\n", ""))
+    config = load_run_config(file, {"engine.kind": "vllm", "engine.server.arguments": '["--enforce-eager"]'})
+    folder = tmp_path / "run"
+    run_training(config, folder, resume=False, progress=LiveProgress("tiny", 8, quiet=True))
+    steps = steps_of(folder)
+    rewards = [line["reward_mean"] for line in steps]
+    assert len(steps) == 8 and fmean(rewards[-3:]) > fmean(rewards[:3]) + 0.2, rewards
+    assert all(line["ledger"]["difference"] == 0 for line in steps)
+    assert all(line["mismatch_max_abs"] < 1e-3 for line in steps if line["trained_tokens"]), "float32 must agree"
+    store = TrajectoryStore(folder / "trajectories.db", create=False)
+    for rollout in store.rollouts(split="train"):
+        graph = store.graph(rollout.id)
+        assert {int(v) for node in graph.nodes for v in node.versions[node.sampled]} == {rollout.step - 1}
+    store.close()
