@@ -68,6 +68,9 @@ class ServerSettings:
             "--worker-extension-cls": "worker.Worker",
         }
         words = [word for flag in flags.items() for word in flag]
+        if self.cpu:
+            # On a CPU, vLLM 0.32.0 dies of a prompt with a seed that it computes in parts.
+            words += ["--no-enable-chunked-prefill", "--max-num-batched-tokens", str(max(2048, self.context_length))]
         return [*words, "--enable-scale-out", "--disable-uvicorn-access-log", *self.arguments]
 
     def variables(self, inside: str) -> Mapping[str, str]:
