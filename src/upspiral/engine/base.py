@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 from upspiral.types import FinishReason, SamplingParams
 from upspiral.weights.publication import Publication
 
+UNPUBLISHED_VERSION = -1
+"""Of an engine that has the model's folder and to which nothing was published: the first publication is version 0."""
 TokenIds = Sequence[int] | NDArray[np.int32]
 """[T] the ids of a prompt."""
 

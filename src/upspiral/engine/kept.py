@@ -21,7 +21,7 @@ class EngineHome(Protocol):
     """A process with an engine."""
 
     async def start(self) -> UpdatableEngine:
-        """Starts the process and a client of its engine, which samples from the model's own folder, as version 0."""
+        """Starts the process and a client of its engine, which samples from the model's own folder."""
         ...
 
     async def gone(self) -> str:

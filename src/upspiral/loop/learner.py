@@ -26,10 +26,14 @@ class Learner(Protocol):
     """Called by one task at a time."""
 
     async def step(
-        self, batches: Sequence[ForestBatch], *, version: int, kind: StepKind, lr: float | None = None
+        self, batches: Sequence[ForestBatch], *, version: int | None, kind: StepKind, lr: float | None = None
     ) -> StepMetrics:
         """Gradient and optimizer steps over the batches. Afterwards the engine has the new weights, and no token was
-        sampled from them under an old version."""
+        sampled from them under an old version. `version` None: nobody samples before `publish`."""
+        ...
+
+    async def publish(self, version: int) -> None:
+        """Gives the engine the weights as they are."""
         ...
 
     async def load(self, checkpoint: Path, *, version: int) -> None:
@@ -52,14 +56,18 @@ class SharedLearner:
         self._trainer, self._engine = trainer, engine
 
     async def step(
-        self, batches: Sequence[ForestBatch], *, version: int, kind: StepKind, lr: float | None = None
+        self, batches: Sequence[ForestBatch], *, version: int | None, kind: StepKind, lr: float | None = None
     ) -> StepMetrics:
         def train_and_publish() -> StepMetrics:
             metrics = self._trainer.step(batches, kind=kind, lr=lr)
-            self._engine.publish(version)
+            if version is not None:
+                self._engine.publish(version)
             return metrics
 
         return await self._engine.exclusive(train_and_publish)
+
+    async def publish(self, version: int) -> None:
+        await self._engine.exclusive(lambda: self._engine.publish(version))
 
     async def load(self, checkpoint: Path, *, version: int) -> None:
         await asyncio.to_thread(check_checkpoint, checkpoint)
@@ -90,16 +98,17 @@ class PublishingLearner:
         self._thread = ThreadPoolExecutor(1, "trainer", initializer=use_threads, initargs=(threads,))
 
     async def step(
-        self, batches: Sequence[ForestBatch], *, version: int, kind: StepKind, lr: float | None = None
+        self, batches: Sequence[ForestBatch], *, version: int | None, kind: StepKind, lr: float | None = None
     ) -> StepMetrics:
         metrics = await self._run(lambda: self._trainer.step(batches, kind=kind, lr=lr))
-        await self._publish(version)
+        if version is not None:
+            await self.publish(version)
         return metrics
 
     async def load(self, checkpoint: Path, *, version: int) -> None:
         await asyncio.to_thread(check_checkpoint, checkpoint)
         await self._run(lambda: self._trainer.load(checkpoint))
-        await self._publish(version)
+        await self.publish(version)
 
     async def save(self, checkpoints: Path, step: int, *, keep: int) -> None:
         await self._run(lambda: save_checkpoint(checkpoints, step, self._trainer.save, keep=keep))
@@ -107,7 +116,7 @@ class PublishingLearner:
     async def forget_moments(self) -> None:
         await self._run(self._trainer.forget_moments)
 
-    async def _publish(self, version: int) -> None:
+    async def publish(self, version: int) -> None:
         try:
             await self._adopt(self._settings, version)
         except StaleBaseError:  # an engine that was started again has nothing that a difference could be added to

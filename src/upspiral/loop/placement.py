@@ -14,7 +14,7 @@ from typing import Literal, Protocol
 import torch
 
 from upspiral.config.models import ParallelConfig, RunConfig
-from upspiral.engine.base import Engine, UpdatableEngine
+from upspiral.engine.base import UNPUBLISHED_VERSION, Engine, UpdatableEngine
 from upspiral.engine.embedded.engine import EmbeddedEngine
 from upspiral.errors import ConfigError
 from upspiral.loop.learner import Learner, PublishingLearner, SharedLearner
@@ -45,7 +45,7 @@ class Placement(Protocol):
     """A place for what does not share the memory of the run."""
 
     async def engine(self, setting: Setting) -> UpdatableEngine:
-        """The engine, started, with the weights of the model's folder as version 0."""
+        """The engine, started, with the weights of the model's folder, as UNPUBLISHED_VERSION."""
         ...
 
     async def ranks(self, count: int, setting: Setting) -> Sequence[Rank]:
@@ -65,6 +65,7 @@ class ThisMachine:
         threads, cpu = num_threads(config), device_of(config) == "cpu"
         if config.engine.kind == "embedded":
             engine = EmbeddedEngine(load(setting), config.engine, seed=config.seed, threads=threads)
+            engine.publish(UNPUBLISHED_VERSION)
         else:
             engine = servers(config, setting.model_folder, setting.folder / "logs", cpu=cpu, threads=threads)
         setting.stack.push_async_callback(engine.stop)

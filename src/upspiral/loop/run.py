@@ -137,7 +137,7 @@ class Run:
         )
 
     async def _optimize(
-        self, batches: Sequence[ForestBatch], *, version: int, kind: StepKind, lr: float | None = None
+        self, batches: Sequence[ForestBatch], *, version: int | None, kind: StepKind, lr: float | None = None
     ) -> dict[str, Any]:
         self._progress.phase("training", 0, len(batches))
 
@@ -165,6 +165,7 @@ class Run:
         checkpoint = latest_checkpoint(self._folder.checkpoints)
         if checkpoint is None:
             await self._warm_start()
+            await self._parts.learner.publish(0)
             await self._checkpoint(0)
             return 0
         done = step_of(checkpoint)
@@ -184,7 +185,7 @@ class Run:
         clock.lap("collect")
         losses = []
         for lr, batches in warm_start_steps(shown, self._config, lanes=num_lanes(self._config)):
-            trained = await self._optimize(batches, version=0, kind="sft", lr=lr)
+            trained = await self._optimize(batches, version=None, kind="sft", lr=lr)
             losses.append(trained["loss"])
         clock.lap("train")
         await self._parts.learner.forget_moments()

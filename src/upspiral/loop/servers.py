@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from upspiral.config.models import RunConfig, ServerConfig
-from upspiral.engine.base import UpdatableEngine
+from upspiral.engine.base import UNPUBLISHED_VERSION, UpdatableEngine
 from upspiral.engine.kept import KeptEngine
 from upspiral.engine.router import Router
 from upspiral.engine.sglang.client import SglangEngine
@@ -43,6 +43,7 @@ def servers(config: RunConfig, model_folder: Path, logs: Path, *, cpu: bool, thr
             threads=max(1, threads // server.replicas),
             arguments=server.arguments,
             start_timeout_s=server.start_timeout_s,
+            version=UNPUBLISHED_VERSION,
         )
         for number in range(server.replicas)
     ]
@@ -54,4 +55,4 @@ def servers(config: RunConfig, model_folder: Path, logs: Path, *, cpu: bool, thr
 def _client(config: RunConfig, url: str, key: str) -> UpdatableEngine:
     tolerance = 0.005 if config.model.dtype == "float32" else 0.25
     client = VllmEngine if config.engine.kind == "vllm" else SglangEngine
-    return client(url, key=key, probe_tolerance=tolerance)
+    return client(url, key=key, probe_tolerance=tolerance, version=UNPUBLISHED_VERSION)

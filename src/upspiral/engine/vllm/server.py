@@ -44,6 +44,8 @@ class ServerSettings:
     arguments: Sequence[str] = ()
     """Further ones, which win."""
     start_timeout_s: float = 600.0
+    version: int = 0
+    """Of the weights in the model's folder."""
 
     def check(self) -> None:
         """Raises ConfigError when there is no such environment."""
@@ -108,7 +110,7 @@ class VllmServer:
         port = _free_port()
         self._launch(port)
         tolerance = 0.005 if settings.dtype == "float32" else 0.25
-        client = VllmEngine(f"http://127.0.0.1:{port}", probe_tolerance=tolerance)
+        client = VllmEngine(f"http://127.0.0.1:{port}", probe_tolerance=tolerance, version=self._settings.version)
         try:
             await self._until_ready(client)
         except BaseException:
