@@ -66,7 +66,7 @@ def this_cpu() -> Device:
     source = np.ones(1 << 26, np.uint8)
     target = np.empty_like(source)
     copied = _rate(lambda: np.copyto(target, source), 2 * source.nbytes)
-    # Measured with our trainer and engine on an AMD EPYC of two cores; see benchmarks/plan.py.
+    # Shares by hand, from benchmarks/results/engine.json and docs/design/006: an AMD EPYC of two cores.
     return Device("cpu", memory, _product_rate(), copied, copied, trains=0.7, prefills=0.85, decodes=0.4)
 
 
