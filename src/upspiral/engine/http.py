@@ -42,6 +42,14 @@ class Server:
         """See `get`."""
         return await self._call("POST", path, body if body is not None else {}, deadline_s)
 
+    async def served_model(self) -> tuple[str, int]:
+        """Name and context length, as both vLLM and SGLang list them. Raises EngineError when none is listed."""
+        listed = await self.get("/v1/models")
+        try:
+            return str(listed["data"][0]["id"]), int(listed["data"][0]["max_model_len"])
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            raise EngineError(f"{self.url}/v1/models does not describe a model: {listed!r}") from error
+
     async def lines(self, path: str, body: Mapping[str, Any]) -> AsyncGenerator[Any]:
         """The JSON of each event of a stream of server-sent events; closing the generator ends the request. Raises as
         `get` does; EngineError also when the stream breaks."""

@@ -100,11 +100,7 @@ class VllmEngine:
 
     async def start(self) -> None:
         """Raises EngineError when the server does not answer, or lacks what is needed of it."""
-        listed = await self._server.get("/v1/models")
-        try:
-            self._model, self._context_length = listed["data"][0]["id"], int(listed["data"][0]["max_model_len"])
-        except (KeyError, IndexError, TypeError, ValueError) as error:
-            raise EngineError(f"{self._server.url}/v1/models does not describe a model: {listed!r}") from error
+        self._model, self._context_length = await self._server.served_model()
         await self._server.post("/update_weight_version", {"new_version": str(self._version)})
 
     async def stop(self) -> None:
