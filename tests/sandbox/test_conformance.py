@@ -319,8 +319,9 @@ def test_many_sandboxes_at_once(stage: Stage) -> None:
             await asyncio.gather(*(one(number) for number in range(12)))
             return len(os.listdir("/proc/self/fd"))
 
-        first, _, last = [await open_after_a_round() for _ in range(3)]
-        assert last <= first + 12, "connections to a server may be kept, but not one for each sandbox"
+        counts = [await open_after_a_round() for _ in range(8)]
+        # How many requests meet, and so how many connections are kept, is chance; one a sandbox would be 60 by now.
+        assert counts[-1] <= max(counts[:3]) + 24, f"connections to a server are kept, one for each sandbox: {counts}"
 
     stage.run_backend(check)
 
