@@ -292,7 +292,7 @@ def test_a_killed_publisher_leaves_only_whole_versions(model_folder: Path, root:
                 if not name.endswith(".partial"):
                     assert len(received(Receiver(), root / name)) == 20
                     seen += 1
-            print(line, file=child.stdin, flush=True)
+            print(line, end="", file=child.stdin, flush=True)  # a second line would let two publishers go
     finally:
         child.kill()
         child.wait(30)
