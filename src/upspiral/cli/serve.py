@@ -12,10 +12,11 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
+from upspiral.cli.engine_source import EngineSource
 from upspiral.engine.base import Engine
 from upspiral.errors import ConfigError
 
@@ -26,9 +27,7 @@ ADMIN_KEY_VARIABLE = "UPSPIRAL_ADMIN_KEY"
 INTERRUPTED = "interrupted: the gateway stopped before the rollout was finished"
 """Why a rollout is cancelled that nobody finished."""
 _SHORTEST_ADMIN_KEY = 16
-EngineKind = Literal["embedded", "scripted"]
-_CONTEXT_LENGTH, _MAX_RUNNING, _CACHE_SLOTS = 4096, 8, 16
-"""Agents from elsewhere bring long prompts; for a small model this cache still fits a laptop (1.5 GB at 135M)."""
+_EMBEDDED = EngineSource()
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,10 +50,9 @@ class Exposure:
 def serve(
     *,
     model: str = "smollm2-135m",
-    engine: EngineKind = "embedded",
-    script: Path | None = None,
     run: Path,
     port: int = 8000,
+    source: Annotated[EngineSource, Parameter(name="*")] = _EMBEDDED,
     exposure: Annotated[Exposure, Parameter(name="*")] = Exposure(),
 ) -> None:
     """Start the gateway alone. Prints one JSON line {"url", "admin_key"} when it is ready; Ctrl-C ends it.
@@ -66,23 +64,16 @@ def serve(
     ----------
     model
         A name from `upspiral model list`, a local Hugging Face folder, or a hub id.
-    engine
-        "embedded" samples from the model; "scripted" plays `--script`.
-    script
-        A file with one JSON line per answer: {"text": ...} or {"token_ids": [...]}. Needed by the scripted engine.
     run
         The folder that the trajectory store is written to.
     port
         The port to listen on; 0 takes a free one.
     """
-    if (engine == "scripted") != (script is not None):
-        raise ConfigError(
-            "--engine scripted needs --script FILE" if script is None else "--script FILE needs --engine scripted"
-        )
-    asyncio.run(_serve(model, script, run, port, exposure))
+    source.check()
+    asyncio.run(_serve(model, source, run, port, exposure))
 
 
-async def _serve(model: str, script: Path | None, run: Path, port: int, exposure: Exposure) -> None:
+async def _serve(model: str, source: EngineSource, run: Path, port: int, exposure: Exposure) -> None:
     # Imported here so that `upspiral --help` stays instant.
     from upspiral.gateway.collector import seldom_collected
     from upspiral.gateway.http import check_address, serve_app
@@ -98,12 +89,12 @@ async def _serve(model: str, script: Path | None, run: Path, port: int, exposure
         body_bytes=_at_least_one("--max-body-mb", exposure.max_body_mb) * 2**20,
         connections=_at_least_one("--max-connections", exposure.max_connections),
     )
-    folder = resolve_model(model, weights=script is None)
+    folder = resolve_model(model, weights=source.needs_weights)
     renderer = Renderer.from_folder(folder)
     renderer.check_append_only()
     stop = asyncio.Event()
-    async with _running(_scripted(script, renderer) if script else _embedded(folder)) as engine:
-        with _store(run) as store, seldom_collected():
+    with _store(run) as store, seldom_collected():
+        async with _running(source.make(folder, renderer, run)) as engine:
             gateway = Gateway(renderer, engine, store, model_name=model, admin_key=admin_key)
             async with serve_app(gateway.app, host=exposure.host, port=port, limits=limits) as url:
                 _stop_on_signals(stop)
@@ -173,29 +164,6 @@ async def _running(engine: Engine) -> AsyncIterator[Engine]:
         yield engine
     finally:
         await engine.stop()
-
-
-def _scripted(script: Path, renderer: Any) -> Engine:
-    from upspiral.engine.scripted import ScriptedEngine
-
-    return ScriptedEngine.from_file(script, encode=renderer.encode_answer)
-
-
-def _embedded(folder: Path) -> Engine:
-    try:
-        from upspiral.engine.embedded.engine import EmbeddedEngine
-        from upspiral.weights.load import load_model
-    except ModuleNotFoundError as error:
-        raise ConfigError(
-            f"--engine embedded needs {error.name}; install it with `pip install 'upspiral[train]'` or use "
-            "--engine scripted"
-        ) from error
-    from upspiral.config.models import EngineConfig, ModelConfig
-
-    loaded = load_model(folder, dtype=ModelConfig().dtype, device=ModelConfig().device)
-    context_length = min(_CONTEXT_LENGTH, loaded.config.max_position_embeddings)
-    config = EngineConfig(context_length=context_length, max_running=_MAX_RUNNING, cache_slots=_CACHE_SLOTS)
-    return EmbeddedEngine(loaded, config, seed=secrets.randbelow(2**31))
 
 
 def _stop_on_signals(stop: asyncio.Event) -> None:

@@ -113,6 +113,7 @@ def step_text(line: Mapping[str, Any], total_steps: int) -> str:
         f"reward {number(line.get('reward_mean'))}",
         f"signal {_signal(line)}",
         f"loss {number(line.get('loss'), 4)}",
+        f"mismatch {number(line.get('mismatch_mean_abs'), 4)}",
         f"{number(line.get('sampled_tokens_per_s'), 0)} tok/s",
         f"{number(_step_seconds(line), 1)} s",
         f"ledger {_ledger_state(ledger)}: {_ledger_sum(ledger)}",

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,6 +17,7 @@ import openai
 import pytest
 
 from tests.fixtures.tiny_model import make_tokenizer
+from upspiral.cli.engine_source import EngineSource
 from upspiral.cli.main import run_command
 from upspiral.cli.serve import ADMIN_KEY_VARIABLE, INTERRUPTED, Exposure, serve
 from upspiral.errors import ConfigError
@@ -42,8 +43,10 @@ def script(tmp_path: Path) -> Path:
 
 
 @contextmanager
-def serving(tmp_path: Path, **environment: str) -> Iterator[subprocess.Popen[str]]:
-    arguments = ["--model", str(tmp_path / "model"), "--engine", "scripted", "--script", str(tmp_path / "script.jsonl")]
+def serving(tmp_path: Path, *engine: str, **environment: str) -> Iterator[subprocess.Popen[str]]:
+    """`engine`: its flags; none: the script."""
+    engine = engine or ("--engine", "scripted", "--script", str(tmp_path / "script.jsonl"))
+    arguments = ["--model", str(tmp_path / "model"), *engine]
     command = [sys.executable, "-m", "upspiral", "serve", *arguments, "--run", str(tmp_path / "run"), "--port", "0"]
     variables = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3] / "src"), **environment}
     pipe = subprocess.PIPE
@@ -99,7 +102,7 @@ def test_what_a_killed_gateway_left_is_marked(tmp_path: Path, model: Path, scrip
     with serving(tmp_path) as process:
         ready(process)
         with pytest.raises(ConfigError, match="in use by another upspiral process"):
-            serve(model=str(model), engine="scripted", script=script, run=tmp_path / "run", port=0)
+            serve(model=str(model), source=EngineSource("scripted", script), run=tmp_path / "run", port=0)
         process.send_signal(signal.SIGTERM)
         assert process.stderr is not None
         assert "an earlier gateway left 2 unfinished rollouts in " in process.stderr.read()
@@ -122,7 +125,11 @@ def test_others_may_connect_only_with_a_key_that_somebody_chose(
         monkeypatch.setenv(ADMIN_KEY_VARIABLE, key)
         with pytest.raises(ConfigError, match=f"{ADMIN_KEY_VARIABLE} must have at least 16") as refusal:
             serve(
-                model=str(model), engine="scripted", script=script, run=tmp_path, port=0, exposure=Exposure(host=host)
+                model=str(model),
+                source=EngineSource("scripted", script),
+                run=tmp_path,
+                port=0,
+                exposure=Exposure(host=host),
             )
         assert key not in str(refusal.value)
 
@@ -130,20 +137,52 @@ def test_others_may_connect_only_with_a_key_that_somebody_chose(
 def test_limits_that_let_nobody_in(tmp_path: Path, model: Path, script: Path) -> None:
     for exposure in (Exposure(max_body_mb=0), Exposure(max_connections=-1)):
         with pytest.raises(ConfigError, match=r"--max-(body-mb|connections) \S+ lets nobody in"):
-            serve(model=str(model), engine="scripted", script=script, run=tmp_path, port=0, exposure=exposure)
+            serve(model=str(model), source=EngineSource("scripted", script), run=tmp_path, port=0, exposure=exposure)
 
 
-def test_what_cannot_work_is_said_first(tmp_path: Path, model: Path, script: Path) -> None:
-    with pytest.raises(ConfigError, match="--engine scripted needs --script"):
-        serve(model=str(model), engine="scripted", run=tmp_path)
-    with pytest.raises(ConfigError, match="--script FILE needs --engine scripted"):
-        serve(model=str(model), engine="embedded", script=script, run=tmp_path)
-    with socket.socket() as other:
-        other.bind(("127.0.0.1", 0))
-        other.listen()
-        port = other.getsockname()[1]
-        with pytest.raises(ConfigError, match=f"port {port} on 127.0.0.1 is in use"):
-            serve(model=str(model), engine="scripted", script=script, run=tmp_path, port=port)
-    script.write_text("oops\n")
-    with pytest.raises(ConfigError, match=r"script.jsonl line 1"):
-        serve(model=str(model), engine="scripted", script=script, run=tmp_path, port=0)
+URL = "http://127.0.0.1:9"
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        (EngineSource("scripted"), "--engine scripted needs --script"),
+        (EngineSource("embedded", Path("s.jsonl")), "--script FILE needs --engine scripted"),
+        (EngineSource("embedded", engine_url=(URL,)), f"--engine-url {URL} needs --engine vllm or"),
+        (EngineSource("sglang"), "--engine sglang needs --engine-url"),
+    ],
+)
+def test_what_cannot_work_is_said_first(source: EngineSource, said: str, tmp_path: Path, model: Path) -> None:
+    with pytest.raises(ConfigError, match=said):
+        serve(model=str(model), source=source, run=tmp_path)
+
+
+def test_a_server_that_does_not_answer_is_named(tmp_path: Path, model: Path, capsys: Any) -> None:
+    arguments = ["--model", str(model), "--engine", "vllm", "--engine-url", URL, "--run", str(tmp_path / "run")]
+    assert run_command(["serve", *arguments, "--port", "0"]) == 2
+    assert URL in capsys.readouterr().err
+
+
+def test_servers_that_run_already_answer(tmp_path: Path, model: Path) -> None:
+    """Here, one that keeps vLLM's contract. Each token comes with minus the server's one weight as its logprob."""
+    contract = pytest.importorskip("tests.fixtures.vllm_contract", reason="needs the [train] extra")
+    server = contract.ContractServer()
+    server.value = 0.25
+
+    def ask(url: str) -> None:
+        with serving(tmp_path, "--engine", "vllm", "--engine-url", url, "--engine-url", url) as process:
+            said = ready(process)
+            opened = open_rollout(said["url"], said["admin_key"])
+            client = openai.OpenAI(base_url=f"{said['url']}/v1", api_key=opened["key"], timeout=10)
+            client.chat.completions.create(model="m", messages=[{"role": "user", "content": "hi"}], max_tokens=5)
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(timeout=20) == 0
+        store = TrajectoryStore(tmp_path / "run" / "trajectories.db")
+        answer = list(store.graph(opened["rollout"]).nodes)[-1]
+        assert [*answer.logprobs[answer.sampled]] == [-0.25] * 5 and [*answer.versions[answer.sampled]] == [0] * 5
+
+    async def serve_and_ask() -> None:
+        async with contract.serving(server) as url:
+            await asyncio.to_thread(ask, url)
+
+    asyncio.run(serve_and_ask())

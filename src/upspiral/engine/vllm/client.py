@@ -85,6 +85,11 @@ class VllmEngine:
         self._mismatch = 0.0
 
     @property
+    def url(self) -> str:
+        """Of the server."""
+        return self._server.url
+
+    @property
     def context_length(self) -> int:
         return self._context_length
 

@@ -83,6 +83,8 @@ class ServerSettings:
             "VLLM_SERVER_DEV_MODE": "1",
             "VLLM_NO_USAGE_STATS": "1",
             "HF_HUB_OFFLINE": "1",
+            # After its 5 s, a busy server closes connections whose next request it has not read yet.
+            "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "3600",
         }
         if self.cpu:
             own |= {
