@@ -134,11 +134,14 @@ def test_it_dies_with_an_owner_that_is_killed(python: Path, tmp_path: Path) -> N
         (child,) = children(settings.log)
         server = psutil.Process(child).ppid()
         assert alive(server) and alive(child)
+        copy = Path(psutil.Process(server).cwd())
+        assert (copy / "serve.py").is_file()
     finally:
         owner.kill()
         owner.wait(DEADLINE_S)
         owner.stdout.close()
     until(lambda: not alive(server) and not alive(child))
+    assert not copy.exists()
 
 
 def test_a_server_that_does_not_start_says_why(python: Path, tmp_path: Path) -> None:

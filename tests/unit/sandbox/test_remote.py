@@ -250,6 +250,25 @@ def test_a_backend_whose_server_is_gone_stops_soon(monkeypatch: pytest.MonkeyPat
     asyncio.run(play())
 
 
+def test_who_waits_for_a_backend_that_is_stopped_is_told_so() -> None:
+    """And what is told is no error of a library: a rollout may be given up for it, and nothing else."""
+
+    async def play() -> None:
+        async with live_server(FakeBackend()) as live, cut_line(live.url) as line:
+            backend = await RemoteBackend(line.url, ALICE).connect()
+            line.is_down = True
+            line.cut()
+            waiting = asyncio.create_task(backend.acquire(SPEC).__aenter__())
+            await asyncio.sleep(0.3)
+            assert not waiting.done()
+            async with asyncio.timeout(10):
+                await backend.stop()
+                with pytest.raises(SandboxError, match="was closed"):
+                    await waiting
+
+    asyncio.run(play())
+
+
 def test_paths_that_are_no_text_are_told_as_removed() -> None:
     async def play() -> None:
         fake = FakeBackend()

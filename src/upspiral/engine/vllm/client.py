@@ -27,6 +27,8 @@ from upspiral.types import SamplingParams
 from upspiral.weights.publication import Publication
 
 UPDATE_DEADLINE_S = 600.0
+_TOKENS_AN_EVENT = 8
+"""After the first. An event costs the server's one Python thread, and ours, about the same however many it has."""
 
 
 @dataclass(eq=False)
@@ -234,6 +236,7 @@ class VllmEngine:
             "ignore_eos": True,  # what ends an answer is the gateway's to say
             "logprobs": 0,
             "detokenize": False,
+            "stream_interval": _TOKENS_AN_EVENT,
         }
         if params.seed is not None:
             sampling["seed"] = params.seed

@@ -38,6 +38,7 @@ class Api:
         self.url = url.rstrip("/")
         self._headers = {"authorization": f"Bearer {token}"}
         self._session: aiohttp.ClientSession | None = None
+        self._closed = False
 
     @property
     def session(self) -> aiohttp.ClientSession:
@@ -66,6 +67,8 @@ class Api:
         await self._ask("DELETE", path, None, ANSWER_S, repeat_s=repeat_s)
 
     async def close(self) -> None:
+        """What is asked meanwhile, or afterwards, is a SandboxError."""
+        self._closed = True
         if self._session is not None:
             await self._session.close()
 
@@ -107,6 +110,8 @@ class Api:
     async def _attempt(
         self, method: str, path: str, content: bytes | None, headers: dict[str, str], timeout_s: float
     ) -> bytes:
+        if self._closed:
+            raise SandboxError(f"{method} {path}: the connection to {self.url} was closed")
         timeout = aiohttp.ClientTimeout(total=max(0.01, timeout_s))
         async with self.session.request(
             method, self.url + path, data=content, headers=headers, timeout=timeout
