@@ -136,6 +136,22 @@ def test_a_server_that_ends_fails_what_is_under_way_and_all_that_follows() -> No
     run(check())
 
 
+def test_what_is_asked_of_a_server_that_ends_meanwhile_can_be_asked_of_the_next() -> None:
+    class Slow(FailingEngine):
+        async def sleep(self) -> None:
+            await asyncio.Event().wait()
+
+    async def check() -> None:
+        async with served(Slow()) as (client, server):
+            asking = asyncio.create_task(client.sleep())
+            await asyncio.sleep(0.02)
+            await server.stop()
+            with pytest.raises(EngineGoneError):
+                await asking
+
+    run(check())
+
+
 def test_who_has_another_key_is_turned_away() -> None:
     async def check() -> None:
         async with served(FailingEngine(), key="other"):

@@ -121,6 +121,10 @@ class RemoteEngine:
         try:
             self._send(frame(number))  # type: ignore[operator]
             await self._next(queue, UPDATE_DEADLINE_S, what)
+        except EngineError as error:
+            if self._gone:  # what was begun went with it
+                raise EngineGoneError(str(error)) from error
+            raise
         finally:
             del self._waiting[number]
 

@@ -106,8 +106,8 @@ class VllmEngine:
         return EngineStats(running=running, sampled_tokens=self._sampled, prefilled_tokens=self._prompted, extra=extra)
 
     async def start(self) -> None:
-        """Raises EngineError when the server does not answer, or lacks what is needed of it. One that still sleeps for a
-        run that was killed is woken by the first publication."""
+        """Raises EngineError when the server does not answer, or lacks what is needed of it. One that still sleeps for
+        a run that was killed is woken by the first publication."""
         self._model, self._context_length = await self._server.served_model()
         await self._server.post("/update_weight_version", {"new_version": str(self._version)})
         if (await self._server.get("/is_sleeping")).get("is_sleeping"):
