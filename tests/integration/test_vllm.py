@@ -100,6 +100,7 @@ def test_weights_are_switched_and_every_token_says_by_which_it_was_sampled(famil
             await goes_on_over_a_switch(engine, trainer)
             await refuses_and_frees(engine)
             await notices_what_it_did_not_adopt(engine, trainer)
+            await sleeps_while_the_trainer_computes(engine, trainer)
 
     asyncio.run(asyncio.wait_for(check(), DEADLINE_S))
 
@@ -136,6 +137,34 @@ async def notices_what_it_did_not_adopt(engine: VllmEngine, trainer: Trainer) ->
         await sampled(engine)
     await engine.update_weights(trainer.publish(6))
     await agrees(engine, trainer, 6)
+
+
+async def sleeps_while_the_trainer_computes(engine: VllmEngine, trainer: Trainer) -> None:
+    """Versions 6 and 7, by the calls that free memory on a GPU and none here. Ten are under way when it falls asleep;
+    their keys and values are gone, so the new weights compute their tokens again."""
+    counted = engine.stats().sampled_tokens
+    running = [asyncio.create_task(sampled(engine, max_tokens=240, seed=seed)) for seed in range(10)]
+    while engine.stats().sampled_tokens < counted + 10 * 20:
+        await asyncio.sleep(0.005)
+    await engine.sleep()
+    late = asyncio.create_task(sampled(engine))
+    await asyncio.sleep(0.3)
+    counted = engine.stats().sampled_tokens
+    trainer.change()
+    await asyncio.sleep(0.3)
+    assert engine.stats().sampled_tokens == counted and not late.done()
+    await engine.update_weights(trainer.publish(7))
+    crossed = 0
+    for task in running:
+        ids, logprobs, versions = await task
+        count = versions.count(6)
+        assert versions == [6] * count + [7] * (240 - count)
+        expected = trainer.logprobs([*PROMPT, *ids], 240 - count)
+        np.testing.assert_allclose(logprobs[count:], expected, atol=2e-4)
+        crossed += 0 < count < 240
+    assert crossed >= 5, "most were in the middle of it"
+    assert (await late)[2] == [7] * 30
+    await agrees(engine, trainer, 7)
 
 
 async def refuses_and_frees(engine: VllmEngine) -> None:
@@ -244,10 +273,25 @@ def test_a_server_that_is_killed_is_started_again_with_the_weights_that_it_had(t
                     await asyncio.sleep(0.5)
             assert engine.stats().sampled_tokens == counted + 30
             assert len(homes) == 2
+            await dies_asleep(engine, homes, trainer)
         finally:
             await engine.stop()
 
     asyncio.run(asyncio.wait_for(check(), DEADLINE_S))
+
+
+async def dies_asleep(engine: KeptEngine, homes: list[VllmServer], trainer: Trainer) -> None:
+    """Version 2 wakes it, for which another one is started."""
+    await engine.sleep()
+    process = homes[-1]._process
+    assert process is not None
+    os.killpg(process.pid, signal.SIGKILL)
+    await asyncio.sleep(3.0)
+    assert len(homes) == 2, "the memory is the trainer's"
+    trainer.change()
+    await engine.update_weights(trainer.publish(2))
+    assert len(homes) == 3
+    await agrees(engine, trainer, 2)
 
 
 def test_a_server_that_cannot_start_says_why(tmp_path: Path) -> None:

@@ -51,6 +51,7 @@ def _of_other_engines(config: RunConfig) -> dict[str, str]:
         for name in set(ClusterConfig.model_fields) - {"address"}:
             off[f"cluster.{name}"] = "without cluster.address, or --on, Ray is not used; drop this key"
     if not publishes(config):
+        off["engine.colocated"] = "engine and trainer share one copy of the weights and take turns; drop this key"
         for name in ("form", "transport"):
             off[f"weights.{name}"] = "engine and trainer share their weights in this process; drop this key"
     return off
@@ -86,6 +87,13 @@ def contradictions(config: RunConfig) -> Iterator[tuple[str, str]]:
         yield (
             "engine.routes",
             f'no run asks engine.kind = "{config.engine.kind}" for routes yet; use "free" or "embedded"',
+        )
+    cluster = config.cluster
+    if config.engine.colocated and cluster.engine_gpus + cluster.rank_gpus > 1:
+        yield (
+            "engine.colocated",
+            f"cluster.engine_gpus = {cluster.engine_gpus:g} and cluster.rank_gpus = {cluster.rank_gpus:g} put engines "
+            "and ranks on different GPUs; with 0.5 for each, an engine and a rank are on the same one",
         )
     if trainer.kind != "local" and trainer.lora is not None:
         yield "trainer.lora", f'trainer.kind = "{trainer.kind}" trains whole weights; drop the section or use "local"'

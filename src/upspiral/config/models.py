@@ -57,6 +57,9 @@ class EngineConfig(_Section):
     "scripted" plays a file, for tests and debugging."""
     server: ServerConfig | None = None
     """With a section [engine.server]: which servers, for "vllm" and "sglang"."""
+    colocated: bool = False
+    """Whether engine and trainer share their devices: while the trainer computes, the engine sleeps, without the memory
+    of its weights and its cache."""
     max_running: PositiveInt = 64
     """How many requests decode at the same time."""
     cache_slots: PositiveInt = 128

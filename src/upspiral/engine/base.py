@@ -91,11 +91,18 @@ class UpdatableEngine(Engine, Protocol):
     async def update_weights(self, publication: Publication) -> None:
         """Adopts the weights of a publication: every token that is sampled afterwards carries its version, and no
         keys or values of earlier weights are reused for new prompts. Generations under way lose no token: they go on,
-        each token with the version that sampled it. The same version again does nothing.
+        each token with the version that sampled it. The same version again does nothing, unless the engine sleeps:
+        this is what wakes it.
 
         Returns when the engine answers with the new weights, which it has checked. Raises StaleBaseError when the
         publication is a difference to a version that the engine does not have (publish it whole), and EngineError
         when the engine cannot adopt it."""
+        ...
+
+    async def sleep(self) -> None:
+        """Gives up the memory of weights and cache, for a trainer on the same device, until `update_weights`. So long,
+        generations, old and new, wait as in a pause; those under way are then computed again from their tokens.
+        Sleeping twice does nothing. Raises EngineError when the memory may not be free."""
         ...
 
     async def pause(self) -> None:

@@ -5,15 +5,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import AsyncIterator, Callable
 from typing import Protocol
 
 from upspiral.engine.base import EngineStats, GenerationChunk, TokenIds, UpdatableEngine
-from upspiral.errors import EngineGoneError, StaleBaseError, UpspiralError
+from upspiral.errors import DeadlineError, EngineError, EngineGoneError, StaleBaseError, UpspiralError
 from upspiral.types import SamplingParams
 from upspiral.weights.publication import Publication
 
+WAKE_DEADLINE_S = 1800.0
+"""Of an engine that has to be started for it."""
 _PAUSE_BEFORE_RESTART_S = 1.0
+_LOOK_AGAIN_S = 0.1
 _log = logging.getLogger(__name__)
 
 
@@ -35,7 +39,9 @@ class EngineHome(Protocol):
 
 class KeptEngine:
     """What was under way when the process died raises EngineError, and every call EngineGoneError until another one
-    has taken its place, with the weights that it had. Token counts go on from those of the dead."""
+    has taken its place, with the weights that it had. Token counts go on from those of the dead.
+
+    While it sleeps none is started, as that would take the memory that was given up."""
 
     def __init__(self, make_home: Callable[[], EngineHome]) -> None:
         self._make_home = make_home
@@ -43,6 +49,9 @@ class KeptEngine:
         self._client: UpdatableEngine | None = None
         self._watch: asyncio.Task[None] | None = None
         self._publication: Publication | None = None
+        self._starting = asyncio.Lock()
+        self._awake = asyncio.Event()
+        self._awake.set()
         self._context_length = self._version = self._pauses = 0
         self._sampled = self._prefilled = self._reused = 0
         """Of processes that died."""
@@ -81,8 +90,30 @@ class KeptEngine:
         return self._running().generate(prompt_ids, params)
 
     async def update_weights(self, publication: Publication) -> None:
+        """Also waits for the process, if it died asleep."""
         self._publication = publication
-        await self._running().update_weights(publication)
+        gives_up = time.monotonic() + (0.0 if self._awake.is_set() else WAKE_DEADLINE_S)
+        self._awake.set()
+        while True:
+            try:
+                return await self._running().update_weights(publication)
+            except EngineGoneError:
+                if time.monotonic() >= gives_up:
+                    raise
+            await asyncio.sleep(_LOOK_AGAIN_S)
+
+    async def sleep(self) -> None:
+        """A process that does not fall asleep is ended, which gives up its memory too."""
+        self._awake.clear()
+        async with self._starting:
+            client, home = self._client, self._home
+            if client is None or home is None:
+                return
+            try:
+                await client.sleep()
+            except (EngineError, DeadlineError) as error:
+                _log.warning("an engine that did not fall asleep is ended, and started again when it wakes: %s", error)
+                await home.kill()
 
     async def pause(self) -> None:
         await self._running().pause()
@@ -120,8 +151,11 @@ class KeptEngine:
             _log.warning("the process of an engine died (%s); another one is started", why)
             await self._mourn()
             while self._client is None:
+                await self._awake.wait()
                 try:
-                    await self._place()
+                    async with self._starting:
+                        if self._awake.is_set():  # not asked to sleep meanwhile
+                            await self._place()
                 except (UpspiralError, OSError, RuntimeError) as error:
                     _log.warning("no engine could be started in its place: %s", error)
                     await asyncio.sleep(_PAUSE_BEFORE_RESTART_S)

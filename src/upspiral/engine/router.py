@@ -270,6 +270,14 @@ class Router:
         if failures and len(failures) == len(outcomes):
             raise EngineError(f"no engine could adopt version {publication.version}: {_told(failures)}")
 
+    async def sleep(self) -> None:
+        """Of all engines, also those that get no work. Raises the error of one that may have kept its memory."""
+        catching_up = [each.catching_up for each in self._members if each.catching_up is not None]
+        for task in catching_up:
+            task.cancel()  # the next version comes to all of them, and this one would wake its engine
+        await asyncio.gather(*catching_up, return_exceptions=True)
+        await self._of_all(lambda engine: engine.sleep())
+
     def _catch_up(self, member: _Member) -> None:
         if member.catching_up is None or member.catching_up.done():
             member.catching_up = asyncio.create_task(self._until_current(member))

@@ -87,19 +87,28 @@ class SharedLearner:
 
 class PublishingLearner:
     """The trainer has weights of its own and publishes them to the engine. While they are written, the engine goes on
-    sampling from the old ones."""
+    sampling from the old ones, unless it sleeps."""
 
     def __init__(
-        self, trainer: TrainerBackend, engine: UpdatableEngine, settings: PublisherSettings, *, threads: int
+        self,
+        trainer: TrainerBackend,
+        engine: UpdatableEngine,
+        settings: PublisherSettings,
+        *,
+        threads: int,
+        colocated: bool = False,
     ) -> None:
-        """`threads`: CPU threads of what the trainer computes in this process."""
+        """`threads`: CPU threads of what the trainer computes in this process. `colocated`: the engine sleeps while the
+        trainer computes; what is published wakes it. After a step that failed it sleeps on."""
         self._trainer, self._engine, self._settings = trainer, engine, settings
+        self._colocated = colocated
         # Always the same thread: torch keeps a team of OpenMP threads for each that computes.
         self._thread = ThreadPoolExecutor(1, "trainer", initializer=use_threads, initargs=(threads,))
 
     async def step(
         self, batches: Sequence[ForestBatch], *, version: int | None, kind: StepKind, lr: float | None = None
     ) -> StepMetrics:
+        await self._make_room()
         metrics = await self._run(lambda: self._trainer.step(batches, kind=kind, lr=lr))
         if version is not None:
             await self.publish(version)
@@ -107,6 +116,7 @@ class PublishingLearner:
 
     async def load(self, checkpoint: Path, *, version: int) -> None:
         await asyncio.to_thread(check_checkpoint, checkpoint)
+        await self._make_room()
         await self._run(lambda: self._trainer.load(checkpoint))
         await self.publish(version)
 
@@ -121,6 +131,10 @@ class PublishingLearner:
             await self._adopt(self._settings, version)
         except StaleBaseError:  # an engine that was started again has nothing that a difference could be added to
             await self._adopt(replace(self._settings, form="full"), version)
+
+    async def _make_room(self) -> None:
+        if self._colocated:
+            await self._engine.sleep()
 
     async def _adopt(self, settings: PublisherSettings, version: int) -> None:
         publication = await self._run(lambda: self._trainer.publish(settings, version))

@@ -89,10 +89,13 @@ async def make_policy(setting: Setting, placement: Placement | None) -> tuple[En
     if placement is None and config.engine.kind == "embedded" and config.trainer.kind == "local":
         return await _shared(setting)
     placement = placement or ThisMachine()
-    engine = await placement.engine(setting)
+    engine, colocated = await placement.engine(setting), config.engine.colocated
+    if colocated:
+        await engine.sleep()  # the trainer is made where the engine was
     trainer = await _trainer(setting, placement)
     setting.stack.push_async_callback(asyncio.to_thread, trainer.close)
-    learner = PublishingLearner(trainer, engine, _publisher_settings(setting), threads=num_threads(config))
+    threads = num_threads(config)
+    learner = PublishingLearner(trainer, engine, _publisher_settings(setting), threads=threads, colocated=colocated)
     return engine, learner
 
 

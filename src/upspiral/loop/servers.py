@@ -44,6 +44,7 @@ def servers(config: RunConfig, model_folder: Path, logs: Path, *, cpu: bool, thr
             arguments=server.arguments,
             start_timeout_s=server.start_timeout_s,
             version=UNPUBLISHED_VERSION,
+            sleeps=config.engine.colocated,
         )
         for number in range(server.replicas)
     ]

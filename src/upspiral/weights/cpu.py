@@ -19,12 +19,16 @@ def keep_freed_memory() -> None:
 
     For the whole process, from now on. Does nothing where the C library is not glibc.
     """
-    if not sys.platform.startswith("linux"):
-        return
-    library = ctypes.CDLL(None)
-    if hasattr(library, "gnu_get_libc_version"):
+    if (library := _glibc()) is not None:
         library.mallopt(_MMAP_THRESHOLD, _MMAP_THRESHOLD_BYTES)
         library.mallopt(_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def give_back_freed_memory() -> None:
+    """What tensors had that are freed goes back to the system, or the GPU: other processes may need it."""
+    torch.cuda.empty_cache()  # does nothing where there is no GPU
+    if (library := _glibc()) is not None:
+        library.malloc_trim(0)
 
 
 def num_cores() -> int:
@@ -42,6 +46,11 @@ def use_threads(count: int) -> None:
     library = _libgomp()
     if library is not None:
         library.omp_set_num_threads(count)
+
+
+def _glibc() -> ctypes.CDLL | None:
+    library = ctypes.CDLL(None) if sys.platform.startswith("linux") else None
+    return library if hasattr(library, "gnu_get_libc_version") else None
 
 
 @cache

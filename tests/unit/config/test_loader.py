@@ -124,6 +124,16 @@ def test_the_agent_file_is_found_beside_the_run_file(folder: Path) -> None:
             "the servers of engine.server.ur",
         ),
         ("", {"engine.kind": "vllm", "engine.cache_slots": "256"}, 'engine.kind = "vllm" decides that itself'),
+        (
+            "",
+            {"engine.colocated": "true"},
+            "engine and trainer share one copy of the weights and take turns; drop this",
+        ),
+        (
+            "[cluster]\naddress = 'auto'\nengine_gpus = 1.0\nrank_gpus = 1.0",
+            {"engine.colocated": "true"},
+            "cluster.engine_gpus = 1 and cluster.rank_gpus = 1 put engines and ranks on different GPUs",
+        ),
         ("", {"weights.form": "delta"}, 'weights.form = "delta" on the command line does nothing'),
         ("[sandbox]\nbackend = 'dokcer'", {}, 'did you mean "docker"?'),
         ("[sandbox]\nbackend = 'remote'", {}, 'sandbox.url belongs to sandbox.backend = "remote"'),

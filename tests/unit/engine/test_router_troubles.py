@@ -201,3 +201,23 @@ def test_pauses_are_taken_back_only_where_they_were_taken() -> None:
         assert await read(router) == completion(PROMPT, 12)
 
     run(check)
+
+
+def test_all_engines_sleep_and_none_is_woken_by_a_version_that_it_still_lacks() -> None:
+    async def check() -> None:
+        engines = [FailingEngine(), FailingEngine()]
+        router = Router(engines)
+        engines[1].refuses = [EngineError("not now")]
+        await router.update_weights(version(1))
+        await router.sleep()
+        waiting = asyncio.create_task(read(router))
+        await asyncio.sleep(0.05)  # in which it would have been brought up to date
+        assert [each.asleep for each in engines] == [True, True] and not waiting.done()
+        await router.update_weights(version(2))
+        assert await waiting == completion(PROMPT, 12)
+        assert [each.version for each in engines] == [2, 2]
+        engines[0].sleepless = EngineError("it has no memory saver")
+        with pytest.raises(EngineError, match="no memory saver"):
+            await router.sleep()
+
+    run(check)

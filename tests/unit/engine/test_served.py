@@ -101,6 +101,24 @@ def test_pauses_hold_tokens_and_end_with_their_client() -> None:
     run(check())
 
 
+def test_sleep_comes_over_and_the_next_weights_wake_it() -> None:
+    async def check() -> None:
+        engine = FailingEngine()
+        async with served(engine) as (client, _):
+            await client.sleep()
+            assert engine.asleep
+            waiting = asyncio.create_task(read(client))
+            await asyncio.sleep(0.05)
+            assert not waiting.done()
+            await client.update_weights(version(3))
+            assert tokens(await waiting) == completion(PROMPT, 12) and not engine.asleep
+            engine.sleepless = EngineError("it has no memory saver")
+            with pytest.raises(EngineError, match="no memory saver"):
+                await client.sleep()
+
+    run(check())
+
+
 def test_a_server_that_ends_fails_what_is_under_way_and_all_that_follows() -> None:
     async def check() -> None:
         engine = FailingEngine()
@@ -114,6 +132,22 @@ def test_a_server_that_ends_fails_what_is_under_way_and_all_that_follows() -> No
                 await waiting
             with pytest.raises(EngineGoneError):
                 await read(client)
+
+    run(check())
+
+
+def test_what_is_asked_of_a_server_that_ends_meanwhile_can_be_asked_of_the_next() -> None:
+    class Slow(FailingEngine):
+        async def sleep(self) -> None:
+            await asyncio.Event().wait()
+
+    async def check() -> None:
+        async with served(Slow()) as (client, server):
+            asking = asyncio.create_task(client.sleep())
+            await asyncio.sleep(0.02)
+            await server.stop()
+            with pytest.raises(EngineGoneError):
+                await asking
 
     run(check())
 

@@ -249,22 +249,55 @@ def test_pauses_nest_and_what_is_under_way_goes_on_afterwards(trainer: Trainer) 
     run(check)
 
 
-def test_after_a_sleep_nothing_is_sampled_before_there_are_weights(trainer: Trainer) -> None:
+def test_memory_is_given_up_in_sleep_and_comes_back_with_the_next_weights(trainer: Trainer) -> None:
     async def check() -> None:
-        async with running(SglangContract(trainer.folder)) as engine:
+        contract = SglangContract(trainer.folder)
+        async with running(contract) as engine:
             await engine.update_weights(trainer.publish(1))
             under_way = asyncio.create_task(sampled(engine, max_tokens=40))
             await until(lambda: engine.stats().sampled_tokens >= 5)
+            contract.calls.clear()
             await engine.sleep()
-            await engine.wake()
-            count = engine.stats().sampled_tokens
+            await engine.sleep()  # does nothing
+            late = asyncio.create_task(sampled(engine))
             await asyncio.sleep(0.05)
-            assert engine.stats().sampled_tokens == count
-            await engine.update_weights(trainer.publish(1))
-            sample = await under_way
-            assert sample.versions == [1] * 40
-            np.testing.assert_allclose(sample.logprobs, plain(trainer, sample.ids)[range(40), sample.ids], atol=1e-4)
+            assert contract.released == {"kv_cache", "weights"} and not late.done()
+            trainer.change()
+            publication = trainer.publish(2)
+            await engine.update_weights(publication)
+            assert contract.calls[:8] == [
+                "/pause_generation", "/release_memory_occupation kv_cache weights",
+                "/pause_generation", "/resume_memory_occupation weights", "/update_weights_from_disk",
+                "/resume_memory_occupation kv_cache", "/continue_generation", "/generate",
+            ]  # fmt: skip
             assert engine.stats().extra["probes"] == 2
+            sample = await under_way
+            count = sample.versions.count(1)
+            assert 5 <= count < 40 and sample.versions == [1] * count + [2] * (40 - count)
+            expected = plain(trainer, sample.ids)[range(count, 40), sample.ids[count:]]
+            np.testing.assert_allclose(sample.logprobs[count:], expected, atol=1e-4)
+            assert (await late).versions == [2] * 20
+            await engine.sleep()
+            await engine.update_weights(publication)  # the version from before
+            assert (await sampled(engine)).versions == [2] * 20
+
+    run(check)
+
+
+def test_an_update_that_fails_in_its_sleep_is_told_and_the_next_one_wakes_it(trainer: Trainer) -> None:
+    async def check() -> None:
+        contract = SglangContract(trainer.folder)
+        async with running(contract) as engine:
+            await engine.sleep()
+            lost = trainer.publish(1)
+            lost.folder.rename(trainer.folder / "gone")
+            with pytest.raises(EngineError, match="could not adopt version 1"):
+                await engine.update_weights(lost)
+            with pytest.raises(EngineError, match="could not adopt version 1"):
+                await sampled(engine)
+            assert contract.released == {"kv_cache"}
+            await engine.update_weights(trainer.publish(2))
+            assert not contract.released and (await sampled(engine)).versions == [2] * 20
 
     run(check)
 

@@ -293,16 +293,95 @@ def test_pauses_nest_and_lose_nothing() -> None:
     run(check)
 
 
-def test_after_sleep_weights_must_come_first(tmp_path: Path) -> None:
+def test_generations_wait_while_it_sleeps_and_the_next_weights_wake_it(tmp_path: Path) -> None:
     async def check(server: ContractServer, engine: VllmEngine) -> None:
         trainer = NumberTrainer(tmp_path)
         await engine.update_weights(trainer.publish(1, 10.0))
+        under_way = asyncio.create_task(read(engine, max_tokens=40))
+        await until(lambda: engine.stats().sampled_tokens > 3)
+        server.calls.clear()
         await engine.sleep()
-        await engine.wake()
-        with pytest.raises(EngineError, match="put to sleep"):
-            await read(engine)
+        await engine.sleep()  # does nothing
+        late = asyncio.create_task(read(engine))
+        await asyncio.sleep(0.03)
+        assert server.asleep == {"weights", "kv_cache"} and not late.done()
+        await engine.update_weights(trainer.publish(2, 20.0))
+        assert server.calls == [
+            "/pause?mode=keep", "/sleep?level=2&mode=keep", "/wake_up?tags=weights", "/collective_rpc",
+            "/update_weight_version", "/wake_up?tags=kv_cache", "/resume",
+        ]  # fmt: skip
+        rows = flat(await under_way)
+        assert [row[0] for row in rows] == list(range(40)), "none is lost, none comes twice"
+        assert {row[1:] for row in rows} == {(-10.0, 1), (-20.0, 2)}
+        assert {row[1:] for row in flat(await late)} == {(-20.0, 2)}
+        assert engine.stats().extra["probes"] == 2
+        await engine.sleep()
+        await engine.update_weights(trainer.publish(2, 20.0))
+        assert {row[1:] for row in flat(await read(engine))} == {(-20.0, 2)}, "the version from before wakes it too"
+
+    run(check)
+
+
+def test_it_sleeps_on_until_it_has_whole_weights(tmp_path: Path) -> None:
+    async def check(server: ContractServer, engine: VllmEngine) -> None:
+        trainer = NumberTrainer(tmp_path)
+        first = trainer.publish(1, 10.0, delta=True)
+        await engine.sleep()
+        waiting = asyncio.create_task(read(engine))
+        stale = trainer.publish(2, 20.0, delta=True)
+        first.folder.rename(tmp_path / "gone")
+        with pytest.raises(StaleBaseError):
+            await engine.update_weights(stale)
+        await asyncio.sleep(0.03)
+        assert not waiting.done() and server.asleep == {"kv_cache"}
+        await engine.update_weights(trainer.publish(2, 20.0))
+        assert {row[1:] for row in flat(await waiting)} == {(-20.0, 2)}
+
+    run(check)
+
+
+def test_pauses_and_sleep_are_taken_back_apart(tmp_path: Path) -> None:
+    async def check(server: ContractServer, engine: VllmEngine) -> None:
+        trainer = NumberTrainer(tmp_path)
+        await engine.pause()
+        await engine.sleep()
+        waiting = asyncio.create_task(read(engine))
         await engine.update_weights(trainer.publish(1, 10.0))
-        assert {row[1:] for row in flat(await read(engine))} == {(-10.0, 1)}, "the same version, loaded again"
+        await asyncio.sleep(0.03)
+        assert not waiting.done(), "it is paused"
+        await engine.sleep()
+        engine.resume()
+        await asyncio.sleep(0.03)
+        assert not waiting.done(), "it sleeps"
+        await engine.update_weights(trainer.publish(2, 20.0))
+        assert {row[1:] for row in flat(await waiting)} == {(-20.0, 2)}
+
+    run(check)
+
+
+def test_a_server_that_does_not_fall_asleep_is_not_sampled_from(tmp_path: Path) -> None:
+    async def check(server: ContractServer, engine: VllmEngine) -> None:
+        server.answers["/sleep"] = 500, "busy"
+        with pytest.raises(EngineError, match="busy"):
+            await engine.sleep()
+        with pytest.raises(EngineError, match="did not fall asleep"):
+            await read(engine)
+        await engine.update_weights(NumberTrainer(tmp_path).publish(1, 10.0))
+        assert {row[1:] for row in flat(await read(engine))} == {(-10.0, 1)}
+
+    run(check)
+
+
+def test_a_server_that_sleeps_for_a_run_that_was_killed_is_woken(tmp_path: Path) -> None:
+    async def check(server: ContractServer, engine: VllmEngine) -> None:
+        await engine.sleep()
+        other = VllmEngine(engine._server.url)
+        await other.start()
+        with pytest.raises(EngineError, match="sleeps since before this client started"):
+            await read(other)
+        await other.update_weights(NumberTrainer(tmp_path).publish(1, 10.0))
+        assert {row[1:] for row in flat(await read(other))} == {(-10.0, 1)}
+        await other.stop()
 
     run(check)
 

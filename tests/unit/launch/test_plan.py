@@ -93,6 +93,17 @@ def test_what_cannot_fit_is_refused_with_what_would() -> None:
         hopeless.check()
 
 
+def test_an_engine_that_sleeps_needs_no_room_beside_a_step() -> None:
+    parts = {**cluster(8, 8), "cluster": {"address": "auto", "engines": 8, "engine_gpus": 0.5, "rank_gpus": 0.5}}
+    awake = plan(DENSE_8B, **parts)
+    sleeping = plan(DENSE_8B, **{**parts, "engine": {**parts["engine"], "colocated": True}})
+    (both,), (in_turns,) = awake.needed.values(), sleeping.needed.values()
+    trainer, engine = sum(awake.trainer.values()), sum(awake.engine.values())
+    assert both == trainer + engine
+    spared = sum(awake.trainer[part] for part in ("activations", "logits", "gathered"))
+    assert in_turns == max(trainer, both - spared) < both
+
+
 def test_a_better_split_is_faster_and_fits_and_has_as_many_devices() -> None:
     slow = plan(DENSE_8B, "h200", **cluster(15, 1))
     better = better_split(slow)

@@ -8,6 +8,7 @@ tokens close: held = computed + copied - evicted - outdated - lost (`counts`).
 from __future__ import annotations
 
 import mmap
+from functools import partial
 
 import numpy as np
 import torch
@@ -29,7 +30,8 @@ class SlotCache:
         heads = config.num_key_value_heads
         assert heads is not None
         shape = (config.num_hidden_layers, slots, 2 * heads, context_length, model.head_size)
-        self.keys_values = _zeros(shape, model.dtype, model.device)
+        self._make = partial(_zeros, shape, model.dtype, model.device)
+        self.keys_values = self._make()
         self.routes: NDArray[np.int16] | None = None
         """[slot, position, layers with experts, experts of a token] of the tokens that are held; None: not kept."""
         self.ids = np.zeros((slots, context_length), np.int32)
@@ -137,6 +139,18 @@ class SlotCache:
             column[:] = 0
         self._versions[:] = NO_VERSION
         self.owners = [None] * len(self.owners)
+
+    def give_up(self) -> None:
+        """Frees keys and values until `take_again`. No slot may be in use."""
+        assert not any(self.owners), "what runs has to start over first"
+        self.forget(self.version)
+        self._touched[:] = 0
+        self.keys_values = self.keys_values.new_empty((*self.keys_values.shape[:-1], 0))
+
+    def take_again(self) -> None:
+        """Does nothing where nothing was given up. Raises ConfigError when there is no memory for it."""
+        if not self.keys_values.nbytes:
+            self.keys_values = self._make()
 
     def _victim(self, keep: int | None) -> int:
         """The lowest empty slot, else the one that was left the longest ago; `keep` only when no other is free."""

@@ -32,7 +32,7 @@ from upspiral.engine.embedded.scheduler import Scheduler
 from upspiral.engine.embedded.sequence import Batch, Delivery, Sequence
 from upspiral.errors import ConfigError, ContextLengthError, DeadlineError, EngineError, RequestError
 from upspiral.types import SamplingParams
-from upspiral.weights.cpu import use_threads
+from upspiral.weights.cpu import give_back_freed_memory, use_threads
 from upspiral.weights.experts import expert_layers
 from upspiral.weights.load import LoadedModel
 from upspiral.weights.publication import Publication
@@ -74,6 +74,7 @@ class EmbeddedEngine:
         self._forward = (ExactForward if config.exact else DecoderForward)(model, self._cache)
         self._adoption = Adoption(model.module)
         self._adopting = asyncio.Lock()
+        self._asleep = False
         self._changed = threading.Condition()
         # Guarded by _changed:
         self._arrived: list[Sequence] = []
@@ -266,16 +267,42 @@ class EmbeddedEngine:
 
     async def _update_weights(self, publication: Publication) -> None:
         async with self._adopting:
-            if publication.version == self.version:
+            if publication.version == self.version and not self._asleep:
                 return
             with ExitStack() as stack:
                 copy = await asyncio.to_thread(stack.enter_context, self._adoption.checked(publication))
 
                 def adopt() -> None:
                     copy()
+                    self._cache.take_again()
                     self.publish(publication.version)
 
                 await self.exclusive(adopt)
+            if self._asleep:
+                self._asleep = False
+                self.resume()
+
+    async def sleep(self) -> None:
+        """See UpdatableEngine. Not where a trainer shares the weights: they are given up as well."""
+        await asyncio.shield(self._sleep())
+
+    async def _sleep(self) -> None:
+        async with self._adopting:
+            if self._asleep:
+                return
+            await self.pause()
+            try:
+                await self.exclusive(self._give_up)
+            except BaseException:
+                self.resume()
+                raise
+            self._asleep = True
+
+    def _give_up(self) -> None:
+        self._adoption.give_up()
+        self._scheduler.start_over()
+        self._cache.give_up()
+        give_back_freed_memory()
 
     def publish(self, version: int, *, recompute: bool = False) -> None:
         """The weights have changed in place: tokens carry `version` from now on and no prefix is reused across it.

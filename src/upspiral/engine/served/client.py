@@ -20,6 +20,7 @@ from upspiral.engine.served.wire import (
     Hello,
     Pause,
     Resume,
+    Sleep,
     State,
     Update,
     chunk_of,
@@ -106,6 +107,9 @@ class RemoteEngine:
             number, folder, publication.version, publication.base, publication.num_bytes
         ), "the new weights")  # fmt: skip
 
+    async def sleep(self) -> None:
+        await self._ask(Sleep, "its memory")
+
     async def pause(self) -> None:
         await self._ask(Pause, "the pause")
 
@@ -117,6 +121,10 @@ class RemoteEngine:
         try:
             self._send(frame(number))  # type: ignore[operator]
             await self._next(queue, UPDATE_DEADLINE_S, what)
+        except EngineError as error:
+            if self._gone:  # what was begun went with it
+                raise EngineGoneError(str(error)) from error
+            raise
         finally:
             del self._waiting[number]
 
@@ -125,7 +133,7 @@ class RemoteEngine:
         self._waiting[number] = queue
         return number, queue
 
-    def _send(self, frame: Generate | Cancel | Update | Pause | Resume) -> None:
+    def _send(self, frame: Generate | Cancel | Update | Sleep | Pause | Resume) -> None:
         if self._gone or self._frames is None:
             raise EngineGoneError(f"{self} is gone: {self._gone}")
         self._frames.send(frame)

@@ -17,6 +17,7 @@ from upspiral.engine.served.wire import (
     Pause,
     Request,
     Resume,
+    Sleep,
     State,
     Update,
     chunk_frame,
@@ -85,12 +86,14 @@ class _Client:
             for _ in range(self._pauses):  # nobody else knows of them
                 self._engine.resume()
 
-    def _take(self, frame: Generate | Cancel | Update | Pause | Resume | Hello) -> None:
+    def _take(self, frame: Generate | Cancel | Update | Sleep | Pause | Resume | Hello) -> None:
         match frame:
             case Generate():
                 self._begin(frame.id, self._generate(frame))
             case Update():
                 self._begin(frame.id, self._update(frame))
+            case Sleep():
+                self._begin(frame.id, self._sleep(frame))
             case Pause():
                 self._begin(frame.id, self._pause(frame))
             case Cancel() if frame.id in self._tasks:
@@ -125,6 +128,11 @@ class _Client:
 
     async def _update(self, frame: Update) -> None:
         await self._engine.update_weights(publication_of(frame))
+        self._send_state()
+        self._frames.send(Done(frame.id))
+
+    async def _sleep(self, frame: Sleep) -> None:
+        await self._engine.sleep()
         self._send_state()
         self._frames.send(Done(frame.id))
 

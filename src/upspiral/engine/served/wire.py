@@ -55,6 +55,10 @@ class Update(msgspec.Struct, tag=True, array_like=True):
     num_bytes: int
 
 
+class Sleep(msgspec.Struct, tag=True, array_like=True):
+    id: int
+
+
 class Pause(msgspec.Struct, tag=True, array_like=True):
     id: int
 
@@ -63,7 +67,7 @@ class Resume(msgspec.Struct, tag=True, array_like=True):
     id: int
 
 
-Request = Hello | Generate | Cancel | Update | Pause | Resume
+Request = Hello | Generate | Cancel | Update | Sleep | Pause | Resume
 
 
 class State(msgspec.Struct, tag=True, array_like=True):
@@ -102,7 +106,7 @@ class Chunk(msgspec.Struct, tag=True, array_like=True):
 
 
 class Done(msgspec.Struct, tag=True, array_like=True):
-    """Of an update or a pause."""
+    """Of an update, a sleep or a pause."""
 
     id: int
 

@@ -59,8 +59,8 @@ class SglangEngine:
         self._open.set()
         self._switch = asyncio.Lock()
         self._switches = self._pauses = 0
-        self._asleep = False
-        """Without weights."""
+        self._released: list[str] = []
+        """What of its memory the server has not."""
         self._doubt = ""
         """Why nobody knows which weights the server has; until it has adopted some, generations fail."""
         self._tasks: set[asyncio.Task[None]] = set()
@@ -203,7 +203,7 @@ class SglangEngine:
 
     async def update_weights(self, publication: Publication) -> None:
         async with self._switch:
-            if publication.version == self._version and not self._asleep and not self._doubt:
+            if publication.version == self._version and not self._released and not self._doubt:
                 return
             if publication.base is not None:
                 raise StaleBaseError(
@@ -213,16 +213,41 @@ class SglangEngine:
             await self._hold()
             self._doubt = f"{self._server.url} did not say that it adopted version {publication.version}"
             try:
+                await self._resumed("weights")
                 await self._adopt(publication)
-                if self._asleep:
-                    self._asleep, self._pauses = False, self._pauses - 1
+                await self._resumed("kv_cache")
+                await self._go_on()
+                await self._probe(publication)
                 self._doubt = ""
-            except EngineError as error:
-                self._doubt = str(error)
+            except BaseException as error:
+                if isinstance(error, EngineError):
+                    self._doubt = str(error)
+                with suppress(EngineError, DeadlineError):
+                    await self._go_on()
                 raise
             finally:
-                await self._release()
-            await self._probe(publication)
+                self._let_in()
+
+    async def sleep(self) -> None:
+        """See UpdatableEngine. The server must run with --enable-memory-saver."""
+        async with self._switch:
+            if self._released:
+                return
+            await self._hold()
+            tags = ["kv_cache", "weights"]
+            try:
+                await self._server.post("/release_memory_occupation", {"tags": tags}, deadline_s=UPDATE_DEADLINE_S)
+            except BaseException as error:
+                self._doubt = f"{self._server.url} did not say that it gave its memory up: {error!r}"
+                self._let_in()
+                raise
+            self._released = tags
+
+    async def _resumed(self, tag: str) -> None:
+        """SGLang ends when it is told to resume what it did not release."""
+        if tag in self._released:
+            await self._server.post("/resume_memory_occupation", {"tags": [tag]}, deadline_s=UPDATE_DEADLINE_S)
+            self._released.remove(tag)
 
     async def _adopt(self, publication: Publication) -> None:
         body = {
@@ -257,11 +282,10 @@ class SglangEngine:
         self._mismatch = float(np.mean(np.abs(np.array(found, float) - np.array(probe["logprobs"]))))
         self._probed += 1
         if not self._mismatch <= self._tolerance:
-            self._doubt = (
+            raise EngineError(
                 f"{self._server.url} answers as if it had not adopted version {publication.version}: its "
                 f"log-probabilities are {self._mismatch:.3g} off on average, more than {self._tolerance:g}"
             )
-            raise EngineError(self._doubt)
 
     async def pause(self) -> None:
         async with self._switch:
@@ -276,20 +300,11 @@ class SglangEngine:
     async def _resume(self) -> None:
         async with self._switch:
             try:
-                await self._release()
+                if not self._released:
+                    await self._go_on()
             except (EngineError, DeadlineError) as error:  # nobody waits for this; generations will find it out
                 _log.warning("%s does not go on: %s", self._server.url, error)
-
-    async def sleep(self) -> None:
-        """Frees the server's memory, weights and cache; generations wait. The server must run with
-        --enable-memory-saver."""
-        await self.pause()
-        self._asleep = True
-        await self._server.post("/release_memory_occupation", deadline_s=UPDATE_DEADLINE_S)
-
-    async def wake(self) -> None:
-        """Takes the memory again, without what was in it: generations go on after the next `update_weights`."""
-        await self._server.post("/resume_memory_occupation", deadline_s=UPDATE_DEADLINE_S)
+            self._let_in()
 
     async def _hold(self) -> None:
         """Ends all requests. The server answers when the last of them has its tokens."""
@@ -298,17 +313,16 @@ class SglangEngine:
         try:
             await self._server.post("/pause_generation", {"mode": "abort"}, deadline_s=UPDATE_DEADLINE_S)
         except BaseException:
-            if not self._pauses:
-                self._open.set()
+            self._let_in()
             raise
 
-    async def _release(self) -> None:
-        if self._pauses:
-            return
-        try:
+    async def _go_on(self) -> None:
+        if not self._pauses:
             await self._server.post("/continue_generation")
-        finally:
-            # Generations fail where the server has, instead of waiting for it.
+
+    def _let_in(self) -> None:
+        """Generations, unless they have to wait; where the server has failed, they are told so."""
+        if not self._pauses and (not self._released or self._doubt):
             self._open.set()
 
 

@@ -81,6 +81,8 @@ class VllmEngine:
         """Why nothing can be sampled, until weights have been adopted."""
         self._switch = asyncio.Lock()
         self._pauses = 0
+        self._asleep = False
+        """Without weights and cache, or without one of them."""
         self._unproved: dict[str, list[Any]] | None = None
         """The probe of weights that were adopted and not checked yet."""
         self._sampled = self._prompted = self._probed = 0
@@ -106,25 +108,18 @@ class VllmEngine:
         return EngineStats(running=running, sampled_tokens=self._sampled, prefilled_tokens=self._prompted, extra=extra)
 
     async def start(self) -> None:
-        """Raises EngineError when the server does not answer, or lacks what is needed of it."""
+        """Raises EngineError when the server does not answer, or lacks what is needed of it. One that still sleeps for
+        a run that was killed is woken by the first publication."""
         self._model, self._context_length = await self._server.served_model()
         await self._server.post("/update_weight_version", {"new_version": str(self._version)})
+        if (await self._server.get("/is_sleeping")).get("is_sleeping"):
+            self._asleep = True
+            self._distrust(f"{self._server.url} sleeps since before this client started, and has got no weights since")
 
     async def stop(self) -> None:
         self._distrust(f"the client of {self._server.url} was stopped")
         self._open.set()
         await self._server.close()
-
-    async def sleep(self) -> None:
-        """Frees the server's memory, weights and cache, until `wake`. On a CPU vLLM does nothing."""
-        async with self._switch:
-            self._distrust(f"{self._server.url} was put to sleep and has got no weights since")
-            await self._server.post("/sleep?level=2", deadline_s=UPDATE_DEADLINE_S)
-
-    async def wake(self) -> None:
-        """Weights are not those from before: `update_weights` must follow, also with the version from before."""
-        async with self._switch:
-            await self._server.post("/wake_up", deadline_s=UPDATE_DEADLINE_S)
 
     # ---- generating
 
@@ -220,7 +215,7 @@ class VllmEngine:
                 await self._open.wait()
         except TimeoutError:
             raise DeadlineError(
-                f"{self._server.url} was paused, or switched weights, for {TOKEN_DEADLINE_S:.0f} s"
+                f"{self._server.url} was paused, asleep, or switched weights for {TOKEN_DEADLINE_S:.0f} s"
             ) from None
         if self._doubt is not None:
             raise EngineError(self._doubt)
@@ -250,22 +245,26 @@ class VllmEngine:
 
     async def update_weights(self, publication: Publication) -> None:
         async with self._switch:
-            if publication.version == self._version and self._doubt is None:
+            if publication.version == self._version and self._doubt is None and not self._asleep:
                 return
             probe = _probe_of(publication)
-            self._open.clear()
-            for generation in self._under_way:
-                generation.holds = True
+            self._close()
             try:
-                await self._hold()
+                await (self._wake("weights") if self._asleep else self._hold())
                 await self._adopt(publication, probe)
             finally:
-                if not self._pauses:
+                # In its sleep it may be stale, and then waits for whole weights; in doubt, whoever waits is told.
+                if not self._pauses and (not self._asleep or self._doubt is not None):
                     self._open.set()
 
     async def _adopt(self, publication: Publication, probe: dict[str, list[Any]] | None) -> None:
         try:
             await self._load(publication)
+            if self._asleep:
+                await self._wake("kv_cache")
+                self._asleep = False
+                if self._pauses:
+                    await self._hold()  # with all of its memory, it goes on by itself
             self._version, self._unproved, self._doubt = publication.version, probe, None
             if not self._pauses:
                 await self._release()
@@ -274,10 +273,30 @@ class VllmEngine:
             # Stale is said before the first weight is loaded.
             if not isinstance(error, StaleBaseError):
                 self._distrust(f"{self._server.url} failed to adopt version {publication.version}: {error!r}")
-            if not self._pauses:
+            if not self._pauses and not self._asleep:
                 with contextlib.suppress(UpspiralError):
                     await self._release()
             raise
+
+    async def sleep(self) -> None:
+        """See UpdatableEngine. On GPUs, the server must run with --enable-sleep-mode; on a CPU it keeps its memory."""
+        async with self._switch:
+            if self._asleep:
+                return
+            self._close()
+            self._asleep = True  # also when it fails: to wake what is awake does no harm
+            try:
+                await self._hold()
+                await self._server.post("/sleep?level=2&mode=keep", deadline_s=UPDATE_DEADLINE_S)
+            except BaseException as error:
+                self._distrust(f"{self._server.url} did not fall asleep: {error!r}")
+                if not self._pauses:
+                    self._open.set()
+                raise
+
+    async def _wake(self, tag: str) -> None:
+        """What it has already stays as it is."""
+        await self._server.post(f"/wake_up?tags={tag}", deadline_s=UPDATE_DEADLINE_S)
 
     async def _load(self, publication: Publication) -> None:
         body = {"method": "upspiral_adopt", "args": [str(publication.folder.resolve())]}
@@ -325,7 +344,8 @@ class VllmEngine:
         async with self._switch:
             self._open.clear()
             try:
-                await self._hold()
+                if not self._asleep:
+                    await self._hold()
                 self._pauses += 1
             finally:
                 if not self._pauses:
@@ -340,7 +360,7 @@ class VllmEngine:
     async def _resume(self) -> None:
         """What fails here is told to whoever generates."""
         async with self._switch:
-            if self._pauses:
+            if self._pauses or self._asleep:
                 return
             try:
                 await self._release()
@@ -348,6 +368,12 @@ class VllmEngine:
             except UpspiralError as error:
                 self._distrust(str(error))
             self._open.set()
+
+    def _close(self) -> None:
+        """New generations wait, and what arrives of others is held back."""
+        self._open.clear()
+        for generation in self._under_way:
+            generation.holds = True
 
     async def _hold(self) -> None:
         await self._server.post("/pause?mode=keep", deadline_s=UPDATE_DEADLINE_S)

@@ -46,6 +46,8 @@ class ServerSettings:
     start_timeout_s: float = 600.0
     version: int = 0
     """Of the weights in the model's folder."""
+    sleeps: bool = False
+    """Whether it can give its memory up, on GPUs."""
 
     def check(self) -> None:
         """Raises ConfigError when there is no such environment."""
@@ -73,6 +75,8 @@ class ServerSettings:
         if self.cpu:
             # On a CPU, vLLM 0.32.0 dies of a prompt with a seed that it computes in parts.
             words += ["--no-enable-chunked-prefill", "--max-num-batched-tokens", str(max(2048, self.context_length))]
+        elif self.sleeps:
+            words.append("--enable-sleep-mode")
         return [*words, "--enable-scale-out", "--disable-uvicorn-access-log", *self.arguments]
 
     def variables(self, inside: str) -> Mapping[str, str]:

@@ -16,6 +16,8 @@ from upspiral.launch.plan.shape import ModelShape
 
 _USABLE = 0.9
 """Of a device's memory: the rest is the driver's, the allocator's and the interpreter's."""
+_OF_A_STEP = ("activations", "logits", "gathered")
+"""What a trainer has in its memory only while it computes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +57,9 @@ class Plan:
         if self.device.name == "cpu":
             return {"all processes on this machine": self.ranks * trainer + self.engines * engine}
         if self.together:
+            if self.config.engine.colocated:
+                rests = trainer - sum(self.trainer.get(part, 0.0) for part in _OF_A_STEP)
+                return {"a rank and an engine": max(trainer, rests + engine)}
             return {"a rank and an engine": trainer + engine}
         return {"a rank": trainer, "an engine": engine}
 
