@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -158,6 +159,13 @@ def test_a_server_that_does_not_start_says_why(python: Path, tmp_path: Path) -> 
 
 async def _started(settings: ServerSettings) -> None:
     await VllmServer(settings).start()
+
+
+def test_only_a_server_on_a_gpu_is_told_that_it_may_sleep(tmp_path: Path) -> None:
+    settings = settings_of(Path(sys.executable), tmp_path)
+    for cpu, sleeps in ((True, True), (False, True), (False, False)):
+        command = replace(settings, cpu=cpu, sleeps=sleeps).command(8000)
+        assert ("--enable-sleep-mode" in command) == (sleeps and not cpu)
 
 
 def test_an_environment_counts_when_it_was_finished(
