@@ -21,8 +21,8 @@ def save_parts(folder: Path, state: dict[str, Any], kind: str) -> None:
 
 
 def load_parts(folder: Path, state: dict[str, Any], kind: str) -> None:
-    """Reads every rank's parts: tensors in place, numbers into the dict. All ranks take part. StoreError when the folder
-    holds another model or is another kind's."""
+    """Reads every rank's parts: tensors in place, numbers into the dict. All ranks take part. StoreError when the
+    folder holds another model or is another kind's."""
     found = {**state, _format(kind): True}
     try:
         load(found, checkpoint_id=folder)
