@@ -12,8 +12,8 @@ A backend joins by a line in `MATRIX`.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.util import find_spec
@@ -26,13 +26,13 @@ pytest.importorskip("torch", reason="needs the [train] extra")
 import torch
 
 from tests.fixtures.policy_batches import policy_batches
+from tests.fixtures.started_ranks import StartedRanks
 from tests.fixtures.tiny_modules import FAMILIES, tiny_module
 from upspiral.config.models import AlgorithmConfig, ParallelConfig, TrainerConfig
 from upspiral.trainer.base import StepMetrics, TrainerSetup
 from upspiral.trainer.depth_first import is_deep
 from upspiral.trainer.forest import ForestBatch
 from upspiral.trainer.local import LocalTrainer
-from upspiral.trainer.rank_processes import ProcessRank, start_ranks
 from upspiral.trainer.ranks import Ranks
 from upspiral.weights.load import load_model
 from upspiral.weights.names import hugging_face_views
@@ -100,8 +100,7 @@ def by_the_local_trainer(family: str, folder: Path) -> Trained:
     return Trained(metrics, begun, hugging_face_views(loaded.module))
 
 
-def by_ranks(ranks: Sequence[ProcessRank], kind: str, setup: TrainerSetup, family: str, root: Path) -> Trained:
-    backend = Ranks(ranks, kind, setup)
+def by_ranks(backend: Ranks, family: str, root: Path) -> Trained:
     begun = weights_in(backend.publish(PublisherSettings(root), 0).folder)
     metrics = [backend.step(batches) for batches in steps_of(family)]
     return Trained(metrics, begun, weights_in(backend.publish(PublisherSettings(root), 1).folder))
@@ -109,16 +108,6 @@ def by_ranks(ranks: Sequence[ProcessRank], kind: str, setup: TrainerSetup, famil
 
 def weights_in(publication: Path) -> dict[str, torch.Tensor]:
     return hugging_face_views(load_model(publication, dtype="float32", device="cpu").module)
-
-
-@contextmanager
-def started(case: Case, logs: Path) -> Iterator[list[ProcessRank]]:
-    ranks = start_ranks(case.ranks, logs, variables=case.variables)
-    try:
-        yield ranks
-    finally:
-        for rank in ranks:
-            rank.kill()
 
 
 @pytest.fixture(scope="module")
@@ -142,11 +131,11 @@ def test_the_batches_are_what_the_matrix_promises() -> None:
 def test_backends_agree(case: Case, models: dict[str, Path], tmp_path: Path) -> None:
     if find_spec(case.needs) is None:
         pytest.skip(f"needs the [{case.needs}] extra")
-    with started(case, tmp_path / "logs") as ranks:
+    with closing(StartedRanks(case.ranks, tmp_path / "logs", case.variables)) as ranks:
         for division, families in case.divisions:
             for family in families:
                 setup = setup_of(models[family], ranks=case.ranks, **division)
-                ours = by_ranks(ranks, case.kind, setup, family, tmp_path / "published")
+                ours = by_ranks(ranks.trainer(case.kind, setup), family, tmp_path / "published")
                 shutil.rmtree(tmp_path / "published")
                 assert_agree(ours, by_the_local_trainer(family, models[family]), f"{family} {dict(division)}")
 

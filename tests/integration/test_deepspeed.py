@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -11,10 +10,11 @@ import pytest
 pytest.importorskip("deepspeed", reason="needs the [deepspeed] extra")
 
 import torch
-from safetensors.torch import load_file
 
 from tests.fixtures.demonstrations import demonstration_graph
 from tests.fixtures.policy_batches import policy_batches
+from tests.fixtures.published_weights import published_weights, same
+from tests.fixtures.started_ranks import StartedRanks
 from tests.fixtures.tiny_modules import tiny_module
 from upspiral.algorithm.sft import sft_credit
 from upspiral.config.models import AlgorithmConfig, ParallelConfig, TrainerConfig
@@ -22,7 +22,7 @@ from upspiral.errors import ConfigError, StoreError
 from upspiral.trainer.base import TrainerSetup
 from upspiral.trainer.forest import ForestBatch, pack
 from upspiral.trainer.local import LocalTrainer
-from upspiral.trainer.rank_processes import ProcessRank, start_ranks
+from upspiral.trainer.rank_processes import start_ranks
 from upspiral.trainer.ranks import Ranks
 from upspiral.trainer.registry import make_backend
 from upspiral.weights.load import load_module
@@ -38,15 +38,6 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[ProcessRank]]:
-    """Used by one trainer after the other, since starting them takes most of the time."""
-    ranks = start_ranks(2, tmp_path_factory.mktemp("ranks"))
-    yield ranks
-    for rank in ranks:
-        rank.kill()
-
-
 def setup(
     folder: Path, stage: int, *, ranks: int = 2, dtype: Literal["bfloat16", "float32"] = "bfloat16", **changes: object
 ) -> TrainerSetup:
@@ -59,16 +50,7 @@ def batches(seed: int, minibatches: int = 1) -> list[ForestBatch]:
     return [batch for batch in policy_batches(seed, minibatches=minibatches) if batch.lane in (0, 3)]
 
 
-def published(trainer: Ranks, root: Path, version: int) -> dict[str, torch.Tensor]:
-    folder = trainer.publish(PublisherSettings(root), version).folder
-    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
-
-
-def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
-def test_backward_passes_one_after_the_other_add_up(two_ranks: list[ProcessRank], tmp_path: Path) -> None:
+def test_backward_passes_one_after_the_other_add_up(two_ranks: StartedRanks, tmp_path: Path) -> None:
     """A path of batches, each the context of the next, for one rank alone; and an output layer of its own."""
     module = tiny_module("llama", tie_word_embeddings=False)
     module.save_pretrained(tmp_path / "model")
@@ -76,7 +58,7 @@ def test_backward_passes_one_after_the_other_add_up(two_ranks: list[ProcessRank]
     path = pack([(graph, sft_credit([graph])[0])], tokens_per_microbatch=20)
     assert [batch.context_length for batch in path] == [0, 20, 40, 60, 80]
     made = setup(tmp_path / "model", 3, dtype="float32")
-    found = Ranks(two_ranks, "deepspeed", made).step(path, kind="sft")
+    found = two_ranks.trainer("deepspeed", made).step(path, kind="sft")
     expected = LocalTrainer(module, made.trainer, made.algorithm, temperature=1.0).step(path, kind="sft")
     assert found.loss == pytest.approx(expected.loss, rel=1e-5)
     assert found.grad_norm == pytest.approx(expected.grad_norm, rel=1e-5)
@@ -84,45 +66,45 @@ def test_backward_passes_one_after_the_other_add_up(two_ranks: list[ProcessRank]
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_a_resumed_trainer_goes_on_as_if_it_had_not_stopped(
-    stage: int, two_ranks: list[ProcessRank], model_folder: Path, tmp_path: Path
+    stage: int, two_ranks: StartedRanks, model_folder: Path, tmp_path: Path
 ) -> None:
-    trainer = Ranks(two_ranks, "deepspeed", setup(model_folder, stage, lr_warmup_steps=5))
+    trainer = two_ranks.trainer("deepspeed", setup(model_folder, stage, lr_warmup_steps=5))
     trainer.step(batches(0))
     checkpoint = tmp_path / "checkpoint"
     checkpoint.mkdir()
     trainer.save(checkpoint)
-    metrics, after = trainer.step(batches(1, minibatches=2)), published(trainer, tmp_path / "a", 1)
+    metrics, after = trainer.step(batches(1, minibatches=2)), published_weights(trainer, tmp_path / "a", 1)
     parts = [path.stat().st_size for path in checkpoint.rglob("*optim_states.pt")]
     assert len(parts) == 2 and max(parts) < 1.1 * min(parts)
 
-    resumed = Ranks(two_ranks, "deepspeed", setup(model_folder, stage, lr_warmup_steps=5))
+    resumed = two_ranks.trainer("deepspeed", setup(model_folder, stage, lr_warmup_steps=5))
     resumed.load(checkpoint)
     again = resumed.step(batches(1, minibatches=2))
     assert (again.loss, again.grad_norm, again.lr) == (metrics.loss, metrics.grad_norm, metrics.lr)
     assert again.lr == pytest.approx(1e-3 * 2 / 6)
-    assert same(after, published(resumed, tmp_path / "b", 1))
+    assert same(after, published_weights(resumed, tmp_path / "b", 1))
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_a_gradient_that_is_not_finite_is_skipped_and_counted(
-    stage: int, two_ranks: list[ProcessRank], model_folder: Path, tmp_path: Path
+    stage: int, two_ranks: StartedRanks, model_folder: Path, tmp_path: Path
 ) -> None:
-    trainer = Ranks(two_ranks, "deepspeed", setup(model_folder, stage))
-    before = published(trainer, tmp_path, 0)
+    trainer = two_ranks.trainer("deepspeed", setup(model_folder, stage))
+    before = published_weights(trainer, tmp_path, 0)
     spoilt = batches(0)
     next(batch for batch in spoilt if batch.num_targets).positive_M[0] = float("inf")
     metrics = trainer.step(spoilt)
     assert (metrics.skipped_steps, metrics.grad_norm) == (1, float("inf"))
-    assert same(before, published(trainer, tmp_path, 1))
+    assert same(before, published_weights(trainer, tmp_path, 1))
     assert trainer.step(batches(0)).skipped_steps == 0
-    after = published(trainer, tmp_path, 2)
+    after = published_weights(trainer, tmp_path, 2)
     assert all(torch.isfinite(tensor).all() for tensor in after.values()) and not same(before, after)
 
 
 def test_a_publication_has_the_probe_of_its_weights(
-    two_ranks: list[ProcessRank], model_folder: Path, tmp_path: Path
+    two_ranks: StartedRanks, model_folder: Path, tmp_path: Path
 ) -> None:
-    trainer = Ranks(two_ranks, "deepspeed", setup(model_folder, 3, dtype="float32"))
+    trainer = two_ranks.trainer("deepspeed", setup(model_folder, 3, dtype="float32"))
     trainer.step(batches(0))
     trainer.publish(PublisherSettings(tmp_path), 1)
     trainer.step(batches(1))  # of what was gathered to publish, nothing may be left
@@ -133,16 +115,16 @@ def test_a_publication_has_the_probe_of_its_weights(
 
 
 def test_forgotten_moments_are_those_of_a_new_trainer(
-    two_ranks: list[ProcessRank], model_folder: Path, tmp_path: Path
+    two_ranks: StartedRanks, model_folder: Path, tmp_path: Path
 ) -> None:
-    trainer = Ranks(two_ranks, "deepspeed", setup(model_folder, 2, dtype="float32"))
+    trainer = two_ranks.trainer("deepspeed", setup(model_folder, 2, dtype="float32"))
     trainer.step(batches(0), lr=1e-9)  # too little to change the gradients after it
     trainer.forget_moments()
     trainer.step(batches(1), lr=1e-3)
-    found = published(trainer, tmp_path / "forgotten", 0)
-    trainer = Ranks(two_ranks, "deepspeed", setup(model_folder, 2, dtype="float32"))
+    found = published_weights(trainer, tmp_path / "forgotten", 0)
+    trainer = two_ranks.trainer("deepspeed", setup(model_folder, 2, dtype="float32"))
     trainer.step(batches(1), lr=1e-3)
-    expected = published(trainer, tmp_path / "new", 0)
+    expected = published_weights(trainer, tmp_path / "new", 0)
     differences = torch.cat([(found[name] - expected[name]).flatten() for name in expected])
     assert differences.abs().mean() < 1e-5
 

@@ -3,8 +3,7 @@ supervised steps, bfloat16, gradients that are not finite, and what is refused."
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,8 @@ import torch
 from transformers import AutoConfig
 
 from tests.fixtures.policy_batches import policy_batches
+from tests.fixtures.published_weights import largest_difference, published_weights, same
+from tests.fixtures.started_ranks import StartedRanks
 from tests.fixtures.tiny_modules import tiny_module
 from upspiral.config.models import AlgorithmConfig, LoraConfig, ParallelConfig, TrainerConfig
 from upspiral.errors import ConfigError, StoreError
@@ -24,24 +25,13 @@ from upspiral.trainer.base import TrainerSetup
 from upspiral.trainer.forest import ForestBatch
 from upspiral.trainer.fsdp.layout import check
 from upspiral.trainer.local import LocalTrainer
-from upspiral.trainer.rank_processes import ProcessRank, start_ranks
+from upspiral.trainer.rank_processes import start_ranks
 from upspiral.trainer.ranks import Ranks
 from upspiral.weights.load import load_model
 from upspiral.weights.names import hugging_face_views
 from upspiral.weights.probe import measured_probe
 from upspiral.weights.publication import PublisherSettings
 from upspiral.weights.receiver import read_probe
-
-Weights = dict[str, torch.Tensor]
-
-
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[ProcessRank]]:
-    """Two, for one backend after another."""
-    started = start_ranks(2, tmp_path_factory.mktemp("logs"))
-    yield started
-    for rank in started:
-        rank.kill()
 
 
 @pytest.fixture(scope="module")
@@ -63,21 +53,10 @@ def local(setup: TrainerSetup) -> tuple[LocalTrainer, Any]:
     return LocalTrainer(loaded.module, setup.trainer, setup.algorithm, temperature=1.0), loaded.module
 
 
-def weights_of(backend: Ranks, root: Path, version: int = 1) -> Weights:
-    published = backend.publish(PublisherSettings(root, keep=9), version)
-    dtype = json.loads((published.folder / "config.json").read_text())["dtype"]
-    return hugging_face_views(load_model(published.folder, dtype=dtype, device="cpu").module)
-
-
-def largest_difference(ours: Weights, theirs: Weights) -> float:
-    """Relative, of any tensor."""
-    return max(((ours[n] - t).norm() / t.norm()).item() for n, t in theirs.items())
-
-
 def test_a_publication_has_the_probe_of_its_weights(
-    ranks: list[ProcessRank], folders: dict[str, Path], tmp_path: Path
+    two_ranks: StartedRanks, folders: dict[str, Path], tmp_path: Path
 ) -> None:
-    backend = Ranks(ranks, "fsdp", setup_of(folders["qwen3-moe"], expert=2))
+    backend = two_ranks.trainer("fsdp", setup_of(folders["qwen3-moe"], expert=2))
     backend.step(policy_batches(0))
     published = backend.publish(PublisherSettings(tmp_path), 1)
     wanted = measured_probe(load_model(published.folder, dtype="float32", device="cpu").module)
@@ -86,39 +65,35 @@ def test_a_publication_has_the_probe_of_its_weights(
     assert found["logprobs"] == pytest.approx(wanted.logprobs, abs=1e-5)
 
 
-def same(ours: Weights, theirs: Weights) -> bool:
-    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
-
-
 @pytest.mark.parametrize(("family", "other"), [("qwen3", {"tensor": 2}), ("qwen3-moe", {"expert": 2})])
 def test_a_checkpoint_goes_on_in_another_division(
-    ranks: list[ProcessRank], folders: dict[str, Path], tmp_path: Path, family: str, other: dict[str, int]
+    two_ranks: StartedRanks, folders: dict[str, Path], tmp_path: Path, family: str, other: dict[str, int]
 ) -> None:
     steps = [policy_batches(seed) for seed in range(3)]
-    first = Ranks(ranks, "fsdp", setup_of(folders[family], lr_warmup_steps=3))
+    first = two_ranks.trainer("fsdp", setup_of(folders[family], lr_warmup_steps=3))
     first.step(steps[0])
     (tmp_path / "checkpoint").mkdir()
     first.save(tmp_path / "checkpoint")
-    saved = weights_of(first, tmp_path / "a")
+    saved = published_weights(first, tmp_path / "a")
     wanted = [first.step(batches) for batches in steps[1:]]
-    ended = weights_of(first, tmp_path / "a", 2)
+    ended = published_weights(first, tmp_path / "a", 2)
     first.load(tmp_path / "checkpoint")
     assert first.step(steps[1]).grad_norm == wanted[0].grad_norm
 
-    resumed = Ranks(ranks, "fsdp", setup_of(folders[family], lr_warmup_steps=3, **other))
+    resumed = two_ranks.trainer("fsdp", setup_of(folders[family], lr_warmup_steps=3, **other))
     resumed.load(tmp_path / "checkpoint")
-    assert same(weights_of(resumed, tmp_path / "b"), saved)
+    assert same(published_weights(resumed, tmp_path / "b"), saved)
     got = [resumed.step(batches) for batches in steps[1:]]
     assert [each.lr for each in got] == [each.lr for each in wanted] == pytest.approx([5e-5, 7.5e-5])
     assert [each.grad_norm for each in got] == pytest.approx([each.grad_norm for each in wanted], rel=1e-5)
-    assert largest_difference(weights_of(resumed, tmp_path / "b", 2), ended) <= 1e-5
+    assert largest_difference(published_weights(resumed, tmp_path / "b", 2), ended) <= 1e-5
 
 
 def test_a_checkpoint_goes_on_with_another_number_of_ranks(
-    ranks: list[ProcessRank], folders: dict[str, Path], tmp_path: Path
+    two_ranks: StartedRanks, folders: dict[str, Path], tmp_path: Path
 ) -> None:
     steps = [policy_batches(seed) for seed in range(2)]
-    first = Ranks(ranks, "fsdp", setup_of(folders["qwen3"], tensor=2))
+    first = two_ranks.trainer("fsdp", setup_of(folders["qwen3"], tensor=2))
     first.step(steps[0])
     (tmp_path / "checkpoint").mkdir()
     first.save(tmp_path / "checkpoint")
@@ -127,7 +102,8 @@ def test_a_checkpoint_goes_on_with_another_number_of_ranks(
     try:
         resumed.load(tmp_path / "checkpoint")
         resumed.step(steps[1])
-        assert largest_difference(weights_of(resumed, tmp_path / "b"), weights_of(first, tmp_path / "a")) <= 1e-5
+        ours, theirs = (published_weights(each, tmp_path / name) for each, name in ((resumed, "b"), (first, "a")))
+        assert largest_difference(ours, theirs) <= 1e-5
         (tmp_path / "nothing").mkdir()
         with pytest.raises(StoreError, match="no checkpoint of this model"):
             resumed.load(tmp_path / "nothing")
@@ -136,10 +112,10 @@ def test_a_checkpoint_goes_on_with_another_number_of_ranks(
 
 
 def test_minibatches_supervised_steps_and_fresh_moments_are_those_of_the_local_trainer(
-    ranks: list[ProcessRank], folders: dict[str, Path], tmp_path: Path
+    two_ranks: StartedRanks, folders: dict[str, Path], tmp_path: Path
 ) -> None:
     setup = setup_of(folders["qwen3"], lr=1e-3, minibatches=2, activation_checkpointing=True)
-    backend, (trainer, module) = Ranks(ranks, "fsdp", setup), local(setup)
+    backend, (trainer, module) = two_ranks.trainer("fsdp", setup), local(setup)
     for each in (backend, trainer):
         each.step(policy_batches(0), kind="sft", lr=1e-4)
         each.forget_moments()
@@ -148,21 +124,21 @@ def test_minibatches_supervised_steps_and_fresh_moments_are_those_of_the_local_t
     assert len({batch.minibatch for batch in batches}) == 2 and theirs.tokens["drift_kl"] > 0
     assert ours.loss == pytest.approx(theirs.loss, rel=1e-4, abs=1e-6)
     assert ours.tokens == pytest.approx(theirs.tokens, rel=1e-3, abs=1e-5)
-    assert largest_difference(weights_of(backend, tmp_path), hugging_face_views(module)) <= 1e-5
+    assert largest_difference(published_weights(backend, tmp_path), hugging_face_views(module)) <= 1e-5
 
 
 def test_a_gradient_that_is_not_finite_is_skipped_on_all_ranks(
-    ranks: list[ProcessRank], folders: dict[str, Path], tmp_path: Path
+    two_ranks: StartedRanks, folders: dict[str, Path], tmp_path: Path
 ) -> None:
-    backend = Ranks(ranks, "fsdp", setup_of(folders["qwen3"]))
-    before = weights_of(backend, tmp_path, 1)
+    backend = two_ranks.trainer("fsdp", setup_of(folders["qwen3"]))
+    before = published_weights(backend, tmp_path, 1)
     assert backend.step(spoiled(policy_batches(0))).skipped_steps == 1
-    assert same(weights_of(backend, tmp_path, 2), before)
+    assert same(published_weights(backend, tmp_path, 2), before)
     assert backend.step(policy_batches(0)).skipped_steps == 0
-    after = weights_of(backend, tmp_path, 3)
+    after = published_weights(backend, tmp_path, 3)
     assert all(torch.isfinite(each).all() for each in after.values()) and not same(after, before)
     assert backend.step([]).trained_tokens == 0
-    assert same(weights_of(backend, tmp_path, 4), after)
+    assert same(published_weights(backend, tmp_path, 4), after)
 
 
 def spoiled(batches: Sequence[ForestBatch]) -> list[ForestBatch]:
@@ -173,17 +149,17 @@ def spoiled(batches: Sequence[ForestBatch]) -> list[ForestBatch]:
 
 
 def test_bfloat16_computes_in_it_and_keeps_masters_in_float32(
-    ranks: list[ProcessRank], folders: dict[str, Path], tmp_path: Path
+    two_ranks: StartedRanks, folders: dict[str, Path], tmp_path: Path
 ) -> None:
     setup = setup_of(folders["qwen3"], "bfloat16", lr=1e-5)
-    backend, (trainer, module) = Ranks(ranks, "fsdp", setup), local(setup)
-    begun = weights_of(backend, tmp_path, 1)
+    backend, (trainer, module) = two_ranks.trainer("fsdp", setup), local(setup)
+    begun = published_weights(backend, tmp_path, 1)
     assert same(begun, {name: tensor.clone() for name, tensor in hugging_face_views(module).items()})
     for seed in range(6):
         ours, theirs = backend.step(policy_batches(seed)), trainer.step(policy_batches(seed))
         assert ours.grad_norm == pytest.approx(theirs.grad_norm, rel=0.03)
         assert ours.loss == pytest.approx(theirs.loss, abs=2e-3)
-    after = weights_of(backend, tmp_path, 2)
+    after = published_weights(backend, tmp_path, 2)
     assert all(tensor.dtype == torch.bfloat16 for tensor in after.values())
     # Steps of 1e-5 are below what bfloat16 takes near 0.2; of their sum, some weights show the rounding.
     moved = [(after[name] != begun[name]).float().mean().item() for name in after if "proj" in name]

@@ -25,6 +25,8 @@ from safetensors.torch import load_file
 from torch import distributed
 
 from tests.fixtures.policy_batches import policy_batches
+from tests.fixtures.published_weights import largest_difference, published_weights, same
+from tests.fixtures.started_ranks import StartedRanks
 from tests.fixtures.tiny_modules import VOCABULARY, own_routes, tiny_module
 from upspiral.config.models import AlgorithmConfig, LoraConfig, ParallelConfig, TrainerConfig
 from upspiral.errors import ConfigError, StoreError
@@ -32,23 +34,9 @@ from upspiral.trainer.attention import ForestPass
 from upspiral.trainer.base import TrainerSetup
 from upspiral.trainer.forest import ForestBatch, plain_path
 from upspiral.trainer.local import LocalTrainer
-from upspiral.trainer.rank_processes import ProcessRank, start_ranks
-from upspiral.trainer.ranks import Ranks
 from upspiral.types import UNKNOWN_EXPERT
 from upspiral.weights.load import load_model
 from upspiral.weights.names import hugging_face_views
-from upspiral.weights.publication import PublisherSettings
-
-Weights = dict[str, torch.Tensor]
-
-
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[ProcessRank]]:
-    """Two, for one backend after another."""
-    started = start_ranks(2, tmp_path_factory.mktemp("logs"))
-    yield started
-    for rank in started:
-        rank.kill()
 
 
 @pytest.fixture(scope="module")
@@ -69,20 +57,6 @@ def one_rank(tmp_path: Path) -> Iterator[Any]:
 def setup_of(folder: Path, dtype: Any = "float32", tensor: int = 1, **changes: Any) -> TrainerSetup:
     config = TrainerConfig(**{"lr": 1e-4, "parallel": ParallelConfig(ranks=2, tensor=tensor), **changes})
     return TrainerSetup(folder, dtype, "cpu", config, AlgorithmConfig(), temperature=1.0)
-
-
-def published(backend: Ranks, root: Path, version: int) -> Weights:
-    folder = backend.publish(PublisherSettings(root), version).folder
-    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
-
-
-def same(ours: Weights, theirs: Weights) -> bool:
-    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
-
-
-def largest_difference(ours: Weights, theirs: Weights) -> float:
-    """Relative, of any tensor."""
-    return max(((ours[n].float() - t.float()).norm() / t.float().norm()).item() for n, t in theirs.items())
 
 
 def a_path(module: Any) -> ForestBatch:
@@ -129,32 +103,33 @@ def test_logprobs_are_those_of_transformers(
 
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (2, 2)])
 def test_a_checkpoint_goes_on_in_another_division(
-    ranks: list[ProcessRank], untied: Path, tmp_path: Path, before: int, after: int
+    two_ranks: StartedRanks, untied: Path, tmp_path: Path, before: int, after: int
 ) -> None:
     steps = [policy_batches(seed) for seed in range(2)]
-    first = Ranks(ranks, "megatron", setup_of(untied, tensor=before, lr_warmup_steps=3))
-    assert same(published(first, tmp_path / "a", 0), load_file(untied / "model.safetensors"))
+    first = two_ranks.trainer("megatron", setup_of(untied, tensor=before, lr_warmup_steps=3))
+    assert same(published_weights(first, tmp_path / "a", 0), load_file(untied / "model.safetensors"))
     first.step(steps[0])
     (tmp_path / "checkpoint").mkdir()
     first.save(tmp_path / "checkpoint")
-    saved = published(first, tmp_path / "a", 1)
+    saved = published_weights(first, tmp_path / "a", 1)
     wanted = first.step(steps[1])
-    ended = published(first, tmp_path / "a", 2)
+    ended = published_weights(first, tmp_path / "a", 2)
 
-    resumed = Ranks(ranks, "megatron", setup_of(untied, tensor=after, lr_warmup_steps=3))
+    resumed = two_ranks.trainer("megatron", setup_of(untied, tensor=after, lr_warmup_steps=3))
     resumed.load(tmp_path / "checkpoint")
-    assert same(published(resumed, tmp_path / "b", 1), saved) and not same(saved, ended)
+    assert same(published_weights(resumed, tmp_path / "b", 1), saved) and not same(saved, ended)
     got = resumed.step(steps[1])
     assert got.lr == wanted.lr == pytest.approx(5e-5)
     assert got.grad_norm == pytest.approx(wanted.grad_norm, rel=1e-5)
-    assert largest_difference(published(resumed, tmp_path / "b", 2), ended) <= (0.0 if before == after else 1e-5)
+    apart = largest_difference(published_weights(resumed, tmp_path / "b", 2), ended)
+    assert apart <= (0.0 if before == after else 1e-5)
 
 
 def test_minibatches_supervised_steps_and_fresh_moments_are_those_of_the_local_trainer(
-    ranks: list[ProcessRank], untied: Path, tmp_path: Path
+    two_ranks: StartedRanks, untied: Path, tmp_path: Path
 ) -> None:
     setup = setup_of(untied, tensor=2, minibatches=2, activation_checkpointing=True)
-    backend, loaded = Ranks(ranks, "megatron", setup), load_model(untied, dtype="float32", device="cpu")
+    backend, loaded = two_ranks.trainer("megatron", setup), load_model(untied, dtype="float32", device="cpu")
     trainer = LocalTrainer(loaded.module, setup.trainer, setup.algorithm, temperature=1.0)
     for each in (backend, trainer):
         each.step(policy_batches(0), kind="sft", lr=1e-5)
@@ -165,28 +140,28 @@ def test_minibatches_supervised_steps_and_fresh_moments_are_those_of_the_local_t
     assert ours.loss == pytest.approx(theirs.loss, rel=1e-4, abs=1e-5)
     assert ours.grad_norm == pytest.approx(theirs.grad_norm, rel=1e-4)
     assert ours.tokens == pytest.approx(theirs.tokens, rel=1e-3, abs=1e-5)
-    assert largest_difference(published(backend, tmp_path, 1), hugging_face_views(loaded.module)) <= 1e-5
+    assert largest_difference(published_weights(backend, tmp_path, 1), hugging_face_views(loaded.module)) <= 1e-5
 
 
 def test_bfloat16_has_masters_and_a_gradient_that_is_not_finite_is_skipped(
-    ranks: list[ProcessRank], untied: Path, tmp_path: Path
+    two_ranks: StartedRanks, untied: Path, tmp_path: Path
 ) -> None:
-    backend = Ranks(ranks, "megatron", setup_of(untied, "bfloat16", tensor=2, lr=1e-7))
-    before = published(backend, tmp_path, 0)
+    backend = two_ranks.trainer("megatron", setup_of(untied, "bfloat16", tensor=2, lr=1e-7))
+    before = published_weights(backend, tmp_path, 0)
     spoilt = policy_batches(0)
     next(batch for batch in spoilt if batch.num_targets).positive_M[0] = float("inf")
     metrics = backend.step(spoilt)
     assert metrics.skipped_steps == 1 and not np.isfinite(metrics.grad_norm)
-    assert same(published(backend, tmp_path, 1), before)
+    assert same(published_weights(backend, tmp_path, 1), before)
 
     batches = [batch for batch in policy_batches(1) if batch.lane in (0, 3)]
     for _ in range(2):  # each less than a weight of bfloat16 can take, the masters take all
         assert backend.step(batches).skipped_steps == 0
     (tmp_path / "checkpoint").mkdir()
     backend.save(tmp_path / "checkpoint")
-    resumed = Ranks(ranks, "megatron", setup_of(untied, "float32", tensor=2))
+    resumed = two_ranks.trainer("megatron", setup_of(untied, "float32", tensor=2))
     resumed.load(tmp_path / "checkpoint")
-    masters = published(resumed, tmp_path / "masters", 1)
+    masters = published_weights(resumed, tmp_path / "masters", 1)
     moved = {name: (masters[name] - before[name].float()).abs().max().item() for name in before}
     assert all(0 < distance < 1e-6 for distance in moved.values()), moved
     assert all(before[name].dtype == torch.bfloat16 for name in before)

@@ -88,6 +88,20 @@ def test_a_kind_whose_packages_are_missing_names_them(tmp_path: Path) -> None:
         Ranks(start_ranks(1, tmp_path, variables=PATH), "no_such_package:Backend", SETUP)
 
 
+def test_ranks_have_one_trainer_at_a_time(tmp_path: Path) -> None:
+    first = Ranks(start_ranks(2, tmp_path, variables=PATH), KIND, SETUP)
+    second = Ranks(first.release(), KIND, SETUP)
+    try:
+        with pytest.raises(TrainerError, match="released"):
+            first.step([], lr=FINE)
+        first.close()
+        assert second.step([], lr=FINE).loss == 3.0
+        with pytest.raises(TrainerError, match="have a trainer already"):
+            Ranks(second._ranks, KIND, SETUP)
+    finally:
+        second.close()
+
+
 def test_no_rank_outlives_its_owner(tmp_path: Path) -> None:
     command = [sys.executable, "-c", OWNER, str(tmp_path)]
     owner = subprocess.Popen(command, env={**os.environ, **PATH}, stdout=subprocess.PIPE)

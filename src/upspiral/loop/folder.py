@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import fcntl
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from upspiral.config.loader import dump_toml, load_run_config
 from upspiral.config.models import RunConfig
 from upspiral.errors import ConfigError
+from upspiral.trainer.registry import RESHARDING
 
 # Keys that change nothing about what was learned so far; all others must be as they were when a run is resumed.
 MAY_CHANGE_ON_RESUME = (
     "steps", "budget_minutes", "checkpoint", "agent.workers", "agent.concurrency", "model.threads", "sandbox.backend",
     "sandbox.url", "sandbox.trust_commands", "cluster",
 )  # fmt: skip
-
-
+_DIVISION = "trainer.parallel"
+"""May change as well where the trainer's checkpoints are read by any number of ranks."""
 _RESOLVED = "config.resolved.toml"
 
 
@@ -37,9 +39,13 @@ class RunFolder:
         check_resume(path, resume=resume)
         path.mkdir(parents=True, exist_ok=True)
         lock = lock_folder(path)
-        if resume:
-            _check_same_run(load_run_config(resolved, ()), config, resolved)
-        resolved.write_text(dump_toml(config), encoding="utf-8")
+        try:
+            if resume:
+                _check_same_run(load_run_config(resolved, ()), config, resolved)
+            resolved.write_text(dump_toml(config), encoding="utf-8")
+        except BaseException:
+            os.close(lock)
+            raise
         return cls(path, resume, lock)
 
     @property
@@ -89,21 +95,21 @@ def lock_folder(path: Path) -> int:
 
 
 def _check_same_run(before: RunConfig, now: RunConfig, resolved: Path) -> None:
-    changed = sorted(
-        key
-        for key in {*_flat(before), *_flat(now)}
-        if _flat(before).get(key) != _flat(now).get(key) and not key.startswith(MAY_CHANGE_ON_RESUME)
-    )
+    was, given = _flat(before.model_dump()), _flat(now.model_dump())
+    free = (*MAY_CHANGE_ON_RESUME, *((_DIVISION,) if now.trainer.kind in RESHARDING else ()))
+    changed = sorted(key for key in {*was, *given} if was.get(key) != given.get(key) and not key.startswith(free))
     if changed:
-        listed = ", ".join(f"{key} was {_flat(before).get(key)!r}, is {_flat(now).get(key)!r}" for key in changed)
-        raise ConfigError(f"--resume: this is not the run of {resolved}: {listed}; set them back or start a new run")
+        listed = ", ".join(f"{key} was {was.get(key)!r}, is {given.get(key)!r}" for key in changed)
+        divided = all(key.startswith(_DIVISION) for key in changed)
+        why = f" (trainer.kind = {now.trainer.kind!r} reads only checkpoints of its own division)" if divided else ""
+        raise ConfigError(
+            f"--resume: this is not the run of {resolved}: {listed}{why}; set them back or start a new run"
+        )
 
 
-def _flat(config: RunConfig) -> dict[str, object]:
+def _flat(section: Mapping[str, object], prefix: str = "") -> dict[str, object]:
+    """Values by their dotted keys."""
     flat: dict[str, object] = {}
-    for key, value in config.model_dump().items():
-        if isinstance(value, dict):
-            flat.update({f"{key}.{inner}": content for inner, content in value.items()})
-        else:
-            flat[key] = value
+    for key, value in section.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat

@@ -136,6 +136,11 @@ class PublishingLearner:
         if self._colocated:
             await self._engine.sleep()
 
+    async def close(self) -> None:
+        """Ends the trainer and the thread. What a cancelled call left computing is not waited for."""
+        await asyncio.to_thread(self._trainer.close)
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
     async def _adopt(self, settings: PublisherSettings, version: int) -> None:
         publication = await self._run(lambda: self._trainer.publish(settings, version))
         await self._engine.update_weights(publication)

@@ -92,10 +92,10 @@ async def make_policy(setting: Setting, placement: Placement | None) -> tuple[En
     engine, colocated = await placement.engine(setting), config.engine.colocated
     if colocated:
         await engine.sleep()  # the trainer is made where the engine was
+    published, threads = _publisher_settings(setting), num_threads(config)
     trainer = await _trainer(setting, placement)
-    setting.stack.push_async_callback(asyncio.to_thread, trainer.close)
-    threads = num_threads(config)
-    learner = PublishingLearner(trainer, engine, _publisher_settings(setting), threads=threads, colocated=colocated)
+    learner = PublishingLearner(trainer, engine, published, threads=threads, colocated=colocated)
+    setting.stack.push_async_callback(learner.close)
     return engine, learner
 
 

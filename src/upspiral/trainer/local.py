@@ -29,7 +29,7 @@ from upspiral.trainer.gradients import GradientSums, Source, whole_weights
 from upspiral.trainer.lanes import Lanes
 from upspiral.trainer.logprob import target_logprobs
 from upspiral.trainer.lora import factors_behind
-from upspiral.trainer.optimizer import MasterAdamW, ParameterOptimizer
+from upspiral.trainer.optimizer import MasterAdamW, ParameterOptimizer, learning_rate
 from upspiral.trainer.rounding import RoundingAdamW
 from upspiral.trainer.routes import replayed_routes_in
 from upspiral.trainer.tally import Tally
@@ -95,7 +95,7 @@ class LocalTrainer:
         counted. No batches: nothing happens.
         """
         started = time.monotonic()
-        rate = self._learning_rate() if lr is None else lr
+        rate = learning_rate(self._config, self._policy_steps) if lr is None else lr
         tally = Tally()
         with self._forest_attention():
             for minibatch, old in self._with_old_logprobs(batches, kind):
@@ -250,7 +250,3 @@ class LocalTrainer:
 
     def _logprobs(self, model: Any, batch: ForestBatch, kind: str, forest: ForestPass) -> tuple[Tensor, Tensor]:
         return target_logprobs(model, batch, temperature=self._temperatures[kind], forest=forest)
-
-    def _learning_rate(self) -> float:
-        warmup = self._config.lr_warmup_steps
-        return self._config.lr * min(1.0, (self._policy_steps + 1) / (warmup + 1))

@@ -101,6 +101,11 @@ def adamw(parameters: Iterable[Tensor], config: TrainerConfig) -> torch.optim.Ad
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
 
 
+def learning_rate(config: TrainerConfig, steps_done: int) -> float:
+    """Of the RL step after `steps_done` of them: it rises linearly over the steps of warm-up."""
+    return config.lr * min(1.0, (steps_done + 1) / (config.lr_warmup_steps + 1))
+
+
 def weight_decay_of(parameter: Tensor, config: TrainerConfig) -> float:
     """Norms and biases are not decayed, as is usual: they set scales, not features."""
     return config.weight_decay if parameter.ndim > 1 else 0.0

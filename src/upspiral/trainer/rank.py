@@ -16,6 +16,7 @@ from datetime import timedelta
 from multiprocessing.connection import Client, Connection
 from typing import Any
 
+from upspiral.errors import TrainerError
 from upspiral.trainer.base import TrainerBackend, TrainerSetup
 from upspiral.trainer.ranks import START_DEADLINE_S
 from upspiral.trainer.registry import make_backend
@@ -32,9 +33,12 @@ class RankProgram:
         self._backend: TrainerBackend | None = None
 
     def call(self, method: str, *args: Any, **keywords: Any) -> Any:
-        """A method of the backend; "make" makes it first."""
+        """A method of the backend; "make" makes it first, "drop" forgets it."""
         if method == "make":
             return self._make(*args)
+        if method == "drop":
+            self._backend = None
+            return None
         assert self._backend is not None, "the first call is make"
         return getattr(self._backend, method)(*args, **keywords)
 
@@ -42,6 +46,8 @@ class RankProgram:
         import torch
         from torch import distributed
 
+        if self._backend is not None:
+            raise TrainerError("these ranks have a trainer already; release it first, or start others")
         torch.manual_seed(setup.seed)
         if setup.device == "cuda":
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))

@@ -21,6 +21,7 @@ from upspiral.algorithm.loss import Loss, PolicyLoss, SftLoss
 from upspiral.trainer.attention import ForestPass
 from upspiral.trainer.base import StepKind, StepMetrics, TrainerSetup
 from upspiral.trainer.forest import ForestBatch, plain_path
+from upspiral.trainer.optimizer import learning_rate
 from upspiral.trainer.rounds import Turn, turns
 from upspiral.trainer.tally import Tally
 from upspiral.trainer.terms import token_terms
@@ -50,7 +51,7 @@ class RankBackend(ABC):
     ) -> StepMetrics:
         """See `TrainerBackend`."""
         started = time.monotonic()
-        rate = self._learning_rate() if lr is None else lr
+        rate = learning_rate(self._setup.trainer, self._policy_steps) if lr is None else lr
         tally = Tally()
         with self._computing():
             for minibatch, old in self._with_old_logprobs(batches, kind):
@@ -154,10 +155,6 @@ class RankBackend(ABC):
         found: list[Any] = [None] * distributed.get_world_size(self._group)
         distributed.all_gather_object(found, own, group=self._group)
         return found
-
-    def _learning_rate(self) -> float:
-        config = self._setup.trainer
-        return config.lr * min(1.0, (self._policy_steps + 1) / (config.lr_warmup_steps + 1))
 
 
 def clip_scale(norm: float, max_norm: float) -> float:

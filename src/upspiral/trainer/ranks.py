@@ -29,8 +29,8 @@ class Rank(Protocol):
     """One process of the trainer."""
 
     def call(self, method: str, *args: Any, **keywords: Any) -> Future[Any]:
-        """Calls a method of the rank's backend; the first is "make". Calls are done one after the other. The future
-        raises what the method raised, or TrainerError when the process is gone."""
+        """Calls a method of the rank's backend; "make" makes it first, "drop" forgets it. Calls are done one after the
+        other. The future raises what the method raised, or TrainerError when the process is gone."""
         ...
 
     def kill(self) -> None:
@@ -45,7 +45,8 @@ class Ranks:
     def __init__(
         self, ranks: Sequence[Rank], kind: str, setup: TrainerSetup, *, call_deadline_s: float = CALL_DEADLINE_S
     ) -> None:
-        """`kind`: see `make_backend`. Raises what a rank raises when it makes its backend."""
+        """`ranks` are this trainer's alone until it releases them. `kind`: see `make_backend`. Raises what a rank
+        raises when it makes its backend, and TrainerError when it has one of another trainer."""
         self._ranks = list(ranks)
         self._call_deadline_s = call_deadline_s
         self._failed: Exception | None = None
@@ -67,6 +68,13 @@ class Ranks:
 
     def forget_moments(self) -> None:
         self._all("forget_moments")
+
+    def release(self) -> list[Rank]:
+        """Gives the processes back, for another trainer; this one is not used afterwards."""
+        self._all("drop", deadline_s=CLOSE_DEADLINE_S)
+        self._failed = TrainerError("the trainer released them")
+        ranks, self._ranks = self._ranks, []
+        return ranks
 
     def close(self) -> None:
         try:

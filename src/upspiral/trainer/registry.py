@@ -13,6 +13,8 @@ _BACKENDS = {
     "megatron": "upspiral.trainer.megatron.backend:MegatronBackend",
 }
 """Each is called with a TrainerSetup on every rank, inside the process group of all ranks."""
+RESHARDING = ("fsdp", "megatron")
+"""Those that `load` what other numbers of ranks have written, however they divided the model."""
 
 
 def make_backend(kind: str, setup: TrainerSetup) -> TrainerBackend:

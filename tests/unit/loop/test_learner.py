@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -82,6 +83,7 @@ async def parts(root: Path, *, colocated: bool = False) -> AsyncIterator[Parts]:
     try:
         yield Parts(trainer, engine, learner, trained.module, own.module)
     finally:
+        await learner.close()
         await engine.stop()
 
 
@@ -98,6 +100,10 @@ def test_what_a_warm_start_changed_is_published_as_version_0(tmp_path: Path) -> 
             assert (await made.sampled())[2] == {0}
 
     asyncio.run(asyncio.wait_for(check(), 60))
+    for thread in threading.enumerate():
+        if thread.name.startswith("trainer"):
+            thread.join(10)
+            assert not thread.is_alive(), "the trainer's thread outlives its learner"
 
 
 def test_a_colocated_engine_has_no_memory_while_the_trainer_computes_and_samples_the_same_bits(tmp_path: Path) -> None:

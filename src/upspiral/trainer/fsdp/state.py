@@ -1,4 +1,4 @@
-"""Checkpoints of FSDP2 by torch's distributed checkpoint: every rank writes its parts, and any division reads them."""
+"""What is in a checkpoint of FSDP2: weights and moments by the model's own names, and counters."""
 
 from __future__ import annotations
 
@@ -7,39 +7,30 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor
 
-from upspiral.errors import StoreError
+from upspiral.trainer.distributed_checkpoint import load_parts, save_parts
 from upspiral.trainer.fsdp.optimizer import ShardedAdamW
 
-_FORMAT = "upspiral-fsdp-1"
+_KIND = "fsdp"
 
 
 def save_state(folder: Path, parameters: Mapping[str, DTensor], optimizer: ShardedAdamW, policy_steps: int) -> None:
     """Weights, moments and counters into an empty folder. All ranks take part."""
-    save(_state(parameters, optimizer, policy_steps), checkpoint_id=folder)
+    save_parts(folder, _state(parameters, optimizer, policy_steps), _KIND)
 
 
 def load_state(folder: Path, parameters: Mapping[str, DTensor], optimizer: ShardedAdamW) -> int:
     """Restores weights and moments in place; returns the number of policy steps. StoreError when the folder holds
     another model or is another backend's."""
     state = _state(parameters, optimizer, 0)
-    try:
-        load(state, checkpoint_id=folder)
-    except (CheckpointException, OSError, RuntimeError, ValueError, KeyError) as error:
-        raise StoreError(
-            f'{folder} is no checkpoint of this model by trainer.kind = "fsdp" ({error}); resume with the model and '
-            "the kind of trainer that wrote it"
-        ) from error
+    load_parts(folder, state, _KIND)
     optimizer.steps = int(state["optimizer_steps"])
     return int(state["policy_steps"])
 
 
 def _state(parameters: Mapping[str, DTensor], optimizer: ShardedAdamW, policy_steps: int) -> dict[str, Any]:
-    state: dict[str, Any] = {"format": _FORMAT, "policy_steps": policy_steps, "optimizer_steps": optimizer.steps}
+    state: dict[str, Any] = {"policy_steps": policy_steps, "optimizer_steps": optimizer.steps}
     moments = zip(parameters.items(), optimizer.first, optimizer.second, strict=True)
     for (name, parameter), first, second in moments:
         state[f"weight.{name}"] = parameter.detach()
