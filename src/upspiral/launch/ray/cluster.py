@@ -32,10 +32,10 @@ def joined(cluster: ClusterConfig) -> Iterator[None]:
             )  # fmt: skip
         else:
             ray.init(address=cluster.address, runtime_env=environment, log_to_driver=True)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         raise ConfigError(
             f'cluster.address = "{cluster.address}" cannot be joined ({error}); start Ray there with `ray start '
-            '--head`, or use "local"'
+            '--head`, set RAY_AUTH_MODE here as it is there, or use "local"'
         ) from error
     try:
         _check_room(cluster)
