@@ -17,9 +17,7 @@ NEEDS_TORCH = (
     "upspiral.kernel.path_attention",
     "upspiral.kernel.product",
     "upspiral.kernel.rows",
-    "upspiral.launch.ray.engine_host",
-    "upspiral.launch.ray.placement",
-    "upspiral.launch.ray.run_host",
+    "upspiral.launch.ray",
     "upspiral.loop",
     "upspiral.weights.load",
     "upspiral.weights.adapter",
@@ -30,10 +28,12 @@ NEEDS_TORCH = (
     "upspiral.weights.model_files",
     "upspiral.weights.exact",
     "upspiral.weights.growing_file",
+    "upspiral.weights.mirror",
     "upspiral.weights.probe",
     "upspiral.weights.publisher",
     "upspiral.weights.receiver",
     "upspiral.weights.safetensors_files",
+    "upspiral.weights.shared_folder",
     "upspiral.weights.shelf",
 )
 

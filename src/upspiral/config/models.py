@@ -335,8 +335,9 @@ class WeightsConfig(_Section):
     form: Literal["full", "delta"] = "full"
     """"delta": only what changed since the step before, without loss."""
     transport: Literal["auto", "shared", "disk"] = "auto"
-    """Where they are written: "shared" memory of this machine, or "disk", the run folder, for engines that mount it
-    elsewhere; "auto": shared memory while all engines are started here."""
+    """Where they are written: "shared" memory of the trainer's machine, from which Ray brings them to other nodes, or
+    "disk", the run folder, for engines that mount it elsewhere; "auto": shared memory while all engines are started by
+    the run."""
 
 
 class ClusterConfig(_Section):

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import shutil
-import tempfile
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 
@@ -27,6 +25,7 @@ from upspiral.trainer.ranks import Rank, Ranks
 from upspiral.weights.cpu import keep_freed_memory, num_cores
 from upspiral.weights.load import LoadedModel, load_model
 from upspiral.weights.publication import PublisherSettings
+from upspiral.weights.shared_folder import shared_folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +51,15 @@ class Placement(Protocol):
         """Processes for the ranks of a trainer."""
         ...
 
+    async def weights_root(self, setting: Setting) -> Path:
+        """A folder in the shared memory of the trainer's machine, where it publishes; gone when the run ends. The
+        engines have what is published there."""
+        ...
+
+    def share(self, argument: Any) -> Any:
+        """What stands for a large argument in calls of the ranks: it is handed over once and not to each of them."""
+        ...
+
     async def sandboxes(self, config: RunConfig, egress_log: Path) -> SandboxBackend | None:
         """Where sandboxes are made; None: as [sandbox] says."""
         ...
@@ -75,6 +83,12 @@ class ThisMachine:
     async def ranks(self, count: int, setting: Setting) -> Sequence[Rank]:
         return start_ranks(count, setting.folder / "logs")
 
+    async def weights_root(self, setting: Setting) -> Path:
+        return setting.stack.enter_context(shared_folder())
+
+    def share(self, argument: Any) -> Any:
+        return argument
+
     async def sandboxes(self, config: RunConfig, egress_log: Path) -> SandboxBackend | None:
         return None
 
@@ -92,10 +106,10 @@ async def make_policy(setting: Setting, placement: Placement | None) -> tuple[En
     engine, colocated = await placement.engine(setting), config.engine.colocated
     if colocated:
         await engine.sleep()  # the trainer is made where the engine was
-    published, threads = _publisher_settings(setting), num_threads(config)
     trainer = await _trainer(setting, placement)
+    published, threads = await _publisher_settings(setting, placement), num_threads(config)
     learner = PublishingLearner(trainer, engine, published, threads=threads, colocated=colocated)
-    setting.stack.push_async_callback(learner.close)
+    setting.stack.push_async_callback(learner.close)  # last, so first: weights go after the trainer that writes them
     return engine, learner
 
 
@@ -147,7 +161,7 @@ async def _trainer(setting: Setting, placement: Placement) -> TrainerBackend:
         return LocalTrainer.of(load(setting).module, setup, lanes=num_threads(config), exact=exact)
     count = config.trainer.parallel.ranks if config.trainer.parallel else 1
     ranks = await placement.ranks(count, setting)
-    return await asyncio.to_thread(Ranks, ranks, config.trainer.kind, setup)
+    return await asyncio.to_thread(lambda: Ranks(ranks, config.trainer.kind, setup, share=placement.share))
 
 
 def trainer_setup(config: RunConfig, model_folder: Path) -> TrainerSetup:
@@ -163,14 +177,10 @@ def trainer_setup(config: RunConfig, model_folder: Path) -> TrainerSetup:
     )
 
 
-def _publisher_settings(setting: Setting) -> PublisherSettings:
-    """In shared memory, a folder of the run's own name, which goes when the run ends."""
+async def _publisher_settings(setting: Setting, placement: Placement) -> PublisherSettings:
     config = setting.config
     shared = config.weights.transport == "shared" or (
         config.weights.transport == "auto" and not (config.engine.server and config.engine.server.urls)
     )
-    root = setting.folder / "weights"
-    if shared:
-        root = Path(tempfile.mkdtemp(prefix="upspiral-weights-", dir="/dev/shm"))
-        setting.stack.callback(shutil.rmtree, root, ignore_errors=True)
+    root = await placement.weights_root(setting) if shared else setting.folder / "weights"
     return PublisherSettings(root.resolve(), form=config.weights.form)

@@ -6,7 +6,7 @@ Ray's actors.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from pathlib import Path
 from typing import Any, Protocol
@@ -43,11 +43,19 @@ class Ranks:
     are killed and every further call raises TrainerError: make a new one, and `load` a checkpoint."""
 
     def __init__(
-        self, ranks: Sequence[Rank], kind: str, setup: TrainerSetup, *, call_deadline_s: float = CALL_DEADLINE_S
+        self,
+        ranks: Sequence[Rank],
+        kind: str,
+        setup: TrainerSetup,
+        *,
+        share: Callable[[Any], Any] = lambda argument: argument,
+        call_deadline_s: float = CALL_DEADLINE_S,
     ) -> None:
-        """`ranks` are this trainer's alone until it releases them. `kind`: see `make_backend`. Raises what a rank
-        raises when it makes its backend, and TrainerError when it has one of another trainer."""
+        """`ranks` are this trainer's alone until it releases them. `kind`: see `make_backend`. `share`: what stands for a
+        large argument in the calls of all ranks, where there is memory that they share. Raises what a rank raises when
+        it makes its backend, and TrainerError when it has one of another trainer."""
         self._ranks = list(ranks)
+        self._share = share
         self._call_deadline_s = call_deadline_s
         self._failed: Exception | None = None
         self._all("make", kind, setup, deadline_s=START_DEADLINE_S)
@@ -55,7 +63,7 @@ class Ranks:
     def step(
         self, batches: Sequence[ForestBatch], *, kind: StepKind = "policy", lr: float | None = None
     ) -> StepMetrics:
-        return self._all("step", list(batches), kind=kind, lr=lr)
+        return self._all("step", self._share(list(batches)), kind=kind, lr=lr)
 
     def publish(self, settings: PublisherSettings, version: int) -> Publication:
         return self._all("publish", settings, version)

@@ -157,7 +157,7 @@ def _digest(data: bytes) -> str:
 def read_probe(folder: Path) -> dict[str, list[Any]] | None:
     """`token_ids`, and `logprobs` of all of them but the first, that an engine with these weights gives; None when the
     publication has no probe. Raises Damaged."""
-    with _locked_manifest(folder) as manifest:
+    with locked_manifest(folder) as manifest:
         if manifest.probe is None:
             return None
         try:
@@ -252,7 +252,7 @@ class _Opened:
     """A publication that its publisher leaves alone until `stack` closes."""
 
     def __init__(self, folder: Path, stack: ExitStack, maps: _Maps) -> None:
-        self.folder, self.manifest = folder, stack.enter_context(_locked_manifest(folder))
+        self.folder, self.manifest = folder, stack.enter_context(locked_manifest(folder))
         self._entries = {entry.name: entry for entry in self.manifest.tensors}
         self._files = [maps.of(folder / name) for name, _, _ in self.manifest.files]
         for data, (name, length, head) in zip(self._files, self.manifest.files, strict=True):
@@ -338,7 +338,7 @@ def _mapped(file: BinaryIO) -> Bytes:
 
 
 @contextmanager
-def _locked_manifest(folder: Path) -> Iterator[Manifest]:
+def locked_manifest(folder: Path) -> Iterator[Manifest]:
     """Inside it, the publisher does not use the folder's files for another version. Raises Damaged."""
     path = folder / MANIFEST
     with ExitStack() as stack:

@@ -19,6 +19,7 @@ def joined(cluster: ClusterConfig) -> Iterator[None]:
     have room for what the run wants."""
     try:
         import ray
+        from ray.exceptions import RayError
     except ImportError as error:
         raise ConfigError("cluster.address needs Ray; pip install 'upspiral[ray]'") from error
     # Ray's own dashboard and usage report are no part of a run; threads are given to actors one by one.
@@ -32,10 +33,10 @@ def joined(cluster: ClusterConfig) -> Iterator[None]:
             )  # fmt: skip
         else:
             ray.init(address=cluster.address, runtime_env=environment, log_to_driver=True)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (ConnectionError, RuntimeError, ValueError, RayError) as error:
         raise ConfigError(
             f'cluster.address = "{cluster.address}" cannot be joined ({error}); start Ray there with `ray start '
-            '--head`, or use "local"'
+            '--head`, set RAY_AUTH_MODE here as it is there, or use "local"'
         ) from error
     try:
         _check_room(cluster)

@@ -3,21 +3,35 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any
 
 from upspiral.engine.served.client import RemoteEngine
 from upspiral.errors import DeadlineError, EngineError
+from upspiral.launch.ray.courier import Courier
+from upspiral.weights.publication import Publication
 
 START_DEADLINE_S = 900.0
+
+
+class PlacedEngine(RemoteEngine):
+    """An engine on any node: new weights are brought there first."""
+
+    def __init__(self, host: str, port: int, key: str, bring: Callable[[Publication], Awaitable[Publication]]) -> None:
+        super().__init__(host, port, key)
+        self._bring = bring
+
+    async def update_weights(self, publication: Publication) -> None:
+        await super().update_weights(await self._bring(publication))
 
 
 class EngineActor:
     """See `EngineHome`."""
 
-    def __init__(self, make_actor: Callable[[], Any], key: str) -> None:
+    def __init__(self, make_actor: Callable[[], Any], key: str, courier: Courier) -> None:
         """`make_actor` makes an `EngineHost`, which serves with the key."""
-        self._make_actor, self._key = make_actor, key
+        self._make_actor, self._key, self._courier = make_actor, key, courier
         self._actor: Any = None
 
     async def start(self) -> RemoteEngine:
@@ -25,12 +39,12 @@ class EngineActor:
 
         self._actor = self._make_actor()
         try:
-            host, port = await asyncio.wait_for(self._actor.start.remote(), START_DEADLINE_S)
+            host, port, node = await asyncio.wait_for(self._actor.start.remote(), START_DEADLINE_S)
         except TimeoutError:
             raise DeadlineError(f"an engine's actor did not start within {START_DEADLINE_S:.0f} s") from None
         except RayError as error:
             raise EngineError(f"an engine's actor did not start: {error}") from error
-        client = RemoteEngine(host, port, self._key)
+        client = PlacedEngine(host, port, self._key, partial(self._courier.at, node))
         await client.start()
         return client
 

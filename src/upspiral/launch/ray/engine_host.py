@@ -18,8 +18,8 @@ class EngineHost:
         self._config, self._model_folder, self._folder, self._key = config, model_folder, folder, key
         self._stack = AsyncExitStack()
 
-    async def start(self) -> tuple[str, int]:
-        """Where the engine is served, with the weights of the model's folder."""
+    async def start(self) -> tuple[str, int, str]:
+        """Address and port where the engine is served, with the weights of the model's folder, and the node's id."""
         import ray
 
         prepare_process(self._config)
@@ -29,7 +29,7 @@ class EngineHost:
         host = ray.util.get_node_ip_address()
         port = await server.start(host)
         self._stack.push_async_callback(server.stop)
-        return host, port
+        return host, port, ray.get_runtime_context().get_node_id()
 
     async def live(self) -> None:
         """Never returns: who waits for it hears of the actor's death."""

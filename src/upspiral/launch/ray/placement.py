@@ -13,20 +13,29 @@ from upspiral.engine.base import UpdatableEngine
 from upspiral.engine.kept import KeptEngine
 from upspiral.engine.router import Router
 from upspiral.errors import ConfigError
+from upspiral.launch.ray.courier import Courier
 from upspiral.launch.ray.engine_actor import EngineActor
 from upspiral.launch.ray.engine_host import EngineHost
 from upspiral.launch.ray.placed_sandboxes import PlacedSandboxes
 from upspiral.launch.ray.rank_host import RankHost, RayRank
 from upspiral.launch.ray.sandbox_host import SandboxHost
+from upspiral.launch.ray.weights_host import make_weights_host
 from upspiral.loop.placement import Setting
 from upspiral.sandbox.base import SandboxBackend
 from upspiral.trainer.ranks import START_DEADLINE_S, Rank
+from upspiral.weights.shared_folder import shared_folder
 
 
 class RayPlacement:
-    """See `Placement`. Actors belong to the process that makes them and end with it."""
+    """See `Placement`. Actors belong to the process that makes them and end with it. One is for one run."""
+
+    def __init__(self) -> None:
+        self._courier = Courier(make_weights_host)
+        self._publisher: RayRank | None = None
+        """The first rank, which publishes; None: the trainer is in this process."""
 
     async def engine(self, setting: Setting) -> UpdatableEngine:
+        setting.stack.callback(self._courier.stop)
         router = Router([self._placed(setting) for _ in range(setting.config.cluster.engines)])
         setting.stack.push_async_callback(router.stop)
         await router.start()
@@ -52,7 +61,23 @@ class RayPlacement:
                 f"the cluster had no room for {count} ranks of {cluster.rank_cpus:g} CPUs and {cluster.rank_gpus:g} "
                 f"GPUs within {START_DEADLINE_S:.0f} s; lower trainer.parallel.ranks or add nodes"
             ) from None
-        return [RayRank(actor) for actor in actors]
+        ranks = [RayRank(actor) for actor in actors]
+        self._publisher = ranks[0]
+        return ranks
+
+    async def weights_root(self, setting: Setting) -> Path:
+        import ray
+
+        if self._publisher is None:
+            self._courier.source = ray.get_runtime_context().get_node_id()
+            return setting.stack.enter_context(shared_folder())
+        self._courier.source, root = await self._publisher.weights_root()
+        return root
+
+    def share(self, argument: Any) -> Any:
+        import ray
+
+        return ray.put(argument)  # read in place by all ranks of a node, and sent once to each other node
 
     async def sandboxes(self, config: RunConfig, egress_log: Path) -> SandboxBackend | None:
         import ray
@@ -73,4 +98,8 @@ class RayPlacement:
         host: Any = ray.remote(EngineHost).options(
             num_cpus=cluster.engine_cpus, num_gpus=cluster.engine_gpus, scheduling_strategy="SPREAD"
         )
-        return KeptEngine(lambda: EngineActor(lambda: host.remote(own, setting.model_folder, setting.folder, key), key))
+
+        def make_actor() -> Any:
+            return host.remote(own, setting.model_folder, setting.folder, key)
+
+        return KeptEngine(lambda: EngineActor(make_actor, key, self._courier))

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import socket
+import warnings
 from collections.abc import Mapping
 from concurrent.futures import Future
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
-from upspiral.errors import TrainerError
+from upspiral.errors import DeadlineError, TrainerError
 from upspiral.trainer.rank import RankProgram
+from upspiral.weights.shared_folder import shared_folder
+
+FOLDER_DEADLINE_S = 120.0
 
 
 class RankHost:
@@ -17,6 +24,7 @@ class RankHost:
 
     def __init__(self) -> None:
         self._program = RankProgram()
+        self._stack = ExitStack()
 
     def meeting_point(self) -> tuple[str, int]:
         """Where ranks find each other, if this one is the first."""
@@ -30,7 +38,15 @@ class RankHost:
         """torchrun's variables, for the process group."""
         os.environ.update(variables)
 
+    def weights_root(self) -> tuple[str, Path]:
+        """A folder in shared memory that goes when this rank does, and the id of the node that has it."""
+        import ray
+
+        return ray.get_runtime_context().get_node_id(), self._stack.enter_context(shared_folder())
+
     def call(self, method: str, *args: Any, **keywords: Any) -> Any:
+        # Arrays of the object store are for reading only, and nobody writes into a batch.
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
         return self._program.call(method, *args, **keywords)
 
 
@@ -38,6 +54,7 @@ class RayRank:
     """See `Rank`."""
 
     def __init__(self, actor: Any) -> None:
+        """`actor`: a `RankHost`."""
         self._actor = actor
 
     def call(self, method: str, *args: Any, **keywords: Any) -> Future[Any]:
@@ -52,6 +69,17 @@ class RayRank:
 
         self._actor.call.remote(method, *args, **keywords).future().add_done_callback(settle)
         return answered
+
+    async def weights_root(self) -> tuple[str, Path]:
+        """See `RankHost`. Raises TrainerError when the rank is gone."""
+        from ray.exceptions import RayError
+
+        try:
+            return await asyncio.wait_for(self._actor.weights_root.remote(), FOLDER_DEADLINE_S)
+        except TimeoutError:
+            raise DeadlineError(f"the first rank made no folder within {FOLDER_DEADLINE_S:.0f} s") from None
+        except RayError as error:
+            raise _cause(error) from error
 
     def kill(self) -> None:
         import ray
