@@ -31,6 +31,14 @@ _TOKENS_AN_EVENT = 8
 """After the first. An event costs the server's one Python thread, and ours, about the same however many it has."""
 
 
+class _Untouched(EngineError):
+    """A difference to other weights, which is said before the first of them is loaded."""
+
+
+class _Unfit(EngineError):
+    """What was loaded, or a part of it, is not what was published. After a difference, the whole may be."""
+
+
 @dataclass(eq=False)
 class _Generation:
     """One under way."""
@@ -65,8 +73,8 @@ class VllmEngine:
     ) -> None:
         """`probe_tolerance`: how far log-probabilities may be, on average, from those that a publication's probe has;
         None: 0.25, which the noise of bfloat16 stays below. `version`: of the weights that the server has.
-        `routes`: whether generations come with their routed experts, which vLLM sends at their end (on GPUs, started
-        with --enable-return-routed-experts); so they are not streamed then."""
+        `routes`: asks which experts computed each token. It needs a server with --enable-return-routed-experts, which
+        tells it when a generation ends: all its tokens come then."""
         self._server = Server(url, key=key)
         self._tolerance = 0.25 if probe_tolerance is None else probe_tolerance
         self._version = version
@@ -270,12 +278,13 @@ class VllmEngine:
                 await self._release()
                 await self._prove()
         except BaseException as error:
-            # Stale is said before the first weight is loaded.
-            if not isinstance(error, StaleBaseError):
+            if not isinstance(error, _Untouched):
                 self._distrust(f"{self._server.url} failed to adopt version {publication.version}: {error!r}")
             if not self._pauses and not self._asleep:
                 with contextlib.suppress(UpspiralError):
                     await self._release()
+            if isinstance(error, _Untouched) or (isinstance(error, _Unfit) and publication.base is not None):
+                raise StaleBaseError(f"{error}; publish version {publication.version} whole") from error
             raise
 
     async def sleep(self) -> None:
@@ -307,9 +316,10 @@ class VllmEngine:
             raise EngineError(
                 f"{self._server.url} has not the worker extension that adopts weights ({error!r})"
             ) from error
-        for result in results:
-            if "stale" in result:
-                raise StaleBaseError(result["stale"])
+        if results and all("stale" in result for result in results):
+            raise _Untouched(results[0]["stale"])
+        if any("stale" in result or "damaged" in result for result in results):
+            raise _Unfit(f"{self._server.url} could not adopt version {publication.version}: {results}")
         if not results or any("adopted" not in result for result in results):
             raise EngineError(f"{self._server.url} could not adopt version {publication.version}: {results}")
         await self._server.post("/update_weight_version", {"new_version": str(publication.version)})
@@ -329,7 +339,7 @@ class VllmEngine:
         self._mismatch = float(np.mean(np.abs(found - np.array(probe["logprobs"]))))
         self._probed += 1
         if not self._mismatch <= self._tolerance:
-            raise EngineError(
+            raise _Unfit(
                 f"{self._server.url} answers as if it had not adopted version {self._version}: its "
                 f"log-probabilities are {self._mismatch:.3g} off on average, more than {self._tolerance:g}"
             )
@@ -389,4 +399,6 @@ def _probe_of(publication: Publication) -> dict[str, list[Any]] | None:
     try:
         return read_probe(Path(publication.folder))
     except Damaged as error:
-        raise EngineError(str(error)) from error
+        # Whatever a difference lacks, the whole has.
+        kind = EngineError if publication.base is None else StaleBaseError
+        raise kind(f"{error}; publish version {publication.version} whole") from error
