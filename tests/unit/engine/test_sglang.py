@@ -16,9 +16,9 @@ torch = pytest.importorskip("torch", reason="needs the [train] extra")
 from tests.fixtures.publishing_trainer import PublishingTrainer as Trainer
 from tests.fixtures.sglang_contract import CONTEXT, EXPERTS_OF_TOKEN, SglangContract
 from upspiral.engine.base import GenerationChunk
+from upspiral.engine.routed_layers import RoutedLayers
 from upspiral.engine.router import Router
 from upspiral.engine.sglang.client import SglangEngine
-from upspiral.engine.sglang.wire import RoutedLayers
 from upspiral.errors import ContextLengthError, EngineError, RequestError, StaleBaseError
 from upspiral.types import SamplingParams
 from upspiral.weights.probe import measured_probe

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from upspiral.engine.base import EngineStats, GenerationChunk, TokenIds
 from upspiral.engine.http import TOKEN_DEADLINE_S, Server
+from upspiral.engine.routed_layers import RoutedLayers
 from upspiral.engine.vllm.wire import Piece, probed_logprobs, read_piece, with_versions
 from upspiral.errors import ContextLengthError, DeadlineError, EngineError, RequestError, StaleBaseError, UpspiralError
 from upspiral.types import SamplingParams
@@ -69,7 +70,7 @@ class VllmEngine:
         key: str = "",
         probe_tolerance: float | None = None,
         version: int = 0,
-        routes: bool = False,
+        routes: RoutedLayers | None = None,
     ) -> None:
         """`probe_tolerance`: how far log-probabilities may be, on average, from those that a publication's probe has;
         None: 0.25, which the noise of bfloat16 stays below. `version`: of the weights that the server has.
@@ -135,7 +136,7 @@ class VllmEngine:
         prompt = [int(token_id) for token_id in prompt_ids]
         self._check(prompt, params)
         await self._until_open()
-        generation = _Generation(self._version, holds=self._routes)
+        generation = _Generation(self._version, holds=self._routes is not None)
         self._under_way.add(generation)
         self._prompted += len(prompt)
         try:
@@ -165,7 +166,9 @@ class VllmEngine:
             await self._until_open()
             self._check_usable(generation)
             chunks = with_versions(generation.held, piece.labels)
-            for chunk in self._with_routes(chunks, piece.routes, prompt_length) if self._routes else chunks:
+            if self._routes is not None:
+                chunks = self._with_routes(chunks, piece.routes, prompt_length, self._routes)
+            for chunk in chunks:
                 yield chunk
             return
         if any(label != generation.version for label in piece.labels or ()):
@@ -176,15 +179,21 @@ class VllmEngine:
         yield piece.chunk([generation.version] * count)
 
     def _with_routes(
-        self, chunks: Sequence[GenerationChunk], routes: NDArray[np.int16] | None, prompt_length: int
+        self,
+        chunks: Sequence[GenerationChunk],
+        routes: NDArray[np.int16] | None,
+        prompt_length: int,
+        layout: RoutedLayers,
     ) -> list[GenerationChunk]:
         rows = prompt_length - 1 + sum(len(chunk.token_ids) for chunk in chunks)
-        if routes is None or len(routes) != rows:
-            found = "no routed experts" if routes is None else f"routed experts of {len(routes)} tokens"
+        wanted = (rows, layout.layers, layout.experts_of_token)
+        if routes is None or routes.shape != wanted:
+            found = "no routed experts" if routes is None else f"routed experts of shape {routes.shape}"
             raise EngineError(
-                f"{self._server.url} sent {found} for {rows}; start it with --enable-return-routed-experts, which "
-                'vLLM has on GPUs only, or set engine.routes = "free"'
+                f"{self._server.url} sent {found}, wanted {wanted}; start it with --enable-return-routed-experts and "
+                'the same model, or set engine.routes = "free"'
             )
+        routes = routes[:, list(layout.with_experts)]
         at, routed = prompt_length - 1, list[GenerationChunk]()
         for chunk in chunks:
             own = routes[at : at + len(chunk.token_ids)]
