@@ -42,7 +42,9 @@ def trainer_bytes(shape: ModelShape, config: RunConfig, load: StepLoad, device: 
             base = count * width if adapter is not None else 0
             master = 4 * trained if width == 2 and config.trainer.master_weights == "float32" else 0
             found |= {"weights": count * width + base, "masters": master, "moments": _MOMENTS * trained}
-            found["gradients"] = 4.0 * trained
+            # The sums, and in each lane that of a tied embedding, which is complete when the pass is.
+            waiting = lanes * width * shape.outer_parameters if shape.tied and adapter is None else 0
+            found["gradients"] = 4.0 * trained + waiting
         case "fsdp":
             shards = parallel.ranks
             found |= {"weights": 4 * count / shards, "moments": _MOMENTS * count / shards}
