@@ -11,7 +11,7 @@
     │   └── SealedRolloutError the rollout has ended; nothing more is recorded (HTTP 409)
     ├── EngineError            inference failed (infrastructure: the rollout is masked)
     │   ├── EngineGoneError    its process is gone, and nothing was begun; it may come back
-    │   └── StaleBaseError     published weights are a difference to a version that the engine does not have
+    │   └── StaleBaseError     published weights are a difference that the engine cannot use; the whole is wanted
     ├── TrainerError           a rank of the trainer died or does not answer; the run goes on from its checkpoint
     ├── SandboxError           a sandbox could not be made or broke (infrastructure)
     │   ├── CapabilityError    the backend cannot do what the spec asks, said at acquire
@@ -86,7 +86,8 @@ class EngineGoneError(EngineError):
 
 
 class StaleBaseError(EngineError):
-    """Published weights are a difference to a version that the engine does not have; publish them whole."""
+    """Published weights are a difference that the engine cannot use: to a version that it does not have, or damaged.
+    Publish them whole."""
 
 
 class TrainerError(UpspiralError, RuntimeError):

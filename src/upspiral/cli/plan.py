@@ -52,15 +52,16 @@ def plan(
     from upspiral.weights.models import resolve_model
 
     config = load_run_config(file, parse_flags(overrides))
-    shape = ModelShape.of_folder(resolve_model(config.model.path, weights=False))
+    shape = ModelShape.of_folder(resolve_model(config.model.path, tokenizer=False, weights=False))
     load = StepLoad.of(config, turns=rollouts.turns, prompt=rollouts.prompt_tokens, answer=rollouts.answer_tokens)
-    made = Plan.of(shape, config, load, device_of(device))
+    made = Plan.of(shape, config, load, device_of(device, shape, config.model.dtype))
     show(made)
     made.check()
 
 
 def show(plan: Plan) -> None:
     """Prints it."""
+    from upspiral.launch.plan.memory import engine_devices
     from upspiral.launch.plan.plan import better_split, describe_split
 
     shape, load, device = plan.shape, plan.load, plan.device
@@ -74,8 +75,11 @@ def show(plan: Plan) -> None:
         f"step       {load.rollouts} rollouts of {load.turns} answers, {load.length} tokens long; {load.sampled:,} "
         f"tokens sampled, {load.unique:,} trained on (one row each would be {load.flat:,})"
     )
-    _table(f"memory of {plan.ranks} ranks, each", plan.trainer, 2**30, "GB")
-    _table(f"memory of {plan.engines} engines, each", plan.engine, 2**30, "GB")
+    _table(f"memory of {_count(plan.ranks, 'rank')}, each", plan.trainer, 2**30, "GB")
+    size = f" on {devices} devices" if (devices := engine_devices(plan.config)) > 1 else ""
+    shares = ", beside what it shares with the rank" if plan.shared else ""
+    _table(f"memory of {_count(plan.engines, 'engine')}, each{size}{shares}", plan.engine, 2**30, "GB")
+    print(f"    {plan.running} sequences decode at the same time")
     for who, needed in plan.needed.items():
         print(f"{who}: {needed / 2**30:.2f} GB of {plan.usable / 2**30:.1f} that can be used")
     _table("seconds of a step", plan.seconds, 1.0, "s")
@@ -83,6 +87,10 @@ def show(plan: Plan) -> None:
     better = better_split(plan) if plan.fits else None
     if better is not None:
         print(f"better     {describe_split(better)}: {better.total_s:.1f} s a step")
+
+
+def _count(count: int, what: str) -> str:
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
 
 
 def _table(title: str, parts: Mapping[str, float], unit: float, name: str) -> None:

@@ -83,11 +83,6 @@ def contradictions(config: RunConfig) -> Iterator[tuple[str, str]]:
     algorithm, trainer, steps = config.algorithm, config.trainer, config.steps
     if config.engine.kind == "scripted":
         yield "engine.kind", 'a scripted engine has no weights, so there is nothing to learn; use "embedded" here'
-    if config.engine.kind in SERVERS and config.engine.routes == "replay":
-        yield (
-            "engine.routes",
-            f'no run asks engine.kind = "{config.engine.kind}" for routes yet; use "free" or "embedded"',
-        )
     cluster = config.cluster
     if config.engine.colocated and cluster.engine_gpus + cluster.rank_gpus > 1:
         yield (

@@ -77,7 +77,7 @@ class EngineConfig(_Section):
 
     @model_validator(mode="after")
     def _slots_hold_the_running(self) -> EngineConfig:
-        if self.cache_slots < self.max_running:
+        if self.kind == "embedded" and self.cache_slots < self.max_running:
             raise ValueError(
                 f"engine.cache_slots = {self.cache_slots} is less than engine.max_running = {self.max_running}; "
                 "every running request needs a slot"

@@ -95,8 +95,8 @@ class UpdatableEngine(Engine, Protocol):
         this is what wakes it.
 
         Returns when the engine answers with the new weights, which it has checked. Raises StaleBaseError when the
-        publication is a difference to a version that the engine does not have (publish it whole), and EngineError
-        when the engine cannot adopt it."""
+        publication is a difference that the engine cannot use, be it to a version that it does not have, damaged or
+        not what its probe says (publish it whole), and EngineError when the engine cannot adopt it."""
         ...
 
     async def sleep(self) -> None:

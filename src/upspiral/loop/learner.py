@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -20,6 +21,7 @@ from upspiral.weights.cpu import use_threads
 from upspiral.weights.publication import PublisherSettings
 
 Result = TypeVar("Result")
+_log = logging.getLogger(__name__)
 
 
 class Learner(Protocol):
@@ -129,7 +131,8 @@ class PublishingLearner:
     async def publish(self, version: int) -> None:
         try:
             await self._adopt(self._settings, version)
-        except StaleBaseError:  # an engine that was started again has nothing that a difference could be added to
+        except StaleBaseError as error:  # it lacks what the difference is to, or the difference is damaged
+            _log.warning("version %d is published whole: %s", version, error)
             await self._adopt(replace(self._settings, form="full"), version)
 
     async def _make_room(self) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from upspiral.config.models import RunConfig, ServerConfig
 from upspiral.engine.base import UNPUBLISHED_VERSION, UpdatableEngine
 from upspiral.engine.kept import KeptEngine
+from upspiral.engine.routed_layers import RoutedLayers
 from upspiral.engine.router import Router
 from upspiral.engine.sglang.client import SglangEngine
 from upspiral.engine.vllm.client import VllmEngine
@@ -23,12 +24,18 @@ def servers(config: RunConfig, model_folder: Path, logs: Path, *, cpu: bool, thr
     """The router over them, not started."""
     server = config.engine.server or ServerConfig()
     key = os.environ.get(KEY_VARIABLE, "")
+    routes = RoutedLayers.of_folder(model_folder) if config.engine.routes == "replay" else None
     if server.urls:
-        return Router([_client(config, url, key) for url in server.urls])
+        return Router([_client(config, url, key, routes) for url in server.urls])
     if config.engine.kind != "vllm":
         raise ConfigError(
             f'engine.kind = "{config.engine.kind}" cannot be started here; start its servers yourself, with the model '
             f"{config.model.path}, and name them in engine.server.urls"
+        )
+    if routes is not None and cpu:
+        raise ConfigError(
+            'engine.routes = "replay": vLLM cannot load the weights of experts anew on a CPU; use engine.kind = '
+            '"embedded" here, or name servers with GPUs in engine.server.urls'
         )
     settings = [
         ServerSettings(
@@ -45,6 +52,7 @@ def servers(config: RunConfig, model_folder: Path, logs: Path, *, cpu: bool, thr
             start_timeout_s=server.start_timeout_s,
             version=UNPUBLISHED_VERSION,
             sleeps=config.engine.colocated,
+            routes=routes,
         )
         for number in range(server.replicas)
     ]
@@ -53,7 +61,7 @@ def servers(config: RunConfig, model_folder: Path, logs: Path, *, cpu: bool, thr
     return Router([KeptEngine(lambda each=each: VllmServer(each)) for each in settings])
 
 
-def _client(config: RunConfig, url: str, key: str) -> UpdatableEngine:
+def _client(config: RunConfig, url: str, key: str, routes: RoutedLayers | None) -> UpdatableEngine:
     tolerance = 0.005 if config.model.dtype == "float32" else 0.25
     client = VllmEngine if config.engine.kind == "vllm" else SglangEngine
-    return client(url, key=key, probe_tolerance=tolerance, version=UNPUBLISHED_VERSION)
+    return client(url, key=key, probe_tolerance=tolerance, version=UNPUBLISHED_VERSION, routes=routes)

@@ -51,9 +51,9 @@ class Ranks:
         share: Callable[[Any], Any] = lambda argument: argument,
         call_deadline_s: float = CALL_DEADLINE_S,
     ) -> None:
-        """`ranks` are this trainer's alone until it releases them. `kind`: see `make_backend`. `share`: what stands for a
-        large argument in the calls of all ranks, where there is memory that they share. Raises what a rank raises when
-        it makes its backend, and TrainerError when it has one of another trainer."""
+        """`ranks` are this trainer's alone until it releases them. `kind`: see `make_backend`. `share`: what stands for
+        a large argument in the calls of all ranks, where there is memory that they share. Raises what a rank raises
+        when it makes its backend, and TrainerError when it has one of another trainer."""
         self._ranks = list(ranks)
         self._share = share
         self._call_deadline_s = call_deadline_s

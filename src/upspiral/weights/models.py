@@ -105,10 +105,11 @@ def get_model(name: str, *, progress: Callable[[str], None] = print) -> Path:
     return target
 
 
-def resolve_model(name: str, *, weights: bool = True) -> Path:
+def resolve_model(name: str, *, tokenizer: bool = True, weights: bool = True) -> Path:
     """The folder that a model's name stands for: a known model in the cache, a local folder, or a hub id.
 
-    A hub id is downloaded by huggingface_hub into its own cache. `weights=False` asks for tokenizer and config only.
+    A hub id is downloaded by huggingface_hub into its own cache. `tokenizer=False` and `weights=False`
+    do without them.
     Raises ModelError that says what to do when there is no such model or its folder lacks a file.
     """
     if name in KNOWN_MODELS:
@@ -120,7 +121,7 @@ def resolve_model(name: str, *, weights: bool = True) -> Path:
         folder = _from_hub(name, weights)
     elif not folder.is_dir():
         raise ModelError(_unknown(name))
-    check_model_folder(folder, weights=weights)
+    check_model_folder(folder, tokenizer=tokenizer, weights=weights)
     return folder
 
 

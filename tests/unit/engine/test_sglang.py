@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -15,11 +16,13 @@ torch = pytest.importorskip("torch", reason="needs the [train] extra")
 
 from tests.fixtures.publishing_trainer import PublishingTrainer as Trainer
 from tests.fixtures.sglang_contract import CONTEXT, EXPERTS_OF_TOKEN, SglangContract
+from upspiral.config.models import RunConfig
 from upspiral.engine.base import GenerationChunk
+from upspiral.engine.routed_layers import RoutedLayers
 from upspiral.engine.router import Router
 from upspiral.engine.sglang.client import SglangEngine
-from upspiral.engine.sglang.wire import RoutedLayers
 from upspiral.errors import ContextLengthError, EngineError, RequestError, StaleBaseError
+from upspiral.loop.servers import servers
 from upspiral.types import SamplingParams
 from upspiral.weights.probe import measured_probe
 
@@ -365,6 +368,31 @@ def test_routes_are_those_of_the_tokens_before(trainer: Trainer) -> None:
             routes = np.concatenate([chunk.routes for chunk in sample.chunks if chunk.routes is not None])
             expected = contract.experts([*PROMPT, *sample.ids[:-1]])[:, [0, 2]]
             np.testing.assert_array_equal(routes, expected[len(PROMPT) - 1 :])
+
+    run(check)
+
+
+def test_a_run_that_replays_routes_asks_its_servers_for_them(trainer: Trainer, tmp_path: Path) -> None:
+    """Its model's second layer of three has no experts."""
+    model, contract = tmp_path / "mixture", SglangContract(trainer.folder)
+    model.mkdir()
+    shape = {"num_hidden_layers": 3, "num_experts": 8, "num_experts_per_tok": EXPERTS_OF_TOKEN, "mlp_only_layers": [1]}
+    (model / "config.json").write_text(json.dumps(shape))
+
+    async def check() -> None:
+        async with contract.serving() as url:
+            engine = {"kind": "sglang", "routes": "replay", "context_length": 64, "server": {"urls": [url]}}
+            config = RunConfig.model_validate({"agent": {"command": "true"}, "engine": engine})
+            router = servers(config, model, tmp_path / "logs", cpu=True, threads=1)
+            await router.start()
+            try:
+                await router.update_weights(trainer.publish(0))
+                sample = await sampled(router)
+            finally:
+                await router.stop()
+        expected = contract.experts([*PROMPT, *sample.ids[:-1]])[:, [0, 2]]
+        np.testing.assert_array_equal(sample.chunks[0].prompt_routes, expected[: len(PROMPT) - 1])
+        np.testing.assert_array_equal(sample.chunks[0].routes, expected[len(PROMPT) - 1 :])
 
     run(check)
 

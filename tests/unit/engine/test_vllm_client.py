@@ -17,6 +17,7 @@ pytest.importorskip("torch", reason="needs the [train] extra")
 
 from tests.fixtures.vllm_contract import CONTEXT, ContractServer, NumberTrainer, chunk_of, serving
 from upspiral.engine.base import GenerationChunk
+from upspiral.engine.routed_layers import RoutedLayers
 from upspiral.engine.vllm.client import VllmEngine
 from upspiral.errors import ContextLengthError, EngineError, RequestError, StaleBaseError
 from upspiral.types import SamplingParams
@@ -420,8 +421,9 @@ def test_routed_experts_come_with_their_tokens_and_are_refused_where_there_are_n
     async def check(server: ContractServer, engine: VllmEngine) -> None:
         with pytest.raises(EngineError, match="--enable-return-routed-experts"):
             await read(engine)
-        routes = np.arange((len(PROMPT) + 11) * 4, dtype=np.uint8).reshape(-1, 2, 2)
-        server.extra = {"routed_experts": encoded(routes)}
+        every = np.arange((len(PROMPT) + 11) * 6, dtype=np.uint8).reshape(-1, 3, 2)
+        server.extra = {"routed_experts": encoded(every)}
+        routes = every[:, [0, 2]]
         chunks = await read(engine)
         assert chunks[0].prompt_routes is not None and chunks[0].prompt_routes.dtype == np.int16
         np.testing.assert_array_equal(chunks[0].prompt_routes, routes[: len(PROMPT) - 1])
@@ -429,11 +431,12 @@ def test_routed_experts_come_with_their_tokens_and_are_refused_where_there_are_n
         told = [chunk.routes for chunk in chunks if chunk.routes is not None]
         np.testing.assert_array_equal(np.concatenate(told), routes[len(PROMPT) - 1 :])
         assert all(len(own) == len(chunk.token_ids) for own, chunk in zip(told, chunks, strict=True))
-        server.extra = {"routed_experts": encoded(routes[1:])}
-        with pytest.raises(EngineError, match="of 13 tokens for 14"):
-            await read(engine)
+        for wrong, shape in ((every[1:], r"\(13, 3, 2\)"), (routes, r"\(14, 2, 2\)")):
+            server.extra = {"routed_experts": encoded(wrong)}
+            with pytest.raises(EngineError, match=rf"of shape {shape}, wanted \(14, 3, 2\)"):
+                await read(engine)
 
-    run(check, routes=True)
+    run(check, routes=RoutedLayers(layers=3, with_experts=(0, 2), experts_of_token=2))
 
 
 def test_a_server_without_the_endpoints_is_refused_at_start() -> None:

@@ -7,6 +7,7 @@ are real.
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import re
 import signal
@@ -17,6 +18,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 
@@ -24,9 +26,11 @@ pytest.importorskip("torch", reason="needs the [train] extra")
 
 from tests.fixtures.vllm_contract import CONTEXT
 from upspiral.cli.main import run_command
+from upspiral.config.models import RunConfig
 from upspiral.engine.vllm import environment
 from upspiral.engine.vllm.server import ServerSettings, VllmServer
 from upspiral.errors import ConfigError, DeadlineError, EngineError
+from upspiral.loop.servers import servers
 from upspiral.types import SamplingParams
 
 ROOT = Path(__file__).parents[3]
@@ -121,6 +125,34 @@ def test_it_starts_answers_tells_of_its_death_and_leaves_nothing(python: Path, t
         await home.kill()  # does nothing
 
     run(check())
+
+
+def test_a_run_that_replays_routes_asks_its_servers_for_them(python: Path, tmp_path: Path) -> None:
+    """Of a model whose second layer of four has no experts."""
+    model = tmp_path / "model"
+    model.mkdir()
+    shape = {"num_hidden_layers": 4, "num_experts": 8, "num_experts_per_tok": 2, "mlp_only_layers": [1]}
+    (model / "config.json").write_text(json.dumps(shape))
+    engine = {"kind": "vllm", "routes": "replay", "context_length": 64, "server": {"python": str(python)}}
+    config = RunConfig.model_validate({"agent": {"command": "true"}, "engine": engine})
+    with pytest.raises(ConfigError, match=r"experts anew on a CPU; use engine.kind = \"embedded\""):
+        servers(config, model, tmp_path / "logs", cpu=True, threads=1)
+
+    async def check() -> None:
+        router = servers(config, model, tmp_path / "logs", cpu=False, threads=1)
+        try:
+            await router.start()
+            chunks = [chunk async for chunk in router.generate([7, 8, 9], SamplingParams(max_tokens=3))]
+        finally:
+            await router.stop()
+        told = [chunks[0].prompt_routes, *(chunk.routes for chunk in chunks)]
+        routes = np.concatenate([each for each in told if each is not None])
+        assert routes.tolist() == [[[at + 10 * layer, at + 10 * layer + 1] for layer in (0, 2, 3)] for at in range(5)]
+
+    run(check())
+    (model / "config.json").write_text('{"num_hidden_layers": 4}')
+    with pytest.raises(ConfigError, match="the model has no experts"):
+        servers(config, model, tmp_path / "logs", cpu=False, threads=1)
 
 
 def test_it_dies_with_an_owner_that_is_killed(python: Path, tmp_path: Path) -> None:

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 
+from upspiral.cli.main import run_command
 from upspiral.config.models import ParallelConfig, RunConfig
 from upspiral.errors import ConfigError, ModelError
-from upspiral.launch.plan.device import GPUS, device
+from upspiral.launch.plan.device import GPUS, Device, device
 from upspiral.launch.plan.load import StepLoad
-from upspiral.launch.plan.memory import trainer_bytes
+from upspiral.launch.plan.memory import engine_bytes, engine_devices, trainer_bytes
 from upspiral.launch.plan.plan import Plan, alternatives, better_split
 from upspiral.launch.plan.shape import ModelShape
 
@@ -20,15 +21,21 @@ DENSE_8B = ModelShape(36, 4096, 12288, 32, 8, 128, 151936, tied=False)
 """Qwen3-8B's published config."""
 MOE_30B = ModelShape(48, 2048, 768, 32, 4, 128, 151936, tied=False, experts=128, experts_per_token=8)
 """Qwen3-30B-A3B's."""
+DENSE_4B = ModelShape(36, 2560, 9728, 32, 8, 128, 151936, tied=True)
+"""Qwen3-4B's: 26.2144 million weights of attention and 74.71104 of the block in a layer, 388.95616 of the embedding."""
+SMALL = ModelShape(30, 576, 1536, 9, 3, 64, 49152, tied=True)
+"""SmolLM2-135M's."""
+LAPTOP = Device("cpu", 16, 1e12, 20e9, 2e9, 10e9, cores=2, module_flops=0.5e12)
+LOAD = StepLoad(groups=8, group_size=8, turns=1, prompt_tokens=1000, answer_tokens=1000, result_tokens=0)
 
 
 def config(**sections: Any) -> RunConfig:
     return RunConfig.model_validate({"agent": {"command": "true"}, **sections})
 
 
-def plan(shape: ModelShape, name: str = "h100", **sections: Any) -> Plan:
+def plan(shape: ModelShape, name: str = "h100", *, load: StepLoad | None = None, **sections: Any) -> Plan:
     made = config(**sections)
-    return Plan.of(shape, made, StepLoad.of(made), GPUS[name])
+    return Plan.of(shape, made, load or StepLoad.of(made), GPUS[name])
 
 
 def cluster(ranks: int, engines: int, **trainer: Any) -> dict[str, Any]:
@@ -74,7 +81,7 @@ def test_zero_stages_divide_what_they_say() -> None:
     for stage in (1, 2, 3):
         parallel = ParallelConfig(ranks=64, zero_stage=stage)
         made = config(trainer={"kind": "deepspeed", "parallel": parallel.model_dump()})
-        parts = trainer_bytes(DENSE_8B, made, "cuda")
+        parts = trainer_bytes(DENSE_8B, made, LOAD, GPUS["h100"])
         found[stage] = sum(parts[name] for name in ("weights", "masters", "moments", "gradients")) / DENSE_8B.parameters
     assert found[1] == pytest.approx(2 + 4 + 12 / 64)
     assert found[2] == pytest.approx(2 + 16 / 64)
@@ -126,5 +133,111 @@ def test_the_load_never_exceeds_the_context() -> None:
 
 
 def test_an_unknown_device_is_named() -> None:
-    with pytest.raises(ConfigError, match="--device h1000: choose one of cpu, a100"):
-        device("h1000")
+    with pytest.raises(ConfigError, match=r"--device h1000: did you mean h100\? There are cpu, a100"):
+        device("h1000", DENSE_4B, "bfloat16")
+    with pytest.raises(ConfigError, match="--device tpu-v5p: choose one of cpu, a100"):
+        device("tpu-v5p", DENSE_4B, "bfloat16")
+    assert device("H100", DENSE_4B, "bfloat16") is GPUS["h100"]
+
+
+def test_a_step_of_4b_on_h100s_is_what_one_works_out_by_hand() -> None:
+    """One engine, 8 ranks. 64 rollouts: 64,000 tokens sampled, 72,000 trained on, as a group's prompt counts once."""
+    made = plan(DENSE_4B, load=LOAD, **cluster(8, 1))
+    assert made.running == 64
+    # A step of decoding reads 36 * 100.92544 + 388.95616 = 4,022.272 million weights of 2 bytes at 0.6 * 3.35 TB/s:
+    # 4.0023 ms. At the same time it computes 64 tokens, each 2 * 4,022.272 million and 4 * 36 * 4096 * 1500 operations,
+    # at 0.3 * 989 TFLOP/s: 1.926 ms. Then it reads keys and values of 64 * 1500 tokens, 2 * 36 * 8 * 128 * 2 bytes
+    # each: 7.0426 ms. There are 1000 steps.
+    assert made.seconds["decode"] == pytest.approx(1000 * (4.0023e-3 + 7.0426e-3), rel=1e-3)
+    # 8,000 tokens are prompts, whose tokens see 500 on average, the others 1500: 1388.9. Layers take 6 * 3633.31584
+    # million and 3.5 * 4 * 36 * 4096 * 1388.9 operations a token, the output layer 8 * 388.95616 million a sampled one.
+    operations = 72e3 * (6 * 3.63331584e9 + 14 * 36 * 4096 * 1388.89) + 64e3 * 8 * 0.38895616e9
+    assert made.seconds["train"] == pytest.approx(operations / (0.4 * 989e12 * 8), rel=1e-4)
+    # 9 rounds of 1024 tokens on 8 ranks; of each, 7/8 of all weights arrive twice in 2 bytes, gradients leave in 4.
+    assert made.seconds["communicate"] == pytest.approx(9 * 7 / 8 * 4.02246e9 * 8 / 450e9, rel=1e-4)
+    assert made.seconds["optimize"] == pytest.approx(46 * 4.02246e9 / 8 / (0.6 * 3.35e12), rel=1e-4)
+    # 8.0449 GB summed up, written, summed up and copied, 0.7779 GB of the output layer summed up and written again.
+    assert made.seconds["publish"] == pytest.approx((4 * 8.04491e9 + 2 * 0.77791e9) / 18e9, rel=1e-3)
+    assert made.trainer["weights"] == made.trainer["gradients"] == pytest.approx(4 * 4.02246e9 / 8, rel=1e-4)
+    assert made.trainer["moments"] == pytest.approx(4.02246e9, rel=1e-4)
+    # 1024 tokens; a layer keeps 4 * 2560 + 80 * 128 + 3 * 9728 numbers of 2 bytes and two norms 16 * 2560 bytes.
+    assert made.trainer["activations"] == 1024 * 36 * (2 * (10240 + 10240 + 29184) + 40960)
+
+
+def test_a_mixture_reads_the_experts_that_somebody_chose() -> None:
+    """64 tokens, 8 of 128 experts each: 128 * (1 - (15 / 16) ** 64) = 125.94 of a layer's experts are read."""
+    made = plan(MOE_30B, "b200", load=LOAD, **cluster(8, 1))
+    attention, head = 48 * 2048 * 128 * 72 + 48 * 128 * 2048, 151936 * 2048
+    read = 2 * (attention + head + 48 * 125.94 * 3 * 2048 * 768) / (0.6 * 8e12)
+    cached = 64 * 1500 * 2 * 48 * 4 * 128 * 2 / (0.6 * 8e12)
+    assert made.seconds["decode"] == pytest.approx(1000 * (read + cached), rel=1e-3)
+
+
+def test_a_server_takes_the_memory_that_is_left_and_lets_the_others_wait() -> None:
+    """30.5 billion weights are 61.06 GB; of 72 GiB = 77.31 GB, 16.25 are left, 98,304 bytes a token: 165,288 tokens."""
+    sections = cluster(8, 8)
+    sections["engine"] |= {"context_length": 8192, "max_running": 256}
+    sections["agent"] = {"command": "true", "concurrency": 256}
+    load = StepLoad(256, 8, 1, 4096, 4096, 0)
+    made = plan(MOE_30B, load=load, **sections)
+    assert made.engine["cache"] == pytest.approx(16.25e9, rel=1e-3)
+    assert made.running == int(made.engine["cache"] / 98304 / 6144) == 26
+    sections["engine"] |= {"server": {"arguments": ["--tensor-parallel-size", "2"]}}
+    divided = plan(MOE_30B, load=load, **sections)
+    assert divided.engine["weights"] == made.engine["weights"] / 2 and divided.running > 4 * made.running
+    for given, size in ((["--tensor-parallel-size=4"], 4), (["-tp", "2"], 2), (["--max-num-seqs", "2"], 1)):
+        assert engine_devices(config(engine={"kind": "vllm", "server": {"arguments": given}})) == size
+
+
+def test_processes_of_one_machine_share_its_cores() -> None:
+    two = config(trainer={"kind": "fsdp", "parallel": {"ranks": 2}})
+    one = config(trainer={"kind": "fsdp", "parallel": {"ranks": 1}})
+    shared, alone = (Plan.of(SMALL, each, LOAD, LAPTOP) for each in (two, one))
+    for part in ("prefill", "decode", "train", "optimize"):
+        assert shared.seconds[part] == pytest.approx(alone.seconds[part]), part
+    assert sum(shared.needed.values()) > 1.5 * sum(shared.trainer.values())
+
+
+def test_one_process_never_needs_what_training_and_sampling_need_together() -> None:
+    """An embedded engine beside the local trainer: weights once, and packed ones only while there are no gradients."""
+    made = Plan.of(SMALL, config(), LOAD, LAPTOP)
+    assert made.shared and "weights" not in made.engine
+    (needed,) = made.needed.values()
+    assert needed == sum(made.trainer.values()) + made.engine["cache"]
+    lanes = trainer_bytes(SMALL, config(model={"threads": 4}), LOAD, LAPTOP)
+    assert lanes["activations"] == 2 * made.trainer["activations"], "a microbatch in each"
+    assert engine_bytes(SMALL, config(engine={"kind": "vllm"}), LAPTOP)["cache"] == 2 * 2**30, "what it is told to take"
+
+
+def test_the_plan_of_a_run_file_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    shape = {
+        "num_hidden_layers": 48, "hidden_size": 2048, "moe_intermediate_size": 768, "num_attention_heads": 32,
+        "num_key_value_heads": 4, "head_dim": 128, "vocab_size": 151936, "num_experts": 128, "num_experts_per_tok": 8,
+    }  # fmt: skip
+    (model / "config.json").write_text(json.dumps(shape))
+    file = tmp_path / "run.toml"
+    file.write_text(
+        f'[model]\npath = "{model}"\n[agent]\ncommand = "true"\nconcurrency = 256\n[engine]\nkind = "vllm"\n'
+        "max_running = 256\ncontext_length = 8192\n"
+        '[trainer]\nkind = "fsdp"\nactivation_checkpointing = true\n[trainer.parallel]\nranks = 8\n'
+        '[cluster]\naddress = "auto"\nengines = 8\nengine_gpus = 1.0\nrank_gpus = 1.0\n'
+    )
+    assert run_command(["plan", str(file), "--device", "H100", "--turns", "2"]) == 0
+    told = capsys.readouterr().out
+    assert "30.532 B weights" in told and "memory of 8 ranks, each" in told and "bottleneck" in told
+    assert "sequences decode at the same time" in told
+    assert run_command(["plan", str(file), "--device", "l40s"]) == 2
+    assert "this cannot fit" in capsys.readouterr().err
+    assert run_command(["plan", str(file), "--device", "h10"]) == 2
+    assert "did you mean h100?" in capsys.readouterr().err
+
+
+def test_this_machine_is_measured() -> None:
+    pytest.importorskip("torch", reason="needs the [train] extra")
+    for dtype in ("bfloat16", "float32"):
+        found = device("cpu", SMALL, dtype)
+        assert found.is_cpu and found.cores >= 1 and found.memory_gb > 1
+        rates = (found.flops, found.module_flops, found.bytes_per_s, found.link_bytes_per_s, found.host_bytes_per_s)
+        assert min(rates) > 1e7

@@ -20,7 +20,8 @@ import numpy as np
 
 from upspiral.engine.base import EngineStats, GenerationChunk, TokenIds
 from upspiral.engine.http import TOKEN_DEADLINE_S, Server
-from upspiral.engine.sglang.wire import Piece, Reader, RoutedLayers, request
+from upspiral.engine.routed_layers import RoutedLayers
+from upspiral.engine.sglang.wire import Piece, Reader, request
 from upspiral.errors import ContextLengthError, DeadlineError, EngineError, RequestError, StaleBaseError
 from upspiral.types import FinishReason, SamplingParams
 from upspiral.weights.publication import Publication

@@ -11,21 +11,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from upspiral.engine.routed_layers import RoutedLayers
 from upspiral.errors import ContextLengthError, EngineError, RequestError
 from upspiral.types import SamplingParams
 
 _ENDINGS = ("stop", "length", "abort")
 _BAD_REQUEST = 400
-
-
-@dataclass(frozen=True, slots=True)
-class RoutedLayers:
-    """How the server lays out which experts computed a token: of every layer, those without experts included."""
-
-    layers: int
-    with_experts: Sequence[int]
-    """The numbers of those that have experts, ascending."""
-    experts_of_token: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from upspiral.engine.base import EngineStats, GenerationChunk, TokenIds
 from upspiral.engine.http import TOKEN_DEADLINE_S, Server
+from upspiral.engine.routed_layers import RoutedLayers
 from upspiral.engine.vllm.wire import Piece, probed_logprobs, read_piece, with_versions
 from upspiral.errors import ContextLengthError, DeadlineError, EngineError, RequestError, StaleBaseError, UpspiralError
 from upspiral.types import SamplingParams
@@ -29,6 +30,14 @@ from upspiral.weights.publication import Publication
 UPDATE_DEADLINE_S = 600.0
 _TOKENS_AN_EVENT = 8
 """After the first. An event costs the server's one Python thread, and ours, about the same however many it has."""
+
+
+class _Untouched(EngineError):
+    """A difference to other weights, which is said before the first of them is loaded."""
+
+
+class _Unfit(EngineError):
+    """What was loaded, or a part of it, is not what was published. After a difference, the whole may be."""
 
 
 @dataclass(eq=False)
@@ -61,12 +70,12 @@ class VllmEngine:
         key: str = "",
         probe_tolerance: float | None = None,
         version: int = 0,
-        routes: bool = False,
+        routes: RoutedLayers | None = None,
     ) -> None:
         """`probe_tolerance`: how far log-probabilities may be, on average, from those that a publication's probe has;
         None: 0.25, which the noise of bfloat16 stays below. `version`: of the weights that the server has.
-        `routes`: whether generations come with their routed experts, which vLLM sends at their end (on GPUs, started
-        with --enable-return-routed-experts); so they are not streamed then."""
+        `routes`: asks which experts computed each token. It needs a server with --enable-return-routed-experts, which
+        tells it when a generation ends: all its tokens come then."""
         self._server = Server(url, key=key)
         self._tolerance = 0.25 if probe_tolerance is None else probe_tolerance
         self._version = version
@@ -127,7 +136,7 @@ class VllmEngine:
         prompt = [int(token_id) for token_id in prompt_ids]
         self._check(prompt, params)
         await self._until_open()
-        generation = _Generation(self._version, holds=self._routes)
+        generation = _Generation(self._version, holds=self._routes is not None)
         self._under_way.add(generation)
         self._prompted += len(prompt)
         try:
@@ -157,7 +166,9 @@ class VllmEngine:
             await self._until_open()
             self._check_usable(generation)
             chunks = with_versions(generation.held, piece.labels)
-            for chunk in self._with_routes(chunks, piece.routes, prompt_length) if self._routes else chunks:
+            if self._routes is not None:
+                chunks = self._with_routes(chunks, piece.routes, prompt_length, self._routes)
+            for chunk in chunks:
                 yield chunk
             return
         if any(label != generation.version for label in piece.labels or ()):
@@ -168,15 +179,21 @@ class VllmEngine:
         yield piece.chunk([generation.version] * count)
 
     def _with_routes(
-        self, chunks: Sequence[GenerationChunk], routes: NDArray[np.int16] | None, prompt_length: int
+        self,
+        chunks: Sequence[GenerationChunk],
+        routes: NDArray[np.int16] | None,
+        prompt_length: int,
+        layout: RoutedLayers,
     ) -> list[GenerationChunk]:
         rows = prompt_length - 1 + sum(len(chunk.token_ids) for chunk in chunks)
-        if routes is None or len(routes) != rows:
-            found = "no routed experts" if routes is None else f"routed experts of {len(routes)} tokens"
+        wanted = (rows, layout.layers, layout.experts_of_token)
+        if routes is None or routes.shape != wanted:
+            found = "no routed experts" if routes is None else f"routed experts of shape {routes.shape}"
             raise EngineError(
-                f"{self._server.url} sent {found} for {rows}; start it with --enable-return-routed-experts, which "
-                'vLLM has on GPUs only, or set engine.routes = "free"'
+                f"{self._server.url} sent {found}, wanted {wanted}; start it with --enable-return-routed-experts and "
+                'the same model, or set engine.routes = "free"'
             )
+        routes = routes[:, list(layout.with_experts)]
         at, routed = prompt_length - 1, list[GenerationChunk]()
         for chunk in chunks:
             own = routes[at : at + len(chunk.token_ids)]
@@ -270,12 +287,13 @@ class VllmEngine:
                 await self._release()
                 await self._prove()
         except BaseException as error:
-            # Stale is said before the first weight is loaded.
-            if not isinstance(error, StaleBaseError):
+            if not isinstance(error, _Untouched):
                 self._distrust(f"{self._server.url} failed to adopt version {publication.version}: {error!r}")
             if not self._pauses and not self._asleep:
                 with contextlib.suppress(UpspiralError):
                     await self._release()
+            if isinstance(error, _Untouched) or (isinstance(error, _Unfit) and publication.base is not None):
+                raise StaleBaseError(f"{error}; publish version {publication.version} whole") from error
             raise
 
     async def sleep(self) -> None:
@@ -307,9 +325,10 @@ class VllmEngine:
             raise EngineError(
                 f"{self._server.url} has not the worker extension that adopts weights ({error!r})"
             ) from error
-        for result in results:
-            if "stale" in result:
-                raise StaleBaseError(result["stale"])
+        if results and all("stale" in result for result in results):
+            raise _Untouched(results[0]["stale"])
+        if any("stale" in result or "damaged" in result for result in results):
+            raise _Unfit(f"{self._server.url} could not adopt version {publication.version}: {results}")
         if not results or any("adopted" not in result for result in results):
             raise EngineError(f"{self._server.url} could not adopt version {publication.version}: {results}")
         await self._server.post("/update_weight_version", {"new_version": str(publication.version)})
@@ -329,7 +348,7 @@ class VllmEngine:
         self._mismatch = float(np.mean(np.abs(found - np.array(probe["logprobs"]))))
         self._probed += 1
         if not self._mismatch <= self._tolerance:
-            raise EngineError(
+            raise _Unfit(
                 f"{self._server.url} answers as if it had not adopted version {self._version}: its "
                 f"log-probabilities are {self._mismatch:.3g} off on average, more than {self._tolerance:g}"
             )
@@ -389,4 +408,6 @@ def _probe_of(publication: Publication) -> dict[str, list[Any]] | None:
     try:
         return read_probe(Path(publication.folder))
     except Damaged as error:
-        raise EngineError(str(error)) from error
+        # Whatever a difference lacks, the whole has.
+        kind = EngineError if publication.base is None else StaleBaseError
+        raise kind(f"{error}; publish version {publication.version} whole") from error

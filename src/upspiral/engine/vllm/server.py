@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from upspiral.engine.routed_layers import RoutedLayers
 from upspiral.engine.vllm.client import VllmEngine
 from upspiral.errors import ConfigError, DeadlineError, EngineError
 
@@ -48,6 +49,8 @@ class ServerSettings:
     """Of the weights in the model's folder."""
     sleeps: bool = False
     """Whether it can give its memory up, on GPUs."""
+    routes: RoutedLayers | None = None
+    """Asks which experts computed each token."""
 
     def check(self) -> None:
         """Raises ConfigError when there is no such environment."""
@@ -77,6 +80,8 @@ class ServerSettings:
             words += ["--no-enable-chunked-prefill", "--max-num-batched-tokens", str(max(2048, self.context_length))]
         elif self.sleeps:
             words.append("--enable-sleep-mode")
+        if self.routes is not None:
+            words.append("--enable-return-routed-experts")
         return [*words, "--enable-scale-out", "--disable-uvicorn-access-log", *self.arguments]
 
     def variables(self, inside: str) -> Mapping[str, str]:
@@ -90,6 +95,8 @@ class ServerSettings:
             # After its 5 s, a busy server closes connections whose next request it has not read yet.
             "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "3600",
         }
+        if self.routes is not None:
+            own["VLLM_USE_V2_MODEL_RUNNER"] = "1"  # the other one does not tell them
         if self.cpu:
             own |= {
                 "VLLM_CPU_KVCACHE_SPACE": str(max(1, round(self.cache_gb))),
@@ -116,7 +123,9 @@ class VllmServer:
         port = _free_port()
         self._launch(port)
         tolerance = 0.005 if settings.dtype == "float32" else 0.25
-        client = VllmEngine(f"http://127.0.0.1:{port}", probe_tolerance=tolerance, version=self._settings.version)
+        client = VllmEngine(
+            f"http://127.0.0.1:{port}", probe_tolerance=tolerance, version=settings.version, routes=settings.routes
+        )
         try:
             await self._until_ready(client)
         except BaseException:

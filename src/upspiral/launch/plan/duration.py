@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from math import ceil
 
+from upspiral.config.combinations import publishes
 from upspiral.config.models import ParallelConfig, RunConfig
 from upspiral.launch.plan.device import Device
 from upspiral.launch.plan.load import StepLoad
@@ -12,33 +13,39 @@ from upspiral.launch.plan.shape import ModelShape
 
 
 def step_seconds(
-    shape: ModelShape, config: RunConfig, load: StepLoad, device: Device, *, engines: int
+    shape: ModelShape, config: RunConfig, load: StepLoad, device: Device, *, engines: int, running: int
 ) -> Mapping[str, float]:
-    """Of a synchronous step: its parts come one after the other. What tools and sandboxes take comes on top."""
+    """Of a synchronous step: its parts come one after the other. What tools and sandboxes take comes on top.
+
+    `engines`: devices that sample, each with a whole model. `running`: sequences that one of them decodes at the same
+    time."""
     width = 2 if config.model.dtype == "bfloat16" else 4
+    ranks = config.trainer.parallel.ranks if config.trainer.parallel else 1
+    own_devices = 1 if device.is_cpu else ranks
     return {
-        "prefill": _prefill(shape, load, device, engines),
-        "decode": _decode(shape, config, load, device, engines, width),
-        "train": _train(shape, config, load, device),
+        "prefill": _prefill(shape, load, device, 1 if device.is_cpu else engines),
+        "decode": _decode(shape, load, device, running, width) / (1 if device.is_cpu else engines),
+        "train": _train(shape, config, load, device) / own_devices,
         "communicate": _communicate(shape, config, load, device, width),
-        "optimize": _optimize(shape, config, device),
+        "optimize": _optimize(shape, config, device, width) / own_devices,
         "publish": _publish(shape, config, device, width),
     }
 
 
 def _prefill(shape: ModelShape, load: StepLoad, device: Device, engines: int) -> float:
-    flops = shape.forward_flops(load.prefilled, load.length / 2, load.rollouts * load.turns)
+    flops = shape.forward_flops(load.prefilled, load.prefilled_context, load.rollouts * load.turns)
     return flops / (device.flops * device.prefills * engines)
 
 
-def _decode(shape: ModelShape, config: RunConfig, load: StepLoad, device: Device, engines: int, width: int) -> float:
-    """A step of decoding reads all weights once and every running sequence's keys and values, or computes, whichever
-    takes longer."""
-    running = min(config.engine.max_running, config.agent.concurrency, ceil(load.rollouts / engines))
-    read = _weights_read(shape, running) * width + running * load.length / 2 * shape.kv_bytes(width)
-    flops = shape.forward_flops(running, load.length / 2, running)
-    seconds = max(read / (device.bytes_per_s * device.reads), flops / (device.flops * device.decodes))
-    return seconds * load.sampled / (running * engines)
+def _decode(shape: ModelShape, load: StepLoad, device: Device, running: int, width: int) -> float:
+    """A step of decoding reads all weights once and computes. A GPU does both at the same time, a CPU one after the
+    other; every running sequence's keys and values are read then."""
+    cached = running * load.decoded_context * shape.kv_bytes(width)
+    reads = device.bytes_per_s * device.reads
+    read = _weights_read(shape, running) * width / reads
+    computed = shape.forward_flops(running, load.decoded_context, running) / (device.flops * device.decodes)
+    seconds = (read + computed if device.is_cpu else max(read, computed)) + cached / reads
+    return seconds * load.sampled / running
 
 
 def _weights_read(shape: ModelShape, running: int) -> float:
@@ -52,16 +59,18 @@ def _weights_read(shape: ModelShape, running: int) -> float:
 
 
 def _train(shape: ModelShape, config: RunConfig, load: StepLoad, device: Device) -> float:
-    """The backward pass costs two forward passes (Kaplan et al. 2020); checkpointing one more."""
-    passes = 4 if config.trainer.activation_checkpointing else 3
-    ranks = config.trainer.parallel.ranks if config.trainer.parallel else 1
-    flops = passes * shape.forward_flops(load.unique, load.length / 2, load.sampled)
-    return flops / (device.flops * device.trains * ranks)
+    """Of one device. With several minibatches, log-probabilities are computed before the first update."""
+    again = config.trainer.activation_checkpointing
+    flops = shape.training_flops(load.unique, load.trained_context, load.sampled, checkpointing=again)
+    if config.trainer.minibatches > 1:
+        flops += shape.forward_flops(load.unique, load.trained_context, load.sampled)
+    by_modules = shape.experts or config.trainer.kind != "local"
+    return flops / ((device.module_flops if by_modules and device.module_flops else device.flops) * device.trains)
 
 
 def _communicate(shape: ModelShape, config: RunConfig, load: StepLoad, device: Device, width: int) -> float:
     """Rings move (n - 1) / n of what they gather or add; tensor parallel layers add four times a layer and token
-    (Shoeybi et al. 2019, section 3)."""
+    (Shoeybi et al. 2019, section 3). The ranks of a CPU share its cores, which do the moving."""
     parallel = config.trainer.parallel or ParallelConfig()
     if parallel.ranks == 1:
         return 0.0
@@ -72,17 +81,24 @@ def _communicate(shape: ModelShape, config: RunConfig, load: StepLoad, device: D
     moved = share * count * ((2 * width + 4) * rounds if gathers else 4 + width)
     added = 2 * (parallel.tensor - 1) / parallel.tensor
     moved += added * 4 * shape.layers * load.unique / data * shape.hidden * width
-    return moved / device.link_bytes_per_s
+    return moved * (parallel.ranks if device.is_cpu else 1) / device.link_bytes_per_s
 
 
-def _optimize(shape: ModelShape, config: RunConfig, device: Device) -> float:
-    """Weights, gradients and both moments are read, all but gradients written: 28 bytes a weight."""
-    ranks = config.trainer.parallel.ranks if config.trainer.parallel else 1
-    return config.trainer.minibatches * 28 * shape.parameters / ranks / (device.bytes_per_s * device.reads)
+def _optimize(shape: ModelShape, config: RunConfig, device: Device, width: int) -> float:
+    """Bytes of a weight, of one device. AdamW reads weight, gradient and both moments and writes all but the gradient
+    (28); the gradient's norm is read (4) and it is scaled (8); a rounded weight is written from its master (6)."""
+    count = 40 + (6 if width == 2 else 0)
+    rate = device.bytes_per_s * (1 if device.is_cpu else device.reads)
+    return config.trainer.minibatches * count * shape.parameters / rate
 
 
 def _publish(shape: ModelShape, config: RunConfig, device: Device, width: int) -> float:
-    """Written and read once."""
-    if config.engine.kind == "embedded" and config.trainer.kind == "local" and config.cluster.address is None:
+    """Passes of one thread over the weights, through memory: summed up and written, a tied output layer twice; summed
+    up again where they are read, and copied to where they are used. A difference costs as much as 12 passes
+    (benchmarks/publish.py: 0.19 s of 269 MB). A disk or a network between takes what it takes, on top."""
+    if not publishes(config):
         return 0.0
-    return 2 * width * shape.parameters / min(device.link_bytes_per_s, 10e9)
+    weights = width * shape.parameters
+    again = width * shape.vocabulary * shape.hidden if shape.tied else 0
+    passes = 2 * (weights + again) + 2 * weights if config.weights.form == "full" else 12 * weights
+    return passes / device.host_bytes_per_s

@@ -58,6 +58,25 @@ class StepLoad:
         return self.groups * self.prompt_tokens + self.rollouts * (self.length - self.prompt_tokens)
 
     @property
+    def decoded_context(self) -> float:
+        """How many tokens a sampled one sees, on average."""
+        between = self.answer_tokens + self.result_tokens
+        return self.prompt_tokens + (self.turns - 1) / 2 * between + self.answer_tokens / 2
+
+    @property
+    def prefilled_context(self) -> float:
+        prompts, results = self.groups * self.prompt_tokens, self.rollouts * (self.turns - 1) * self.result_tokens
+        between = self.answer_tokens + self.result_tokens
+        before = self.prompt_tokens + self.turns / 2 * between - self.result_tokens / 2
+        return (prompts * self.prompt_tokens / 2 + results * before) / (prompts + results)
+
+    @property
+    def trained_context(self) -> float:
+        prompts = self.groups * self.prompt_tokens
+        behind = (self.prompt_tokens + self.length) / 2
+        return (prompts * self.prompt_tokens / 2 + (self.unique - prompts) * behind) / self.unique
+
+    @property
     def flat(self) -> int:
         """Tokens of one row for each rollout, which others compute."""
         return self.rollouts * self.length

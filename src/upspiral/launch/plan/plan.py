@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from math import ceil
 from typing import Any
 
+from upspiral.config.combinations import publishes
 from upspiral.config.models import ParallelConfig, RunConfig
 from upspiral.errors import ConfigError
 from upspiral.launch.plan.device import Device
 from upspiral.launch.plan.duration import step_seconds
 from upspiral.launch.plan.load import StepLoad
-from upspiral.launch.plan.memory import engine_bytes, trainer_bytes
+from upspiral.launch.plan.memory import WHILE_TRAINING, engine_bytes, engine_devices, trainer_bytes
 from upspiral.launch.plan.shape import ModelShape
 
 _USABLE = 0.9
@@ -30,31 +32,47 @@ class Plan:
     device: Device
     ranks: int
     engines: int
+    running: int
+    """Sequences that an engine decodes at the same time."""
     together: bool
     """Whether engines and ranks share their devices and take turns."""
+    shared: bool
+    """Whether they are one process with one copy of the weights."""
     trainer: Mapping[str, float]
     engine: Mapping[str, float]
+    """Of one of its devices; see `engine_devices`."""
     seconds: Mapping[str, float]
 
     @classmethod
     def of(cls, shape: ModelShape, config: RunConfig, load: StepLoad, device: Device) -> Plan:
         ranks, engines = num_ranks(config), num_engines(config)
         together = config.cluster.engine_gpus + config.cluster.rank_gpus <= 1
-        kind = "cpu" if device.name == "cpu" else "cuda"
-        shared = config.engine.kind == "embedded" and config.trainer.kind == "local" and config.cluster.address is None
-        engine = engine_bytes(shape, config)
-        if shared:  # one copy of the weights; packed ones are given up while the trainer computes
-            engine = {"cache": engine["cache"]}
-        return cls(
-            shape, config, load, device, ranks, engines, together, trainer_bytes(shape, config, kind), engine,
-            step_seconds(shape, config, load, device, engines=engines),
-        )  # fmt: skip
+        shared = not publishes(config)
+        trainer, engine = trainer_bytes(shape, config, load, device), dict(engine_bytes(shape, config, device))
+        if shared:
+            engine = {part: amount for part, amount in engine.items() if part not in ("weights", "interpreter")}
+        room = engine["cache"]
+        if config.engine.kind != "embedded" and not device.is_cpu:
+            # A server takes what is left, and lets sequences wait that find no room in it: one must fit.
+            left = _usable(device) - engine["weights"] - (sum(trainer.values()) if together else 0)
+            least = room / config.engine.max_running
+            room = engine["cache"] = min(room, max(left, least))
+        width = 2 if config.model.dtype == "bfloat16" else 4
+        cached = int(room * engine_devices(config) // (load.decoded_context * shape.kv_bytes(width)))
+        wanted = min(config.engine.max_running, config.agent.concurrency, ceil(load.rollouts / engines))
+        running = max(1, min(wanted, cached))
+        devices = engines * engine_devices(config)
+        seconds = step_seconds(shape, config, load, device, engines=devices, running=running)
+        return cls(shape, config, load, device, ranks, engines, running, together, shared, trainer, engine, seconds)
 
     @property
     def needed(self) -> Mapping[str, float]:
         """Bytes of the fullest device, by which of our processes has it."""
         trainer, engine = sum(self.trainer.values()), sum(self.engine.values())
-        if self.device.name == "cpu":
+        if self.shared:  # what the trainer computes with and the engine's packed weights are never there together
+            packed, training = self.engine["packed"], sum(self.trainer.get(part, 0.0) for part in WHILE_TRAINING)
+            return {"the process": trainer + engine - min(packed, training)}
+        if self.device.is_cpu:
             return {"all processes on this machine": self.ranks * trainer + self.engines * engine}
         if self.together:
             if self.config.engine.colocated:
@@ -65,7 +83,7 @@ class Plan:
 
     @property
     def usable(self) -> float:
-        return _USABLE * self.device.memory_gb * 2**30
+        return _usable(self.device)
 
     @property
     def fits(self) -> bool:
@@ -101,6 +119,10 @@ class Plan:
         return "add devices, or train factors alone with a section [trainer.lora]"
 
 
+def _usable(device: Device) -> float:
+    return _USABLE * device.memory_gb * 2**30
+
+
 def num_ranks(config: RunConfig) -> int:
     return (config.trainer.parallel or ParallelConfig()).ranks
 
@@ -114,11 +136,14 @@ def num_engines(config: RunConfig) -> int:
 
 def alternatives(plan: Plan) -> Iterator[Plan]:
     """Splits of as many devices that fit: other ways to divide the model, and other numbers of ranks and engines."""
-    if plan.device.name == "cpu" or plan.config.trainer.kind == "local":
+    if plan.device.is_cpu or plan.config.trainer.kind == "local":
         return
-    count = plan.ranks if plan.together else plan.ranks + plan.engines
+    size = engine_devices(plan.config)
+    count = plan.ranks if plan.together else plan.ranks + plan.engines * size
     for ranks in {count} if plan.together else range(1, count):
-        engines = count if plan.together else count - ranks
+        engines, rest = divmod(count if plan.together else count - ranks, size)
+        if rest or not engines:
+            continue
         for changes in _divisions(plan.config, ranks):
             other = Plan.of(plan.shape, _changed(plan.config, ranks, engines, changes), plan.load, plan.device)
             if other.fits:

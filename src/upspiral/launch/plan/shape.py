@@ -80,16 +80,28 @@ class ModelShape:
         seen = 4 * self.layers * self.heads * self.head_width * context
         return tokens * (2 * self.weights_per_token + seen) + predicting * 2 * self.vocabulary * self.hidden
 
+    def training_flops(self, tokens: float, context: float, predicting: float, *, checkpointing: bool) -> float:
+        """Of forward and backward passes. A backward pass costs two forward passes (Kaplan et al. 2020); checkpointing
+        computes the layers once more. Ours computes the logits and the attention's scores again, whatever else
+        (trainer/logprob.py; Dao et al. 2022, section 3.1)."""
+        again = 1 if checkpointing else 0
+        seen = 4 * self.layers * self.heads * self.head_width * context
+        layers = (3 + again) * 2 * self.weights_per_token + (3.5 + again) * seen
+        return tokens * layers + predicting * 4 * 2 * self.vocabulary * self.hidden
+
     def kv_bytes(self, width: int) -> int:
         """Keys and values of one token, in numbers of `width` bytes."""
         return 2 * self.layers * self.key_heads * self.head_width * width
 
     def activation_bytes(self, width: int) -> int:
         """What a layer keeps of a token for its gradient: input, middle, both norms and the attention's output,
-        queries, keys and values, and three of the feed-forward block's width for each expert (Korthikanti et al. 2022,
-        section 4.1, for gated blocks and without attention scores, which are computed again)."""
-        projected = (2 * self.heads + 2 * self.key_heads) * self.head_width
-        return width * (4 * self.hidden + projected + 3 * max(1, self.experts_per_token) * self.inner)
+        queries, keys and values, and three of the feed-forward block's width (Korthikanti et al. 2022, section 4.1, for
+        gated blocks and without attention scores, which are computed again). Each expert keeps four of its width, and
+        the token once where it comes in and twice where it goes out, before and after it is weighted."""
+        kept = 4 * self.hidden + (2 * self.heads + 2 * self.key_heads) * self.head_width
+        if self.experts:
+            return width * (kept + self.experts_per_token * (4 * self.inner + 3 * self.hidden))
+        return width * (kept + 3 * self.inner)
 
     @property
     def _attention(self) -> int:
