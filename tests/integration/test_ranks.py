@@ -89,7 +89,8 @@ def test_a_kind_whose_packages_are_missing_names_them(tmp_path: Path) -> None:
 
 
 def test_ranks_have_one_trainer_at_a_time(tmp_path: Path) -> None:
-    first = Ranks(start_ranks(2, tmp_path, variables=PATH), KIND, SETUP)
+    ranks = start_ranks(2, tmp_path, variables=PATH)
+    first = Ranks(ranks, KIND, SETUP)
     second = Ranks(first.release(), KIND, SETUP)
     try:
         with pytest.raises(TrainerError, match="released"):
@@ -97,7 +98,7 @@ def test_ranks_have_one_trainer_at_a_time(tmp_path: Path) -> None:
         first.close()
         assert second.step([], lr=FINE).loss == 3.0
         with pytest.raises(TrainerError, match="have a trainer already"):
-            Ranks(second._ranks, KIND, SETUP)
+            Ranks(ranks, KIND, SETUP)
     finally:
         second.close()
 

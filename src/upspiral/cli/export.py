@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -59,26 +60,19 @@ def export(run: Path, /, *, hf: Path | None = None, peft: Path | None = None, st
 def _export_of_ranks(config: RunConfig, checkpoint: Path, hf: Path | None) -> None:
     """As many ranks as the run had put its checkpoint together."""
     from upspiral.loop.placement import trainer_setup
-    from upspiral.trainer.checkpoint import check_checkpoint, step_of
+    from upspiral.trainer.export import export_checkpoint
     from upspiral.trainer.rank_processes import start_ranks
     from upspiral.trainer.ranks import Ranks
-    from upspiral.weights.export import export_hf
-    from upspiral.weights.load import load_model
     from upspiral.weights.models import resolve_model
-    from upspiral.weights.publication import PublisherSettings
 
     assert hf is not None, "adapters are the local trainer's"
-    check_checkpoint(checkpoint)
-    source = resolve_model(config.model.path)
+    setup = trainer_setup(config, resolve_model(config.model.path))
     count = config.trainer.parallel.ranks if config.trainer.parallel else 1
-    with TemporaryDirectory(prefix="upspiral-export-") as work:
-        ranks = Ranks(start_ranks(count, Path(work) / "logs"), config.trainer.kind, trainer_setup(config, source))
-        try:
-            ranks.load(checkpoint)
-            published = ranks.publish(PublisherSettings(Path(work) / "weights"), step_of(checkpoint))
-        finally:
-            ranks.close()
-        print(export_hf(load_model(published.folder, dtype=config.model.dtype, device="cpu").module, source, hf))
+    with (
+        TemporaryDirectory(prefix="upspiral-export-") as logs,
+        closing(Ranks(start_ranks(count, Path(logs)), config.trainer.kind, setup)) as ranks,
+    ):
+        print(export_checkpoint(ranks, setup, checkpoint, hf))
 
 
 def _checkpoint(run: Path, step: int | None) -> Path:

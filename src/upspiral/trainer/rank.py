@@ -33,13 +33,13 @@ class RankProgram:
         self._backend: TrainerBackend | None = None
 
     def call(self, method: str, *args: Any, **keywords: Any) -> Any:
-        """A method of the backend; "make" makes it first, "drop" forgets it."""
+        """A method of the backend; "make" makes it first, "release" closes it so that another can be made, "close" for
+        good."""
         if method == "make":
             return self._make(*args)
-        if method == "drop":
-            self._backend = None
-            return None
         assert self._backend is not None, "the first call is make"
+        if method in ("release", "close"):
+            return self._end(leave=method == "close")
         return getattr(self._backend, method)(*args, **keywords)
 
     def _make(self, kind: str, setup: TrainerSetup) -> None:
@@ -57,6 +57,15 @@ class RankProgram:
             group = "cpu:gloo,cuda:nccl" if setup.device == "cuda" else "gloo"
             distributed.init_process_group(group, timeout=timedelta(seconds=START_DEADLINE_S))
         self._backend = make_backend(kind, setup)
+
+    def _end(self, *, leave: bool) -> None:
+        from torch import distributed
+
+        backend, self._backend = self._backend, None
+        assert backend is not None
+        backend.close()
+        if leave:
+            distributed.destroy_process_group()
 
 
 def main() -> None:

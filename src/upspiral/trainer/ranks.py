@@ -29,8 +29,9 @@ class Rank(Protocol):
     """One process of the trainer."""
 
     def call(self, method: str, *args: Any, **keywords: Any) -> Future[Any]:
-        """Calls a method of the rank's backend; "make" makes it first, "drop" forgets it. Calls are done one after the
-        other. The future raises what the method raised, or TrainerError when the process is gone."""
+        """Calls a method of the rank's backend; "make" makes it first, "release" closes it and leaves room for another.
+        Calls are done one after the other. The future raises what the method raised, or TrainerError when the process
+        is gone."""
         ...
 
     def kill(self) -> None:
@@ -79,7 +80,7 @@ class Ranks:
 
     def release(self) -> list[Rank]:
         """Gives the processes back, for another trainer; this one is not used afterwards."""
-        self._all("drop", deadline_s=CLOSE_DEADLINE_S)
+        self._all("release", deadline_s=CLOSE_DEADLINE_S)
         self._failed = TrainerError("the trainer released them")
         ranks, self._ranks = self._ranks, []
         return ranks

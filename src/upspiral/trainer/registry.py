@@ -12,7 +12,7 @@ _BACKENDS = {
     "deepspeed": "upspiral.trainer.deepspeed.backend:DeepSpeedBackend",
     "megatron": "upspiral.trainer.megatron.backend:MegatronBackend",
 }
-"""Each is called with a TrainerSetup on every rank, inside the process group of all ranks."""
+"""Each is called with a TrainerSetup on every rank, inside the process group of all ranks, which outlives it."""
 RESHARDING = ("fsdp", "megatron")
 """Those that `load` what other numbers of ranks have written, however they divided the model."""
 

@@ -63,7 +63,7 @@ class FsdpBackend(RankBackend):
         self._optimizer.forget_moments()
 
     def close(self) -> None:
-        distributed.destroy_process_group()
+        self._layout.close()
 
     def _whole(self) -> Iterator[tuple[str, Tensor]]:
         """All weights in the model's precision, one at a time on every rank."""

@@ -57,6 +57,12 @@ class Layout:
         tensor = mesh["tensor"] if parallel.tensor > 1 else None
         return cls(mesh["data"], tensor, tensor, mesh["data"], dispatches=False)
 
+    def close(self) -> None:
+        """Ends the groups, each of which has threads of its own."""
+        meshes = (self.data, self.tensor, self.experts, self.experts_data)
+        for group in {mesh.get_group() for mesh in meshes if mesh is not None} - {distributed.group.WORLD}:
+            distributed.destroy_process_group(group)
+
 
 def check(setup: TrainerSetup, config: Any, ranks: int) -> ParallelConfig:
     """How the model, of whose `config.json` this is, shall be divided over that many ranks. Raises ConfigError for what

@@ -40,7 +40,7 @@ class MegatronBackend(RankBackend):
         parallel = _checked(setup, files.config)
         if setup.device == "cpu":
             pretend_that_cpu_is_a_device()
-        if parallel_state.model_parallel_is_initialized():  # by a backend of this process before this one
+        if parallel_state.model_parallel_is_initialized():  # by a backend of this process that nobody closed
             parallel_state.destroy_model_parallel()
         parallel_state.initialize_model_parallel(tensor_model_parallel_size=parallel.tensor)
         self._tensor: Any = parallel_state.get_tensor_model_parallel_group()
@@ -74,8 +74,10 @@ class MegatronBackend(RankBackend):
         self._optimizer.adamw.forget_moments()
 
     def close(self) -> None:
+        # Megatron would forget its groups, and the threads of each look for work a hundred times a second.
+        for group in {*parallel_state._global_process_group_list} - {None}:
+            distributed.destroy_process_group(group)
         parallel_state.destroy_model_parallel()
-        distributed.destroy_process_group()
 
     def _logprobs(self, batch: ForestBatch, forest: ForestPass, temperature: float) -> tuple[Tensor, Tensor]:
         return self.model.target_logprobs(batch, forest, temperature)
