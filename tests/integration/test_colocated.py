@@ -17,20 +17,18 @@ from tests.fixtures.tiny_model import make_model
 from tests.integration.test_loop import recipe
 from tests.integration.test_ray import learned, sampled
 from upspiral.config.loader import load_run_config
-from upspiral.config.models import RunConfig
 from upspiral.engine.base import UpdatableEngine
 from upspiral.engine.kept import KeptEngine
 from upspiral.engine.router import Router
 from upspiral.loop.placement import Placement, Setting, ThisMachine
 from upspiral.loop.run import run_training
 from upspiral.monitor.progress import LiveProgress
-from upspiral.sandbox.base import SandboxBackend
 from upspiral.trainer.ranks import Rank
 
 FLAGS = {"engine.exact": "true", "trainer.kind": "fsdp"}
 
 
-class ServedEngines:
+class ServedEngines(ThisMachine):
     """A place with two engine processes, of which the first is killed in the trainer's second step."""
 
     def __init__(self) -> None:
@@ -43,10 +41,7 @@ class ServedEngines:
         return router
 
     async def ranks(self, count: int, setting: Setting) -> Sequence[Rank]:
-        return [KillingRank(rank, self._homes[0]) for rank in await ThisMachine().ranks(count, setting)]
-
-    async def sandboxes(self, config: RunConfig, egress_log: Path) -> SandboxBackend | None:
-        return None
+        return [KillingRank(rank, self._homes[0]) for rank in await super().ranks(count, setting)]
 
     def _home(self, setting: Setting, number: int) -> EngineProcess:
         home = EngineProcess(setting.config, setting.model_folder, setting.folder / f"engine-{number}.log")

@@ -75,7 +75,7 @@ class MegatronBackend(RankBackend):
 
     def close(self) -> None:
         # Megatron would forget its groups, and the threads of each look for work a hundred times a second.
-        for group in {*parallel_state._global_process_group_list} - {None}:
+        for group in {*(parallel_state._global_process_group_list or ())} - {None}:
             distributed.destroy_process_group(group)
         parallel_state.destroy_model_parallel()
 
