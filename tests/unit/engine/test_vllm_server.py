@@ -86,6 +86,11 @@ def children(log: Path) -> list[int]:
     return [int(number) for number in re.findall(r"CHILD (\d+)", log.read_text())]
 
 
+def queue_of(log: Path) -> Path:
+    (name,) = re.findall(r"QUEUE (\S+)", log.read_text())
+    return Path("/dev/shm") / name
+
+
 def until(true: Callable[[], bool]) -> None:
     deadline = time.monotonic() + DEADLINE_S
     while not true():
@@ -168,13 +173,13 @@ def test_it_dies_with_an_owner_that_is_killed(python: Path, tmp_path: Path) -> N
         server = psutil.Process(child).ppid()
         assert alive(server) and alive(child)
         copy = Path(psutil.Process(server).cwd())
-        assert (copy / "serve.py").is_file()
+        assert (copy / "serve.py").is_file() and queue_of(settings.log).exists()
     finally:
         owner.kill()
         owner.wait(DEADLINE_S)
         owner.stdout.close()
     until(lambda: not alive(server) and not alive(child))
-    assert not copy.exists()
+    assert not copy.exists() and not queue_of(settings.log).exists()
 
 
 def test_a_server_that_does_not_start_says_why(python: Path, tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import tempfile
@@ -17,6 +16,7 @@ from pathlib import Path
 
 from upspiral.engine.routed_layers import RoutedLayers
 from upspiral.engine.vllm.client import VllmEngine
+from upspiral.engine.vllm.inside.group import end_group
 from upspiral.errors import ConfigError, DeadlineError, EngineError
 
 _INSIDE = Path(__file__).parent / "inside"
@@ -143,7 +143,7 @@ class VllmServer:
         process, self._process = self._process, None
         if process is not None:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+                await asyncio.to_thread(end_group, process.pid)
             await asyncio.to_thread(process.wait, _KILL_DEADLINE_S)
         if self._inside is not None:
             shutil.rmtree(self._inside, ignore_errors=True)
@@ -151,7 +151,7 @@ class VllmServer:
     def _launch(self, port: int) -> None:
         settings = self._settings
         self._inside = tempfile.mkdtemp(prefix="upspiral-vllm-")
-        for source in (_INSIDE / "serve.py", _INSIDE / "worker.py", _RECEIVER):
+        for source in (_INSIDE / "serve.py", _INSIDE / "group.py", _INSIDE / "worker.py", _RECEIVER):
             shutil.copy(source, self._inside)
         settings.log.parent.mkdir(parents=True, exist_ok=True)
         with settings.log.open("ab") as log:

@@ -5,16 +5,17 @@ from __future__ import annotations
 import os
 import runpy
 import shutil
-import signal
 import threading
 import time
+
+from group import end_group  # pyright: ignore[reportMissingImports]  (it is copied beside this file)
 
 
 def _end_with(owner: int) -> None:
     while os.getppid() == owner:
         time.sleep(1.0)
     shutil.rmtree(os.path.dirname(__file__), ignore_errors=True)  # our copy, which the owner would have removed
-    os.killpg(0, signal.SIGKILL)  # the owner started us as a group of our own
+    end_group(os.getpgrp())  # the owner started us as one
 
 
 # vLLM starts its engine by running this file again under another name.
