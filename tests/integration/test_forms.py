@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from importlib.util import find_spec
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
@@ -47,7 +47,7 @@ KINDS: Mapping[str, Any] = {
 class Backends:
     """One at a time of each kind. The processes are the same for all kinds: starting them takes most of the time."""
 
-    def __init__(self, ranks: StartedRanks, dtype: str) -> None:
+    def __init__(self, ranks: StartedRanks, dtype: Literal["bfloat16", "float32"]) -> None:
         self._ranks, self._dtype = ranks, dtype
 
     def setup(self, kind: str, model: Path) -> TrainerSetup:
@@ -83,7 +83,7 @@ class Backends:
     [("llama", "float32"), ("qwen3", "float32"), ("qwen3-moe", "float32"), ("qwen3", "bfloat16")],
 )
 def test_a_checkpoint_of_every_kind_loads_into_every_other(
-    family: str, dtype: str, two_ranks: StartedRanks, tmp_path: Path
+    family: str, dtype: Literal["bfloat16", "float32"], two_ranks: StartedRanks, tmp_path: Path
 ) -> None:
     model = make_tokenizer(tmp_path / "model")
     experts = {"num_experts": 4, "num_experts_per_tok": 2} if family == "qwen3-moe" else {}
