@@ -31,12 +31,14 @@ def test_two_ranks_learn_what_one_process_learns(tmp_path: Path) -> None:
         return steps_of(tmp_path / name)
 
     wanted = run("local", 3, {})
+    assert all(line["seconds"]["publish"] == 0 for line in wanted), "engine and trainer share their weights"
     run("ranks", 2, ON_RANKS)
     shutil.copytree(tmp_path / "ranks", tmp_path / "otherwise")
     for name, overrides in (("ranks", ON_RANKS), ("otherwise", OTHERWISE)):
         found = run(name, 3, overrides, resume=True)
         assert [line["reward_mean"] for line in found] == [line["reward_mean"] for line in wanted]
         assert [line["trained_tokens"] for line in found] == [line["trained_tokens"] for line in wanted]
+        assert all(0 < line["seconds"]["publish"] < line["seconds"]["total"] for line in found)
         grad_norms = [line["grad_norm"] for line in wanted]
         assert [line["grad_norm"] for line in found] == pytest.approx(grad_norms, rel=1e-4)
     kept, divided = (weights_of_folder(tmp_path / name / "weights" / "v000003") for name in ("ranks", "otherwise"))

@@ -13,7 +13,7 @@ from upspiral.monitor.lines import ledger_from_line
 from upspiral.types import Ledger
 
 _SPLIT_LABELS = {"train": "training", "eval": "evaluation", "demonstration": "demonstrations"}
-TIME_PARTS = ("collect", "train", "publish", "checkpoint")
+TIME_PARTS = ("collect", "train", "publish", "record", "checkpoint")
 
 _REASONS = {
     "root": "a conversation begins",

@@ -17,6 +17,11 @@ class Clock:
         self._laps[name] = self._laps.get(name, 0.0) + now - self._last
         self._last = now
 
+    def split(self, name: str, *, of: str, seconds: float) -> None:
+        """Makes a lap of its own of what another one has in it."""
+        self._laps[of] -= seconds
+        self._laps[name] = self._laps.get(name, 0.0) + seconds
+
     @property
     def seconds(self) -> dict[str, float]:
         """Each lap, and "total"."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -26,6 +27,11 @@ _log = logging.getLogger(__name__)
 
 class Learner(Protocol):
     """Called by one task at a time."""
+
+    @property
+    def publish_s(self) -> float:
+        """How long it took, in seconds, until the engine had the last version: writing it, switching and the probe."""
+        ...
 
     async def step(
         self, batches: Sequence[ForestBatch], *, version: int | None, kind: StepKind, lr: float | None = None
@@ -53,6 +59,8 @@ class Learner(Protocol):
 
 class SharedLearner:
     """Trainer and engine share the weights in place and take turns on the engine's thread: nothing is copied."""
+
+    publish_s = 0.0
 
     def __init__(self, trainer: LocalTrainer, engine: EmbeddedEngine) -> None:
         self._trainer, self._engine = trainer, engine
@@ -104,6 +112,7 @@ class PublishingLearner:
         trainer computes; what is published wakes it. After a step that failed it sleeps on."""
         self._trainer, self._engine, self._settings = trainer, engine, settings
         self._colocated = colocated
+        self._publish_s = 0.0
         # Always the same thread: torch keeps a team of OpenMP threads for each that computes.
         self._thread = ThreadPoolExecutor(1, "trainer", initializer=use_threads, initargs=(threads,))
 
@@ -128,12 +137,18 @@ class PublishingLearner:
     async def forget_moments(self) -> None:
         await self._run(self._trainer.forget_moments)
 
+    @property
+    def publish_s(self) -> float:
+        return self._publish_s
+
     async def publish(self, version: int) -> None:
+        started = time.monotonic()
         try:
             await self._adopt(self._settings, version)
         except StaleBaseError as error:  # it lacks what the difference is to, or the difference is damaged
             _log.warning("version %d is published whole: %s", version, error)
             await self._adopt(replace(self._settings, form="full"), version)
+        self._publish_s = time.monotonic() - started
 
     async def _make_room(self) -> None:
         if self._colocated:

@@ -114,10 +114,11 @@ class Run:
         batches = self._pack(groups, credits)
         trained = await self._optimize(batches, version=step, kind="policy")
         clock.lap("train")
+        clock.split("publish", of="train", seconds=self._parts.learner.publish_s)
         self._parts.store.record_step(step, credits)
         ledger = self._parts.store.ledger(step=step, split="train") + count.unrecorded()
         check_closed(ledger, f"step {step}")
-        clock.lap("publish")
+        clock.lap("record")
         line = step_line(groups, credits, trained, clock.seconds) | {
             "version": step,
             "ledger": ledger_line(ledger),

@@ -54,7 +54,8 @@ class Plan:
         room = engine["cache"]
         if config.engine.kind != "embedded" and not device.is_cpu:
             # A server takes what is left, and lets sequences wait that find no room in it: one must fit.
-            left = _usable(device) - engine["weights"] - (sum(trainer.values()) if together else 0)
+            beside = (_resting(trainer) if config.engine.colocated else sum(trainer.values())) if together else 0
+            left = _usable(device) - engine["weights"] - beside
             least = room / config.engine.max_running
             room = engine["cache"] = min(room, max(left, least))
         width = 2 if config.model.dtype == "bfloat16" else 4
@@ -76,8 +77,7 @@ class Plan:
             return {"all processes on this machine": self.ranks * trainer + self.engines * engine}
         if self.together:
             if self.config.engine.colocated:
-                rests = trainer - sum(self.trainer.get(part, 0.0) for part in _OF_A_STEP)
-                return {"a rank and an engine": max(trainer, rests + engine)}
+                return {"a rank and an engine": max(trainer, _resting(self.trainer) + engine)}
             return {"a rank and an engine": trainer + engine}
         return {"a rank": trainer, "an engine": engine}
 
@@ -117,6 +117,11 @@ class Plan:
         if sum(self.engine.values()) > sum(trainer.values()):
             return "lower engine.context_length, or engine.cache_slots and engine.max_running"
         return "add devices, or train factors alone with a section [trainer.lora]"
+
+
+def _resting(trainer: Mapping[str, float]) -> float:
+    """Bytes that it has between two steps; its gradients stay."""
+    return sum(amount for part, amount in trainer.items() if part not in _OF_A_STEP)
 
 
 def _usable(device: Device) -> float:
