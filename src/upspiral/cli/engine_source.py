@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 from dataclasses import dataclass
@@ -83,14 +84,14 @@ def _scripted(script: Path, renderer: Renderer) -> Engine:
 
 
 def _remote(kind: EngineKind, urls: tuple[str, ...]) -> Engine:
-    """Their weights are nobody's to change, so all tokens are of version 0."""
+    """Their weights are somebody else's to change: all tokens are of version 0."""
     from upspiral.engine.router import Router
     from upspiral.engine.sglang.client import SglangEngine
     from upspiral.engine.vllm.client import VllmEngine
     from upspiral.loop.servers import KEY_VARIABLE
 
     key, client = os.environ.get(KEY_VARIABLE, ""), VllmEngine if kind == "vllm" else SglangEngine
-    return Router([client(url, key=key) for url in urls])
+    return Router([client(url, key=key, version=None) for url in urls])
 
 
 def _vllm(model_folder: Path, run: Path) -> Engine:
@@ -100,8 +101,9 @@ def _vllm(model_folder: Path, run: Path) -> Engine:
     from upspiral.engine.vllm.environment import vllm_python
     from upspiral.engine.vllm.server import ServerSettings, VllmServer
 
+    longest = json.loads((model_folder / "config.json").read_text(encoding="utf-8"))["max_position_embeddings"]
     settings = ServerSettings(
-        vllm_python(), model_folder, run / "logs" / "vllm.log", ModelConfig().dtype, _CONTEXT_LENGTH,
+        vllm_python(), model_folder, run / "logs" / "vllm.log", ModelConfig().dtype, min(_CONTEXT_LENGTH, longest),
         _MAX_RUNNING_SERVED, cpu=not _NVIDIA.exists(), threads=len(os.sched_getaffinity(0)),
     )  # fmt: skip
     settings.check()

@@ -60,12 +60,14 @@ def export(run: Path, /, *, hf: Path | None = None, peft: Path | None = None, st
 def _export_of_ranks(config: RunConfig, checkpoint: Path, hf: Path | None) -> None:
     """As many ranks as the run had put its checkpoint together."""
     from upspiral.loop.placement import trainer_setup
+    from upspiral.trainer.checkpoint import check_checkpoint
     from upspiral.trainer.export import export_checkpoint
     from upspiral.trainer.rank_processes import start_ranks
     from upspiral.trainer.ranks import Ranks
     from upspiral.weights.models import resolve_model
 
     assert hf is not None, "adapters are the local trainer's"
+    check_checkpoint(checkpoint)
     setup = trainer_setup(config, resolve_model(config.model.path))
     count = config.trainer.parallel.ranks if config.trainer.parallel else 1
     with (

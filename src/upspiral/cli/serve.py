@@ -27,7 +27,7 @@ ADMIN_KEY_VARIABLE = "UPSPIRAL_ADMIN_KEY"
 INTERRUPTED = "interrupted: the gateway stopped before the rollout was finished"
 """Why a rollout is cancelled that nobody finished."""
 _SHORTEST_ADMIN_KEY = 16
-_EMBEDDED = EngineSource()
+_EMBEDDED, _MODEL = EngineSource(), "smollm2-135m"
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ class Exposure:
 
 def serve(
     *,
-    model: str = "smollm2-135m",
+    model: str | None = None,
     run: Path,
     port: int = 8000,
     source: Annotated[EngineSource, Parameter(name="*")] = _EMBEDDED,
@@ -63,14 +63,20 @@ def serve(
     Parameters
     ----------
     model
-        A name from `upspiral model list`, a local Hugging Face folder, or a hub id.
+        A name from `upspiral model list`, a local Hugging Face folder, or a hub id; smollm2-135m, unless servers of
+        --engine-url have another one, which must be named.
     run
         The folder that the trajectory store is written to.
     port
         The port to listen on; 0 takes a free one.
     """
     source.check()
-    asyncio.run(_serve(model, source, run, port, exposure))
+    if source.engine_url and model is None:
+        raise ConfigError(
+            f"--engine-url {source.engine_url[0]} needs --model: the name or folder of the model that the server has, "
+            "whose tokenizer renders what it is asked"
+        )
+    asyncio.run(_serve(model or _MODEL, source, run, port, exposure))
 
 
 async def _serve(model: str, source: EngineSource, run: Path, port: int, exposure: Exposure) -> None:

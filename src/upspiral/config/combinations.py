@@ -84,11 +84,18 @@ def contradictions(config: RunConfig) -> Iterator[tuple[str, str]]:
     if config.engine.kind == "scripted":
         yield "engine.kind", 'a scripted engine has no weights, so there is nothing to learn; use "embedded" here'
     cluster = config.cluster
+    ranks = trainer.parallel.ranks if trainer.parallel is not None else 1
     if config.engine.colocated and cluster.engine_gpus + cluster.rank_gpus > 1:
         yield (
             "engine.colocated",
             f"cluster.engine_gpus = {cluster.engine_gpus:g} and cluster.rank_gpus = {cluster.rank_gpus:g} put engines "
             "and ranks on different GPUs; with 0.5 for each, an engine and a rank are on the same one",
+        )
+    elif config.engine.colocated and cluster.rank_gpus and max(ranks, cluster.engines) > 1:
+        yield (
+            "engine.colocated",
+            f"Ray would put {cluster.engines} engines on GPUs of their own before {ranks} ranks get any; one engine "
+            "and one rank can share a GPU of a cluster, and any number without Ray",
         )
     if trainer.kind != "local" and trainer.lora is not None:
         yield "trainer.lora", f'trainer.kind = "{trainer.kind}" trains whole weights; drop the section or use "local"'

@@ -351,7 +351,7 @@ class ClusterConfig(_Section):
     engine_cpus: PositiveFloat = 1.0
     """CPUs of an engine actor: Ray counts them, and an embedded engine has so many threads."""
     engine_gpus: Annotated[float, Field(ge=0)] = 0.0
-    """GPUs of an engine actor; 0.5 beside rank_gpus = 0.5 puts both on the same one."""
+    """GPUs of an engine actor; 0.5 beside rank_gpus = 0.5 puts one engine and one rank on the same one."""
     rank_cpus: PositiveFloat = 1.0
     """CPUs of a rank of the trainer."""
     rank_gpus: Annotated[float, Field(ge=0)] = 0.0

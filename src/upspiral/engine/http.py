@@ -94,6 +94,8 @@ class Server:
         said = f"{self.url}{path} answered {answer.status}: {text}"
         if answer.status in (400, 422):
             raise (ContextLengthError if "context length" in text else RequestError)(said)
+        if answer.status == 404:
+            said += "; docs/cluster.md says how such a server has to be started"
         raise EngineError(said)
 
     def _opened(self, *, reuse: bool) -> aiohttp.ClientSession:

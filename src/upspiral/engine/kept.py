@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import time
 from collections.abc import AsyncIterator, Callable
 from typing import Protocol
 
@@ -14,10 +13,7 @@ from upspiral.errors import DeadlineError, EngineError, EngineGoneError, StaleBa
 from upspiral.types import SamplingParams
 from upspiral.weights.publication import Publication
 
-WAKE_DEADLINE_S = 1800.0
-"""Of an engine that has to be started for it."""
 _PAUSE_BEFORE_RESTART_S = 1.0
-_LOOK_AGAIN_S = 0.1
 _log = logging.getLogger(__name__)
 
 
@@ -90,17 +86,10 @@ class KeptEngine:
         return self._running().generate(prompt_ids, params)
 
     async def update_weights(self, publication: Publication) -> None:
-        """Also waits for the process, if it died asleep."""
+        """A process that died, asleep or awake, is started with it."""
         self._publication = publication
-        gives_up = time.monotonic() + (0.0 if self._awake.is_set() else WAKE_DEADLINE_S)
         self._awake.set()
-        while True:
-            try:
-                return await self._running().update_weights(publication)
-            except EngineGoneError:
-                if time.monotonic() >= gives_up:
-                    raise
-            await asyncio.sleep(_LOOK_AGAIN_S)
+        await self._running().update_weights(publication)
 
     async def sleep(self) -> None:
         """A process that does not fall asleep is ended, which gives up its memory too."""

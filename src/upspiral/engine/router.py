@@ -29,6 +29,8 @@ from upspiral.errors import (
 from upspiral.types import FinishReason, SamplingParams
 from upspiral.weights.publication import Publication
 
+WAKE_DEADLINE_S = 1800.0
+"""Of engines that all died asleep: how long the first of them may take to be started."""
 PATIENCE_S = 120.0
 """How long a generation waits for an engine to come back when none can take it."""
 MOST_ATTEMPTS = 5
@@ -88,6 +90,7 @@ class Router:
         self._patience_s = patience_s
         self._affinity = Affinity()
         self._publication: Publication | None = None
+        self._asleep = False
         self._elsewhere = EngineStats()
         """What engines sampled that were removed, less what others had sampled when they were added."""
 
@@ -250,8 +253,16 @@ class Router:
     # ---- weights
 
     async def update_weights(self, publication: Publication) -> None:
-        """Raises StaleBaseError when an engine needs the weights whole, and EngineError when none could adopt them."""
+        """Raises StaleBaseError when an engine needs the weights whole, and EngineError when none could adopt them.
+        Where all died asleep, it waits for the first that is started again."""
         self._publication = publication
+        gives_up = time.monotonic() + (WAKE_DEADLINE_S if self._asleep else 0.0)
+        while not await self._adopted(publication, waits=time.monotonic() < gives_up):
+            await asyncio.sleep(_LOOK_AGAIN_S)
+        self._asleep = False
+
+    async def _adopted(self, publication: Publication, *, waits: bool) -> bool:
+        """False when all engines are gone, if somebody `waits` for them; the others catch up later."""
         members = list(self._members)  # those that come and go meanwhile have no outcome
         outcomes = await asyncio.gather(
             *(each.engine.update_weights(publication) for each in members), return_exceptions=True
@@ -262,13 +273,17 @@ class Router:
                 failures[member] = outcome
             elif isinstance(outcome, BaseException):
                 raise outcome
+        if stale := next((error for error in failures.values() if isinstance(error, StaleBaseError)), None):
+            raise stale
+        all_gone = all(isinstance(failures.get(member), EngineGoneError) for member in members)
+        if waits and all_gone:
+            return False
         for member, error in failures.items():
-            if isinstance(error, StaleBaseError):
-                raise error
             member.failed(error)
             self._catch_up(member)
         if failures and len(failures) == len(outcomes):
             raise EngineError(f"no engine could adopt version {publication.version}: {_told(failures)}")
+        return True
 
     async def sleep(self) -> None:
         """Of all engines, also those that get no work. Raises the error of one that may have kept its memory."""
@@ -276,6 +291,7 @@ class Router:
         for task in catching_up:
             task.cancel()  # the next version comes to all of them, and this one would wake its engine
         await asyncio.gather(*catching_up, return_exceptions=True)
+        self._asleep = True
         await self._of_all(lambda engine: engine.sleep())
 
     def _catch_up(self, member: _Member) -> None:

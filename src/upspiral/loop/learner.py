@@ -156,8 +156,10 @@ class PublishingLearner:
 
     async def close(self) -> None:
         """Ends the trainer and the thread. What a cancelled call left computing is not waited for."""
-        await asyncio.to_thread(self._trainer.close)
-        self._thread.shutdown(wait=False, cancel_futures=True)
+        try:
+            await asyncio.to_thread(self._trainer.close)
+        finally:
+            self._thread.shutdown(wait=False, cancel_futures=True)
 
     async def _adopt(self, settings: PublisherSettings, version: int) -> None:
         publication = await self._run(lambda: self._trainer.publish(settings, version))

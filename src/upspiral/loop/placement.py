@@ -107,6 +107,7 @@ async def make_policy(setting: Setting, placement: Placement | None) -> tuple[En
     if colocated:
         await engine.sleep()  # the trainer is made where the engine was
     trainer = await _trainer(setting, placement)
+    setting.stack.push_async_callback(asyncio.to_thread, trainer.close)  # if nothing below gets that far
     published, threads = await _publisher_settings(setting, placement), num_threads(config)
     learner = PublishingLearner(trainer, engine, published, threads=threads, colocated=colocated)
     setting.stack.push_async_callback(learner.close)  # last, so first: weights go after the trainer that writes them

@@ -6,6 +6,7 @@ Ray's actors.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from pathlib import Path
@@ -21,6 +22,7 @@ CALL_DEADLINE_S = 3600.0
 START_DEADLINE_S = 900.0
 """Imports, the process group and the model's weights."""
 CLOSE_DEADLINE_S = 30.0
+_log = logging.getLogger(__name__)
 _CAUSE_DEADLINE_S = 2.0
 """A rank that dies makes others fail, too, some of them before its own end is noticed."""
 
@@ -89,8 +91,8 @@ class Ranks:
         try:
             if self._failed is None:
                 self._all("close", deadline_s=CLOSE_DEADLINE_S)
-        except UpspiralError:
-            pass  # they are killed all the same
+        except Exception as error:  # whatever a rank raised: it is killed all the same
+            _log.warning("the ranks of the trainer did not close: %s", error)
         finally:
             self._failed = self._failed or TrainerError("the trainer was closed")
             for rank in self._ranks:

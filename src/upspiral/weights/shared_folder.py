@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from upspiral.errors import StoreError
 from upspiral.weights.receiver import SHARED_MEMORY
@@ -28,14 +29,23 @@ def shared_folder() -> Iterator[Path]:
         raise StoreError(
             f'there can be no folder in {SHARED_MEMORY} ({error}); set weights.transport = "disk"'
         ) from error
-    watch = subprocess.Popen(
-        ["/bin/sh", "-c", _WATCH, "watch", folder], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL, start_new_session=True,
-    )  # fmt: skip
-    watch.wait(_START_DEADLINE_S)
-    assert watch.stdin is not None
     try:
-        yield folder
+        with _watched(folder):
+            yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-        watch.stdin.close()
+
+
+def _watched(folder: Path) -> IO[bytes]:
+    """Who watches ends, and removes the folder, when this is closed."""
+    try:
+        watch = subprocess.Popen(
+            ["/bin/sh", "-c", _WATCH, "watch", folder], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL, start_new_session=True,
+        )  # fmt: skip
+        if watch.wait(_START_DEADLINE_S):
+            raise OSError(f"/bin/sh ended with {watch.returncode}")
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise StoreError(f'nobody could be set to remove {folder} ({error}); set weights.transport = "disk"') from error
+    assert watch.stdin is not None
+    return watch.stdin

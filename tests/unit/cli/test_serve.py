@@ -157,6 +157,11 @@ def test_what_cannot_work_is_said_first(source: EngineSource, said: str, tmp_pat
         serve(model=str(model), source=source, run=tmp_path)
 
 
+def test_the_model_of_a_server_must_be_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=f"--engine-url {URL} needs --model"):
+        serve(source=EngineSource("vllm", engine_url=(URL,)), run=tmp_path)
+
+
 def test_a_server_that_does_not_answer_is_named(tmp_path: Path, model: Path, capsys: Any) -> None:
     arguments = ["--model", str(model), "--engine", "vllm", "--engine-url", URL, "--run", str(tmp_path / "run")]
     assert run_command(["serve", *arguments, "--port", "0"]) == 2
@@ -178,6 +183,7 @@ def test_servers_that_run_already_answer(tmp_path: Path, model: Path) -> None:
             process.send_signal(signal.SIGTERM)
             assert process.wait(timeout=20) == 0
         store = TrajectoryStore(tmp_path / "run" / "trajectories.db")
+        assert server.label == "?", "its weights are not ours to label"
         answer = list(store.graph(opened["rollout"]).nodes)[-1]
         assert [*answer.logprobs[answer.sampled]] == [-0.25] * 5 and [*answer.versions[answer.sampled]] == [0] * 5
 

@@ -9,8 +9,9 @@ from contextlib import asynccontextmanager
 import pytest
 
 from tests.fixtures.failing_engine import FailingEngine, completion
-from upspiral.engine import kept
+from upspiral.engine import router as router_module
 from upspiral.engine.kept import KeptEngine
+from upspiral.engine.router import Router
 from upspiral.errors import EngineError, EngineGoneError
 from upspiral.types import SamplingParams
 
@@ -42,7 +43,7 @@ class Home:
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kept, "_LOOK_AGAIN_S", 0.001)
+    monkeypatch.setattr(router_module, "_LOOK_AGAIN_S", 0.001)
 
 
 @asynccontextmanager
@@ -86,15 +87,16 @@ def test_what_dies_is_started_again_with_the_weights_that_it_had() -> None:
 def test_what_dies_asleep_is_started_when_it_is_woken() -> None:
     async def check() -> None:
         async with keeping() as (engine, homes):
-            await engine.update_weights(version(1))
-            await engine.sleep()
+            router = Router([engine])
+            await router.update_weights(version(1))
+            await router.sleep()
             await homes[0].kill()
             await asyncio.sleep(0.05)
             assert len(homes) == 1, "the memory is the trainer's"
             with pytest.raises(EngineGoneError):
                 await read(engine)
-            await engine.sleep()  # of nothing
-            await engine.update_weights(version(2))
+            await router.sleep()  # of nothing
+            await router.update_weights(version(2))
             assert len(homes) == 2 and homes[1].engine.version == 2
             assert await read(engine) == completion(PROMPT, 12)
 
@@ -104,9 +106,10 @@ def test_what_dies_asleep_is_started_when_it_is_woken() -> None:
 def test_what_dies_as_it_is_woken_is_started_too() -> None:
     async def check() -> None:
         async with keeping() as (engine, homes):
-            await engine.sleep()
+            router = Router([engine])
+            await router.sleep()
             homes[0].engine.dead = True  # which nobody has noticed yet
-            waking = asyncio.create_task(engine.update_weights(version(1)))
+            waking = asyncio.create_task(router.update_weights(version(1)))
             await asyncio.sleep(0.02)
             await homes[0].kill()
             await waking
@@ -115,14 +118,33 @@ def test_what_dies_as_it_is_woken_is_started_too() -> None:
     run(check())
 
 
+def test_nobody_waits_for_one_that_died_asleep_where_another_is_awake() -> None:
+    async def check() -> None:
+        may_start = asyncio.Event()
+        may_start.set()
+        async with keeping(lambda: Home(may_start)) as (dead, homes), keeping() as (other, _):
+            router = Router([dead, other])
+            await router.sleep()
+            await homes[0].kill()
+            may_start.clear()
+            await router.update_weights(version(1))
+            assert other.version == 1
+            await until(lambda: len(homes) == 2)
+            may_start.set()
+            await until(lambda: homes[1].engine.version == 1)
+
+    run(check())
+
+
 def test_what_does_not_fall_asleep_is_ended() -> None:
     async def check() -> None:
         async with keeping() as (engine, homes):
+            router = Router([engine])
             homes[0].engine.sleepless = EngineError("it cannot")
-            await engine.sleep()
+            await router.sleep()
             assert homes[0].engine.dead
-            await engine.sleep()
-            await engine.update_weights(version(1))
+            await router.sleep()
+            await router.update_weights(version(1))
             assert len(homes) == 2 and await read(engine) == completion(PROMPT, 12)
 
     run(check())

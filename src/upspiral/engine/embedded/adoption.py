@@ -45,7 +45,7 @@ class Adoption:
         storages: dict[int, UntypedStorage] = {}
         for parameter in self._module.parameters():
             if not parameter.untyped_storage().resizable():  # it is part of the model's file, and no view of another
-                parameter.data = parameter.data.clone()
+                parameter.data = torch.empty_like(parameter.data)
             storages[parameter.untyped_storage().data_ptr()] = parameter.untyped_storage()
         self._given_up = [(each, each.nbytes()) for each in storages.values()]
         for storage, _ in self._given_up:
@@ -57,7 +57,10 @@ class Adoption:
             for storage, size in self._given_up:
                 storage.resize_(size)
         except RuntimeError as error:  # of an allocator
-            raise EngineError(f"there is no memory for the weights of an engine that slept: {error}") from error
+            raise EngineError(
+                f"there is no memory for the weights of an engine that slept ({error}); what the trainer keeps must "
+                "fit beside them: divide it over more ranks, or set engine.colocated = false"
+            ) from error
         self._given_up = []
 
     def _pairs(self, found: dict[str, Tensor], publication: Publication) -> list[tuple[Tensor, Tensor]]:

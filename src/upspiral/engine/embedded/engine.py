@@ -274,13 +274,19 @@ class EmbeddedEngine:
 
                 def adopt() -> None:
                     copy()
-                    self._cache.take_again()
+                    self._take_cache_again()
                     self.publish(publication.version)
 
                 await self.exclusive(adopt)
             if self._asleep:
                 self._asleep = False
                 self.resume()
+
+    def _take_cache_again(self) -> None:
+        try:
+            self._cache.take_again()
+        except ConfigError as error:
+            raise EngineError(f"an engine that slept cannot go on: {error}") from error
 
     async def sleep(self) -> None:
         """See UpdatableEngine. Not where a trainer shares the weights: they are given up as well."""

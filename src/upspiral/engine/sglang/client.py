@@ -44,15 +44,16 @@ class SglangEngine:
         *,
         key: str = "",
         probe_tolerance: float = _HALF_PRECISION_TOLERANCE,
-        version: int = 0,
+        version: int | None = 0,
         routes: RoutedLayers | None = None,
     ) -> None:
         """`probe_tolerance`: how far log-probabilities may be, on average, from those that a publication's probe has.
-        `version`: of the weights that the server has. `routes`: asks which experts computed each token. It needs a
+        `version`: of the weights that the server has; None: they are somebody else's to change. Such a server is told
+        nothing, and all its tokens are of version 0. `routes`: asks which experts computed each token. It needs a
         server with --enable-return-routed-experts, which tells it when a request ends: all its tokens come at once."""
         self._server = Server(url, key=key)
         self._tolerance = probe_tolerance
-        self._version = version
+        self._version, self._ours = version or 0, version is not None
         self._routes = routes
         self._context_length = 0
         self._open = asyncio.Event()
@@ -87,7 +88,8 @@ class SglangEngine:
     async def start(self) -> None:
         """Raises EngineError when the server does not answer, or does not describe a model."""
         _, self._context_length = await self._server.served_model()
-        await self._server.post("/update_weight_version", {"new_version": str(self._version)})
+        if self._ours:
+            await self._server.post("/update_weight_version", {"new_version": str(self._version)})
 
     async def stop(self) -> None:
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -183,6 +185,8 @@ class SglangEngine:
 
     def _labelled(self, piece: Piece, begun: int) -> int:
         """The version of a piece: not older than the weights when its request began, nor newer than they are now."""
+        if not self._ours:
+            return 0
         label = str(piece.label)
         if not label.isdecimal() or not min(begun, self._version) <= int(label) <= max(begun, self._version):
             raise EngineError(

@@ -69,16 +69,17 @@ class VllmEngine:
         *,
         key: str = "",
         probe_tolerance: float | None = None,
-        version: int = 0,
+        version: int | None = 0,
         routes: RoutedLayers | None = None,
     ) -> None:
         """`probe_tolerance`: how far log-probabilities may be, on average, from those that a publication's probe has;
-        None: 0.25, which the noise of bfloat16 stays below. `version`: of the weights that the server has.
+        None: 0.25, which the noise of bfloat16 stays below. `version`: of the weights that the server has;
+        None: they are somebody else's to change. Such a server is told nothing, and all its tokens are of version 0.
         `routes`: asks which experts computed each token. It needs a server with --enable-return-routed-experts, which
         tells it when a generation ends: all its tokens come then."""
         self._server = Server(url, key=key)
         self._tolerance = 0.25 if probe_tolerance is None else probe_tolerance
-        self._version = version
+        self._version, self._ours = version or 0, version is not None
         self._routes = routes
         self._context_length = 0
         self._model = ""
@@ -120,10 +121,23 @@ class VllmEngine:
         """Raises EngineError when the server does not answer, or lacks what is needed of it. One that still sleeps for
         a run that was killed is woken by the first publication."""
         self._model, self._context_length = await self._server.served_model()
+        if not self._ours:
+            return await self._try_out()
         await self._server.post("/update_weight_version", {"new_version": str(self._version)})
         if (await self._server.get("/is_sleeping")).get("is_sleeping"):
             self._asleep = True
             self._distrust(f"{self._server.url} sleeps since before this client started, and has got no weights since")
+
+    async def _try_out(self) -> None:
+        """One token. Raises EngineError when there is none."""
+        try:
+            asleep = (await self._server.get("/is_sleeping")).get("is_sleeping")
+        except EngineError:
+            asleep = False  # only servers with endpoints for development tell
+        if asleep:
+            raise EngineError(f"{self._server.url} sleeps, without weights; wake it, or start it again")
+        async for _ in self.generate([1], SamplingParams(max_tokens=1)):
+            pass
 
     async def stop(self) -> None:
         self._distrust(f"the client of {self._server.url} was stopped")
@@ -142,7 +156,7 @@ class VllmEngine:
         try:
             async with aclosing(self._server.lines("/inference/v1/generate", self._body(prompt, params))) as lines:
                 async for line in lines:
-                    piece = read_piece(line)
+                    piece = read_piece(line, labelled=self._ours)
                     self._sampled += len(piece.token_ids)
                     async for chunk in self._delivered(generation, piece, len(prompt), params):
                         yield chunk

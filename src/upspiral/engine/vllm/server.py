@@ -89,6 +89,7 @@ class ServerSettings:
         kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
         own = {
             "PYTHONPATH": inside,
+            "UPSPIRAL_VLLM_COPY": inside,
             "VLLM_SERVER_DEV_MODE": "1",
             "VLLM_NO_USAGE_STATS": "1",
             "HF_HUB_OFFLINE": "1",

@@ -42,8 +42,9 @@ class Piece:
         return GenerationChunk(self.token_ids, self.logprobs, versions, self.finish_reason, kept_ids=self.kept_ids)
 
 
-def read_piece(line: Any) -> Piece:
-    """Raises RequestError for a refusal, EngineError for a failure and for what is no chunk of a generation."""
+def read_piece(line: Any, *, labelled: bool = True) -> Piece:
+    """`labelled`: whether the labels are numbers that we gave; others are not read. Raises RequestError for a refusal,
+    EngineError for a failure and for what is no chunk of a generation."""
     if isinstance(line, dict) and "error" in line:
         _raise_error(line["error"])
     try:
@@ -55,7 +56,7 @@ def read_piece(line: Any) -> Piece:
             _logprobs(choice, token_ids),
             [np.sort(np.asarray(ids, np.int32)) if ids else None for ids in choice.get("sampling_mask") or ()],
             None if reason is None else _FINISH.get(reason),
-            _labels(choice.get("weight_versions")),
+            _labels(choice.get("weight_versions")) if labelled else None,
             _routes(choice.get("routed_experts")),
         )
     except _MALFORMED as error:

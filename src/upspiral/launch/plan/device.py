@@ -133,16 +133,23 @@ def _product_rates(shape: ModelShape, dtype: str, now: Callable[[], float]) -> t
     return flops, module_flops, read
 
 
+_SOCKET_DEADLINE_S = 60.0
+
+
 def _socket_rate(size: int = 1 << 26) -> float:
     with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()) as sender:
+        server.settimeout(_SOCKET_DEADLINE_S)
         receiver, _ = server.accept()
+        receiver.settimeout(_SOCKET_DEADLINE_S)
         with receiver:
             room = memoryview(bytearray(1 << 20))
             sending = threading.Thread(target=sender.sendall, args=(bytes(size),), daemon=True)
             started, left = time.perf_counter(), size
             sending.start()
             while left:
-                left -= receiver.recv_into(room, min(left, len(room)))
+                came = receiver.recv_into(room, min(left, len(room)))
+                assert came, "the sender sends all of it"
+                left -= came
             return size / (time.perf_counter() - started)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from itertools import pairwise
 from math import ceil
 
+from upspiral.config.combinations import publishes
 from upspiral.config.models import ParallelConfig, RunConfig, ServerConfig
 from upspiral.launch.plan.device import Device
 from upspiral.launch.plan.load import StepLoad
@@ -62,7 +63,16 @@ def trainer_bytes(shape: ModelShape, config: RunConfig, load: StepLoad, device: 
         case _:
             found |= {"weights": width * count / tensor, "gradients": 4 * count / tensor}
             found |= {"masters": (4 if width == 2 else 0) * count / tensor, "moments": _MOMENTS * count / tensor}
-    return found | ({"interpreter": _INTERPRETER} if device.is_cpu else {})
+    return found | _host_bytes(shape, config, device)
+
+
+def _host_bytes(shape: ModelShape, config: RunConfig, device: Device) -> dict[str, float]:
+    """What a process has in a CPU's memory, whatever it computes; "base": the version that a difference is to."""
+    if not device.is_cpu:
+        return {}
+    width = 2 if config.model.dtype == "bfloat16" else 4
+    base = {"base": float(width * shape.parameters)} if publishes(config) and config.weights.form == "delta" else {}
+    return {"interpreter": _INTERPRETER, **base}
 
 
 def engine_bytes(shape: ModelShape, config: RunConfig, device: Device) -> Mapping[str, float]:
@@ -80,7 +90,7 @@ def engine_bytes(shape: ModelShape, config: RunConfig, device: Device) -> Mappin
         if device.is_cpu:  # a server takes what it is told to
             cached = (config.engine.server or ServerConfig()).cache_gb * 2**30
         found = {"weights": shape.parameters * width / divided, "cache": float(cached)}
-    return found | ({"interpreter": _INTERPRETER} if device.is_cpu else {})
+    return found | _host_bytes(shape, config, device)
 
 
 def engine_devices(config: RunConfig) -> int:

@@ -70,10 +70,12 @@ class Courier:
 
         if node not in self._hosts:
             self._hosts[node] = self._make_host(node)
+        host = self._hosts[node]
         try:
-            return await getattr(self._hosts[node], method).remote(*args)
+            return await getattr(host, method).remote(*args)
         except RayTaskError as error:
             raise EngineError(f"weights cannot be brought to or from node {node}: {error.cause}") from error
         except RayError as error:  # another one the next time, with a folder of its own
-            self._hosts.pop(node, None)
+            if self._hosts.get(node) is host:  # nobody has made another one meanwhile
+                del self._hosts[node]
             raise EngineError(f"the actor that brings weights to or from node {node} died: {error}") from error

@@ -12,7 +12,7 @@ from upspiral.config.models import RunConfig
 from upspiral.engine.base import UpdatableEngine
 from upspiral.engine.kept import KeptEngine
 from upspiral.engine.router import Router
-from upspiral.errors import ConfigError
+from upspiral.errors import ConfigError, TrainerError
 from upspiral.launch.ray.courier import Courier
 from upspiral.launch.ray.engine_actor import EngineActor
 from upspiral.launch.ray.engine_host import EngineHost
@@ -76,8 +76,12 @@ class RayPlacement:
 
     def share(self, argument: Any) -> Any:
         import ray
+        from ray.exceptions import RayError
 
-        return ray.put(argument)  # read in place by all ranks of a node, and sent once to each other node
+        try:
+            return ray.put(argument)  # read in place by all ranks of a node, and sent once to each other node
+        except RayError as error:
+            raise TrainerError(f"a step's batches found no room in Ray's object store: {error}") from error
 
     async def sandboxes(self, config: RunConfig, egress_log: Path) -> SandboxBackend | None:
         import ray

@@ -89,10 +89,10 @@ class RayRank:
 
 def _cause(error: BaseException) -> BaseException:
     """What the rank raised, without Ray's wrapping."""
-    from ray.exceptions import RayActorError, RayTaskError
+    from ray.exceptions import RayError, RayTaskError
 
     if isinstance(error, RayTaskError):
         return error.cause if isinstance(error.cause, Exception) else error
-    if isinstance(error, RayActorError):
-        return TrainerError(f"a rank of the trainer is gone: {error}")
+    if isinstance(error, RayError):
+        return TrainerError(f"a rank of the trainer, or what it was sent, is gone: {error}")
     return error

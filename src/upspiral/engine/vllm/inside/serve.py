@@ -10,11 +10,15 @@ import time
 
 from group import end_group  # pyright: ignore[reportMissingImports]  (it is copied beside this file)
 
+COPY = "UPSPIRAL_VLLM_COPY"
+"""The folder that this file was copied to."""
+
 
 def _end_with(owner: int) -> None:
     while os.getppid() == owner:
         time.sleep(1.0)
-    shutil.rmtree(os.path.dirname(__file__), ignore_errors=True)  # our copy, which the owner would have removed
+    if COPY in os.environ:  # the owner would have removed it
+        shutil.rmtree(os.environ[COPY], ignore_errors=True)
     end_group(os.getpgrp())  # the owner started us as one
 
 
