@@ -48,7 +48,8 @@ class Backends:
     """One at a time of each kind. The processes are the same for all kinds: starting them takes most of the time."""
 
     def __init__(self, ranks: StartedRanks, dtype: Literal["bfloat16", "float32"]) -> None:
-        self._ranks, self._dtype = ranks, dtype
+        self._ranks = ranks
+        self._dtype: Literal["bfloat16", "float32"] = dtype
 
     def setup(self, kind: str, model: Path) -> TrainerSetup:
         config = self.config(kind, model).trainer
