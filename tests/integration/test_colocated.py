@@ -82,5 +82,6 @@ def test_the_same_results_as_with_an_engine_that_never_sleeps(tmp_path: Path) ->
     assert learned(colocated) == learned(apart)
     steps = ["sleep", "v0", "sleep", "v1", "sleep", "v2"]
     assert (colocated / "engine-1.log").read_text().split() == steps
-    # Killed asleep: started again when it is woken, with what wakes it; when it is asked for it, it has it already.
-    assert (colocated / "engine-0.log").read_text().split() == [*steps, "v2"]
+    # Killed asleep, it was not started before it was woken, which nobody waits for, as there is the other one.
+    killed = (colocated / "engine-0.log").read_text().split()
+    assert killed[:5] == steps[:5] and set(killed[5:]) <= {"v2"}

@@ -101,7 +101,7 @@ def test_what_a_warm_start_changed_is_published_as_version_0(tmp_path: Path) -> 
 
     asyncio.run(asyncio.wait_for(check(), 60))
     for thread in threading.enumerate():
-        if thread.name.startswith("trainer"):
+        if thread.name.startswith("trainer_"):
             thread.join(10)
             assert not thread.is_alive(), "the trainer's thread outlives its learner"
 
