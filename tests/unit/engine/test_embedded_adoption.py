@@ -7,13 +7,13 @@ import shutil
 import time
 from collections.abc import AsyncIterator, Coroutine, Iterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 import torch
 
+from tests.fixtures.completion import Completion
 from tests.fixtures.publications import shared_root
 from tests.fixtures.tiny_model import make_model
 from tests.fixtures.tiny_modules import FAMILIES, VOCABULARY, tiny_module
@@ -29,13 +29,6 @@ from upspiral.weights.publication import Publication, PublisherSettings
 from upspiral.weights.publisher import Publisher
 
 PROMPT = [5, 9, 100, 31, 7, 7, 2]
-
-
-@dataclass
-class Completion:
-    ids: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    versions: list[int] = field(default_factory=list)
 
 
 @pytest.fixture

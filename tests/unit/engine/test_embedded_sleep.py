@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Coroutine, Iterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="needs the [train] extra")
 
+from tests.fixtures.completion import Completion
 from tests.fixtures.publications import shared_root
 from tests.fixtures.publishing_trainer import PublishingTrainer
 from tests.fixtures.tiny_modules import VOCABULARY
@@ -27,13 +27,6 @@ from upspiral.weights.publication import PublisherSettings
 
 SIZES = {"max_running": 8, "cache_slots": 12, "context_length": 512, "prefill_tokens": 64}
 PROMPT = [5, 9, 100, 31, 7, 7, 2]
-
-
-@dataclass
-class Completion:
-    ids: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    versions: list[int] = field(default_factory=list)
 
 
 @pytest.fixture
