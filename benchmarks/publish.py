@@ -17,7 +17,7 @@ the bit; checksums are made and checked where we publish, and there is no probe.
 - `probe_s`: what the trainer computes for engines to check themselves; not part of any of the above.
 - `checksum_gb_s`: of the largest tensor, by our checksum and by two of the standard library.
 
-One thread computes. `tied` weights are written twice into a whole publication (`lm_head.weight`), not by `save_file`.
+One thread computes.
 """
 
 from __future__ import annotations

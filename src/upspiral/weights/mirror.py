@@ -73,7 +73,7 @@ def _fill(place: Place, files: Mapping[str, Iterable[Bytes]]) -> None:
         if number == len(place.files):
             place.files.append(GrowingFile(place.folder / name))
         for piece in files[name]:
-            place.files[number].room(len(piece))[:] = piece
+            place.files[number].write(place.files[number].reserve(len(piece)), piece)
         place.files[number].finish()
         place.files[number].move(place.folder / name)
     for file in place.files[len(weights) :]:

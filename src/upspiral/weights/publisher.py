@@ -145,7 +145,7 @@ class _Form(Protocol):
 
     def add(self, name: str, tensor: Tensor) -> Entry: ...
 
-    def repeat(self, name: str, tensor: Tensor, entry: Entry) -> Entry:
+    def repeat(self, name: str, entry: Entry) -> Entry:
         """The tensor that was added last, with one more name."""
         ...
 
@@ -159,7 +159,7 @@ def _entries(tensors: Iterable[tuple[str, Tensor]], form: _Form) -> Iterator[Ent
     before: weakref.ref[Tensor] | None = None
     for name, tensor in tensors:
         again = before is not None and before() is tensor
-        entry = form.repeat(name, tensor, entry) if again and entry else form.add(name, tensor)
+        entry = form.repeat(name, entry) if again and entry else form.add(name, tensor)
         before = weakref.ref(tensor)
         del tensor  # the next one is gathered while this name would still hold it
         yield entry
@@ -173,15 +173,13 @@ class _Whole:
     def add(self, name: str, tensor: Tensor) -> Entry:
         data = _bytes_of(tensor)
         entry = Entry(name, _NAMES[tensor.dtype], [*tensor.shape], "")
-        file, offset, room = self._files.room(name, entry.dtype, entry.shape, len(data))
+        file, offset, written = self._files.add(name, entry.dtype, entry.shape, data)
         if self._held is not None:
             _room(self._held, name, len(data))[:] = data
-        return replace(entry, checksum=checksum(data, into=room), file=file, offset=offset)
+        return replace(entry, checksum=written, file=file, offset=offset)
 
-    def repeat(self, name: str, tensor: Tensor, entry: Entry) -> Entry:
-        """The file has it twice, for those who read it by names; receivers have it from the first place."""
-        _, _, room = self._files.room(name, entry.dtype, entry.shape, entry.num_bytes)
-        room[:] = _bytes_of(tensor)
+    def repeat(self, name: str, entry: Entry) -> Entry:
+        """The file has it once, as `save_pretrained` writes it; the manifest says where."""
         if self._held is not None:
             self._held[name] = self._held[entry.name]
         return replace(entry, name=name)
@@ -211,7 +209,7 @@ class _Difference:
         whole = checksum(new, into=_room(self._held, name, len(new)))
         return replace(entry, checksum=whole, file=0, offset=offset, changes=count)
 
-    def repeat(self, name: str, tensor: Tensor, entry: Entry) -> Entry:
+    def repeat(self, name: str, entry: Entry) -> Entry:
         self._held[name] = self._held[entry.name]
         return replace(entry, name=name)
 

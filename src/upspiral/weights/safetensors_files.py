@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from upspiral.weights.growing_file import GrowingFile
-from upspiral.weights.receiver import checksum
+from upspiral.weights.receiver import Bytes
 
 HEAD_BYTES = 1 << 16
 """For some 500 tensors."""
@@ -38,8 +37,7 @@ class _Part:
         """Its checksum."""
         table = bytes(self.table) + b"}"
         head = (HEAD_BYTES - 8).to_bytes(8, "little") + table.ljust(HEAD_BYTES - 8)
-        self.file.replace_beginning(head)
-        return checksum(np.frombuffer(head, np.uint8))
+        return self.file.write_checked(0, np.frombuffer(head, np.uint8))
 
 
 class SafetensorsFiles:
@@ -50,17 +48,18 @@ class SafetensorsFiles:
         self._folder, self._files = folder, files
         self._parts: list[_Part] = []
 
-    def room(self, name: str, dtype: str, shape: Sequence[int], count: int) -> tuple[int, int, NDArray[np.uint8]]:
-        """A place for a tensor of `count` bytes: the number of its file, where it begins there, and the bytes to be
-        filled. `dtype`: safetensors' name."""
+    def add(self, name: str, dtype: str, shape: Sequence[int], data: Bytes) -> tuple[int, int, str]:
+        """Writes a tensor: the number of its file, where it begins there, and the checksum of its bytes. `dtype`:
+        safetensors' name."""
         start = self._parts[-1].file.length - HEAD_BYTES if self._parts else 0
-        described = _described(name, dtype, shape, start, count)
+        described = _described(name, dtype, shape, start, len(data))
         if not self._parts or len(self._parts[-1].table) + len(described) + 1 > HEAD_BYTES - 8:
             self._begin_part()
-            described = _described(name, dtype, shape, 0, count)
+            described = _described(name, dtype, shape, 0, len(data))
         part = self._parts[-1]
         part.add(name, described)
-        return len(self._parts) - 1, part.file.length, part.file.room(count)
+        offset = part.file.reserve(len(data))
+        return len(self._parts) - 1, offset, part.file.write_checked(offset, data)
 
     def finish(self) -> tuple[tuple[str, int, str], ...]:
         """Name, length of the head and its checksum, of each file in order."""
@@ -82,7 +81,7 @@ class SafetensorsFiles:
         if number == len(self._files):
             self._files.append(GrowingFile(self._folder / f"part-{number}"))
         file = self._files[number]
-        file.room(HEAD_BYTES)
+        file.reserve(HEAD_BYTES)
         self._parts.append(_Part(file))
 
     def _write_index(self, names: Sequence[str]) -> None:
