@@ -25,8 +25,8 @@ _HOST_BYTES_PER_S = 18e9
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """`flops` and `bytes_per_s` are peaks; `trains`, `prefills`, `decodes` and `reads` the shares of them that real
-    steps reach."""
+    """`flops`, `bytes_per_s` and `link_bytes_per_s` are peaks; `trains`, `prefills`, `decodes`, `reads` and `links` the
+    shares of them that real steps reach."""
 
     name: str
     memory_gb: float
@@ -50,6 +50,8 @@ class Device:
     """Of `flops`, with many sequences."""
     reads: float = 0.6
     """Of `bytes_per_s`."""
+    links: float = 1.0
+    """Of `link_bytes_per_s`: on a CPU, what gloo reaches of a bare socket, its sums and copies included."""
 
     @property
     def is_cpu(self) -> bool:
@@ -100,7 +102,7 @@ def this_cpu(shape: ModelShape, dtype: str, *, now: Callable[[], float] = time.p
 
 _ROWS, _LARGE_BYTES = 512, 64 << 20
 """Of a product that computes, and of weights that no cache holds."""
-_CPU_SHARES = {"trains": 0.75, "prefills": 0.7, "decodes": 0.6, "reads": 0.6}
+_CPU_SHARES = {"trains": 0.75, "prefills": 0.6, "decodes": 0.6, "reads": 0.45, "links": 0.4}
 """What is left of bare products with SmolLM2-135M (benchmarks/plan.py, on an AMD EPYC)."""
 
 

@@ -81,7 +81,7 @@ def _communicate(shape: ModelShape, config: RunConfig, load: StepLoad, device: D
     moved = share * count * ((2 * width + 4) * rounds if gathers else 4 + width)
     added = 2 * (parallel.tensor - 1) / parallel.tensor
     moved += added * 4 * shape.layers * load.unique / data * shape.hidden * width
-    return moved * (parallel.ranks if device.is_cpu else 1) / device.link_bytes_per_s
+    return moved * (parallel.ranks if device.is_cpu else 1) / (device.link_bytes_per_s * device.links)
 
 
 def _optimize(shape: ModelShape, config: RunConfig, device: Device, width: int) -> float:
@@ -93,12 +93,10 @@ def _optimize(shape: ModelShape, config: RunConfig, device: Device, width: int) 
 
 
 def _publish(shape: ModelShape, config: RunConfig, device: Device, width: int) -> float:
-    """Passes of one thread over the weights, through memory: summed up and written, a tied output layer twice; summed
-    up again where they are read, and copied to where they are used. A difference costs as much as 12 passes
-    (benchmarks/publish.py: 0.19 s of 269 MB). A disk or a network between takes what it takes, on top."""
+    """Passes of one thread over the weights, through memory: summed up and written, summed up again where they are read,
+    and copied to where they are used. A difference costs as much as 12 passes (benchmarks/publish.py: 0.19 s of
+    269 MB). A disk or a network between takes what it takes, on top."""
     if not publishes(config):
         return 0.0
-    weights = width * shape.parameters
-    again = width * shape.vocabulary * shape.hidden if shape.tied else 0
-    passes = 2 * (weights + again) + 2 * weights if config.weights.form == "full" else 12 * weights
-    return passes / device.host_bytes_per_s
+    passes = 4 if config.weights.form == "full" else 12
+    return passes * width * shape.parameters / device.host_bytes_per_s
