@@ -7,7 +7,7 @@ time. On one machine both want the same cores; the engine is paused while the tr
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,8 @@ from upspiral.loop.clock import Clock
 from upspiral.loop.collect import Collector, OnProgress
 from upspiral.loop.folder import RunFolder
 from upspiral.loop.placement import Placement, num_lanes
-from upspiral.loop.step_line import Groups, step_line
+from upspiral.loop.staleness import check_versions
+from upspiral.loop.step_line import step_line
 from upspiral.loop.token_count import TokenCount
 from upspiral.loop.warm_start import successful, warm_start_steps
 from upspiral.monitor.environment import write_environment
@@ -31,6 +32,7 @@ from upspiral.monitor.progress import Progress
 from upspiral.trainer.base import StepKind
 from upspiral.trainer.checkpoint import latest_checkpoint, step_of
 from upspiral.trainer.forest import ForestBatch, pack
+from upspiral.trajectory.graph import TrajectoryGraph
 from upspiral.trajectory.ledger import check_closed
 from upspiral.types import RolloutCredit
 
@@ -111,7 +113,9 @@ class Run:
         groups = await self._collector.train_groups(step, self._on_rollouts("collecting rollouts"))
         clock.lap("collect")
         credits = grpo_credit(groups, self._config.algorithm)
-        batches = self._pack(groups, credits)
+        graphs = {one.rollout.id: one.graph for group in groups.values() for one in group}
+        check_versions((graphs[credit.rollout_id] for credit in credits), step - 1, self._parts.store)
+        batches = self._pack(graphs, credits)
         trained = await self._optimize(batches, version=step, kind="policy")
         clock.lap("train")
         clock.split("publish", of="train", seconds=self._parts.learner.publish_s)
@@ -126,8 +130,7 @@ class Run:
         self._budget.step_took(clock.seconds["total"])
         self._progress.step(self._metrics.append("step", step, line))
 
-    def _pack(self, groups: Groups, credits: Sequence[RolloutCredit]) -> list[ForestBatch]:
-        graphs = {one.rollout.id: one.graph for group in groups.values() for one in group}
+    def _pack(self, graphs: Mapping[str, TrajectoryGraph], credits: Sequence[RolloutCredit]) -> list[ForestBatch]:
         trainer = self._config.trainer
         return pack(
             [(graphs[credit.rollout_id], credit) for credit in credits],

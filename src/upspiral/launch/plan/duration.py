@@ -93,8 +93,8 @@ def _optimize(shape: ModelShape, config: RunConfig, device: Device, width: int) 
 
 
 def _publish(shape: ModelShape, config: RunConfig, device: Device, width: int) -> float:
-    """Passes of one thread over the weights, through memory: summed up and written, summed up again where they are read,
-    and copied to where they are used. A difference costs as much as 12 passes (benchmarks/publish.py: 0.19 s of
+    """Passes of one thread over the weights, through memory: summed up and written, summed up again where they are
+    read, and copied to where they are used. A difference costs as much as 12 passes (benchmarks/publish.py: 0.19 s of
     269 MB). A disk or a network between takes what it takes, on top."""
     if not publishes(config):
         return 0.0
