@@ -6,7 +6,7 @@ import asyncio
 import os
 import signal
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from statistics import fmean
@@ -265,12 +265,7 @@ def test_a_server_that_is_killed_is_started_again_with_the_weights_that_it_had(t
             with pytest.raises(EngineError):
                 await under_way
             counted = engine.stats().sampled_tokens
-            while True:
-                try:
-                    await agrees(engine, trainer, 1)
-                    break
-                except EngineGoneError:
-                    await asyncio.sleep(0.5)
+            await when_it_is_back(lambda: agrees(engine, trainer, 1))
             assert engine.stats().sampled_tokens == counted + 30
             assert len(homes) == 2
             await dies_asleep(engine, homes, trainer)
@@ -289,9 +284,19 @@ async def dies_asleep(engine: KeptEngine, homes: list[VllmServer], trainer: Trai
     await asyncio.sleep(3.0)
     assert len(homes) == 2, "the memory is the trainer's"
     trainer.change()
-    await engine.update_weights(trainer.publish(2))
+    publication = trainer.publish(2)
+    await when_it_is_back(lambda: engine.update_weights(publication))
     assert len(homes) == 3
     await agrees(engine, trainer, 2)
+
+
+async def when_it_is_back(work: Callable[[], Awaitable[None]]) -> None:
+    """As the router does it, until the test's deadline."""
+    while True:
+        try:
+            return await work()
+        except EngineGoneError:
+            await asyncio.sleep(0.5)
 
 
 def test_a_server_that_cannot_start_says_why(tmp_path: Path) -> None:
