@@ -359,7 +359,7 @@ class ClusterConfig(_Section):
     sandbox_hosts: Annotated[int, Field(ge=0)] = 0
     """Actors that serve sandboxes, on as many nodes as there are; 0: they are made where the run is."""
     restarts: Annotated[int, Field(ge=0)] = 20
-    """How often the run goes on from its checkpoint when an actor died that it cannot do without."""
+    """How often the run goes on from the same checkpoint when an actor died that it cannot do without."""
 
 
 class EvalConfig(_Section):

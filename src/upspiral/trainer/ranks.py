@@ -12,7 +12,7 @@ from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from pathlib import Path
 from typing import Any, Protocol
 
-from upspiral.errors import DeadlineError, TrainerError, UpspiralError
+from upspiral.errors import TrainerError, UpspiralError
 from upspiral.trainer.base import StepKind, StepMetrics, TrainerSetup
 from upspiral.trainer.forest import ForestBatch
 from upspiral.weights.publication import Publication, PublisherSettings
@@ -109,7 +109,7 @@ class Ranks:
             raise self._give_up(_cause(futures))
         if waiting:
             late = [number for number, future in enumerate(futures) if future in waiting]
-            raise self._give_up(DeadlineError(f"ranks {late} did not end {method!r} within {deadline_s:.0f} s"))
+            raise self._give_up(TrainerError(f"ranks {late} did not end {method!r} within {deadline_s:.0f} s"))
         return futures[0].result()
 
     def _give_up(self, error: BaseException) -> BaseException:
@@ -121,7 +121,12 @@ class Ranks:
 
 def _cause(futures: Sequence[Future[Any]]) -> BaseException:
     """What went wrong first, of what has gone wrong by now or soon: our own errors, before torch's about a rank that is
-    gone."""
+    gone. Torch's alone is a TrainerError: a rank may be gone of which nobody has told yet."""
     done, _ = wait(futures, timeout=_CAUSE_DEADLINE_S)
     errors = [error for future in futures if future in done and (error := future.exception()) is not None]
-    return next((error for error in errors if isinstance(error, UpspiralError)), errors[0])
+    found = next((error for error in errors if isinstance(error, UpspiralError)), errors[0])
+    if isinstance(found, RuntimeError | OSError) and not isinstance(found, UpspiralError):
+        failed = TrainerError(f"a rank of the trainer failed: {type(found).__name__}: {found}")
+        failed.__cause__ = found
+        return failed
+    return found

@@ -5,15 +5,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
-from upspiral.errors import SandboxError
+from upspiral.errors import DeadlineError, SandboxError
 from upspiral.sandbox.base import Capabilities, Sandbox, SandboxSpec, Snapshot
 from upspiral.sandbox.remote import RemoteBackend
 
 START_DEADLINE_S = 300.0
+PATIENCE_S = 120.0
+"""How long a sandbox that is asked for waits for an actor to come back: as long as a generation waits for an engine."""
 _PAUSE_BEFORE_RESTART_S = 1.0
+_LOOK_AGAIN_S = 0.1
 _log = logging.getLogger(__name__)
 
 
@@ -21,19 +25,28 @@ class PlacedSandboxes:
     """A new sandbox is made where the fewest live, and elsewhere when it cannot be made there. What lived in an actor
     that died is gone: its rollout is masked, never rewarded."""
 
-    def __init__(self, make_actor: Callable[[], Any], count: int, token: str) -> None:
+    def __init__(
+        self, make_actor: Callable[[], Any], count: int, token: str, *, patience_s: float = PATIENCE_S
+    ) -> None:
         """`make_actor` makes a `SandboxHost`."""
         self._hosts = [_Host(make_actor, token) for _ in range(count)]
+        self._patience_s = patience_s
+        self._capabilities: Capabilities | None = None
 
     async def start(self) -> PlacedSandboxes:
-        async with asyncio.TaskGroup() as group:
-            for host in self._hosts:
-                group.create_task(host.start())
+        """Raises DeadlineError when the cluster has no room for an actor, and SandboxError when one dies."""
+        outcomes = await asyncio.gather(*(host.start() for host in self._hosts), return_exceptions=True)
+        for outcome in outcomes:
+            if isinstance(outcome, BaseException):
+                await self.stop()
+                raise outcome
+        self._capabilities = self._hosts[0].backend.capabilities
         return self
 
     @property
     def capabilities(self) -> Capabilities:
-        return self._ready()[0].backend.capabilities
+        assert self._capabilities is not None, "await start() first"
+        return self._capabilities
 
     @contextlib.asynccontextmanager
     async def acquire(self, spec: SandboxSpec) -> AsyncIterator[Sandbox]:
@@ -46,13 +59,22 @@ class PlacedSandboxes:
                 host.live -= 1
 
     async def _acquired(self, spec: SandboxSpec, stack: contextlib.AsyncExitStack) -> tuple[_Host, Sandbox]:
-        failures: list[SandboxError] = []
-        for host in self._ready():
-            try:
-                return host, await stack.enter_async_context(host.backend.acquire(spec))
-            except SandboxError as error:
-                failures.append(error)
-        raise failures[0]
+        """Waits while all actors are gone. Raises SandboxError when those that are there refuse it."""
+        gives_up = time.monotonic() + self._patience_s
+        while True:
+            refusals: list[SandboxError] = []
+            for host in self._ready():
+                backend = host.backend
+                try:
+                    return host, await stack.enter_async_context(backend.acquire(spec))
+                except SandboxError as error:
+                    if host.found is backend:
+                        refusals.append(error)
+            if refusals:
+                raise refusals[0]
+            if time.monotonic() > gives_up:
+                raise SandboxError(f"no actor that makes sandboxes came back within {self._patience_s:g} s")
+            await asyncio.sleep(_LOOK_AGAIN_S)
 
     async def drop(self, snapshot: Snapshot) -> None:
         for host in self._ready():
@@ -63,10 +85,7 @@ class PlacedSandboxes:
 
     def _ready(self) -> list[_Host]:
         """Those that answer, the emptiest first."""
-        ready = sorted((host for host in self._hosts if host.found is not None), key=lambda host: host.live)
-        if not ready:
-            raise SandboxError("every actor that makes sandboxes has died; others are being started")
-        return ready
+        return sorted((host for host in self._hosts if host.found is not None), key=lambda host: host.live)
 
 
 class _Host:
@@ -101,8 +120,18 @@ class _Host:
             ray.kill(self._actor)
 
     async def _place(self) -> None:
+        from ray.exceptions import RayError
+
         self._actor = self._make_actor()
-        url = await asyncio.wait_for(self._actor.start.remote(), START_DEADLINE_S)
+        try:
+            url = await asyncio.wait_for(self._actor.start.remote(), START_DEADLINE_S)
+        except TimeoutError:
+            raise DeadlineError(
+                f"the cluster had no room for an actor that makes sandboxes within {START_DEADLINE_S:.0f} s; lower "
+                "cluster.sandbox_hosts or add nodes"
+            ) from None
+        except RayError as error:
+            raise SandboxError(f"an actor that makes sandboxes did not start: {error}") from error
         self.found = await RemoteBackend(url, self._token, patience_s=1.0).connect()
 
     async def _keep_alive(self) -> None:

@@ -12,6 +12,7 @@ from upspiral.launch.ray.placement import RayPlacement
 from upspiral.loop.folder import check_resume, has_run
 from upspiral.loop.run import RunResult, run_training
 from upspiral.monitor.progress import LiveProgress
+from upspiral.trainer.checkpoint import latest_checkpoint
 
 
 def run_on_ray(config: RunConfig, folder: Path, *, resume: bool) -> RunResult:
@@ -24,7 +25,8 @@ def run_on_ray(config: RunConfig, folder: Path, *, resume: bool) -> RunResult:
         import ray
         from ray.exceptions import RayTaskError
 
-        host: Any = ray.remote(RunHost).options(num_cpus=1, max_restarts=-1, max_task_retries=-1)
+        again = config.cluster.restarts
+        host: Any = ray.remote(RunHost).options(num_cpus=1, max_restarts=again, max_task_retries=again)
         try:
             return ray.get(host.remote(config, folder).run.remote())
         except RayTaskError as error:
@@ -38,16 +40,22 @@ class RunHost:
         self._config, self._folder = config, folder
 
     def run(self) -> RunResult:
-        resume, restarts = has_run(self._folder), 0
+        """Goes on until it has failed `cluster.restarts` times since its last checkpoint. An engine that fails before
+        there is one never ran: that is no accident."""
+        resume, restarts, reached = has_run(self._folder), 0, self._checkpoint()
         while True:
             try:
                 return self._once(resume)
             except (TrainerError, EngineError) as error:
-                restarts += 1
-                if restarts > self._config.cluster.restarts:
+                before, reached = reached, self._checkpoint()
+                restarts = 1 if reached != before else restarts + 1
+                if restarts > self._config.cluster.restarts or (reached is None and isinstance(error, EngineError)):
                     raise
                 print(f"{error}\nthe run goes on from its checkpoint ({restarts} of {self._config.cluster.restarts})")
                 resume = True
+
+    def _checkpoint(self) -> Path | None:
+        return latest_checkpoint(self._folder / "checkpoints")
 
     def _once(self, resume: bool) -> RunResult:
         progress = LiveProgress(self._config.name, self._config.steps, budget_minutes=self._config.budget_minutes)

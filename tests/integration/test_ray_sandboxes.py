@@ -1,0 +1,78 @@
+"""Sandboxes that actors of a Ray cluster make: where they are made, and what happens when those actors die."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("ray", reason="needs the [ray] extra")
+
+from upspiral.config.models import ClusterConfig, SandboxConfig
+from upspiral.errors import SandboxError
+from upspiral.launch.ray.cluster import joined
+from upspiral.launch.ray.placed_sandboxes import PlacedSandboxes
+from upspiral.launch.ray.sandbox_host import SandboxHost
+from upspiral.sandbox.base import SandboxSpec
+
+DEADLINE_S = 100.0
+TOKEN = "a token that nobody guesses"
+
+
+def with_actors(count: int, check: Callable[[PlacedSandboxes, list[Any]], Awaitable[None]], folder: Path) -> None:
+    """`check` gets the actors in the order in which they were made."""
+    import ray
+
+    actors: list[Any] = []
+
+    def make() -> Any:
+        host: Any = ray.remote(SandboxHost)
+        actors.append(host.options(num_cpus=1).remote(SandboxConfig(), folder / "egress.jsonl", TOKEN))
+        return actors[-1]
+
+    async def all_of_it() -> None:
+        placed = await PlacedSandboxes(make, count, TOKEN, patience_s=60.0).start()
+        try:
+            await check(placed, actors)
+        finally:
+            await placed.stop()
+
+    with joined(ClusterConfig(address="local", sandbox_hosts=count)):
+        asyncio.run(asyncio.wait_for(all_of_it(), DEADLINE_S))
+
+
+async def says(placed: PlacedSandboxes, word: str) -> str:
+    async with placed.acquire(SandboxSpec()) as sandbox:
+        return (await sandbox.exec(f"echo {word}", timeout_s=20)).stdout.decode().strip()
+
+
+def test_an_actor_that_dies_costs_no_sandbox_that_is_asked_for_then(tmp_path: Path) -> None:
+    async def check(placed: PlacedSandboxes, actors: list[Any]) -> None:
+        import ray
+
+        assert await says(placed, "before") == "before"
+        ray.kill(actors[0])
+        words = [f"after{number}" for number in range(8)]
+        assert await asyncio.gather(*(says(placed, word) for word in words)) == words
+        assert len(actors) == 2
+
+    with_actors(1, check, tmp_path)
+
+
+def test_two_actors_share_the_sandboxes_and_one_of_them_has_all_when_the_other_dies(tmp_path: Path) -> None:
+    async def check(placed: PlacedSandboxes, actors: list[Any]) -> None:
+        import ray
+
+        async with placed.acquire(SandboxSpec()) as one, placed.acquire(SandboxSpec()) as other:
+            ray.kill(actors[1])
+            outcomes = await asyncio.gather(
+                *(each.exec("echo here", timeout_s=60) for each in (one, other)), return_exceptions=True
+            )
+            lost = [outcome for outcome in outcomes if isinstance(outcome, SandboxError)]
+            assert len(lost) == 1, outcomes
+            assert await says(placed, "on the other one") == "on the other one"
+
+    with_actors(2, check, tmp_path)
