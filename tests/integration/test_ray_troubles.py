@@ -1,4 +1,4 @@
-"""Sandboxes that actors of a Ray cluster make: where they are made, and what happens when those actors die."""
+"""What goes wrong in a Ray cluster: actors that make sandboxes die, an engine cannot start at all."""
 
 from __future__ import annotations
 
@@ -9,12 +9,17 @@ from typing import Any
 
 import pytest
 
+pytest.importorskip("torch", reason="needs the [train] extra")
 pytest.importorskip("ray", reason="needs the [ray] extra")
 
+from tests.fixtures.tiny_model import make_model
+from tests.integration.test_loop import recipe
+from upspiral.config.loader import load_run_config
 from upspiral.config.models import ClusterConfig, SandboxConfig
-from upspiral.errors import SandboxError
+from upspiral.errors import EngineError, SandboxError
 from upspiral.launch.ray.cluster import joined
 from upspiral.launch.ray.placed_sandboxes import PlacedSandboxes
+from upspiral.launch.ray.run_host import run_on_ray
 from upspiral.launch.ray.sandbox_host import SandboxHost
 from upspiral.sandbox.base import SandboxSpec
 
@@ -76,3 +81,17 @@ def test_two_actors_share_the_sandboxes_and_one_of_them_has_all_when_the_other_d
             assert await says(placed, "on the other one") == "on the other one"
 
     with_actors(2, check, tmp_path)
+
+
+def test_an_engine_that_can_never_start_is_told_at_once(tmp_path: Path) -> None:
+    """And not tried again as often as a run may be."""
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho there is no vLLM in this environment\nexit 1\n")
+    python.chmod(0o755)
+    file = recipe(tmp_path, make_model(tmp_path / "model"), steps=1)
+    file.write_text(file.read_text().replace("cache_slots = 64\n", ""))
+    config = load_run_config(
+        file, {"cluster.address": "local", "engine.kind": "vllm", "engine.server.python": str(python)}
+    )
+    with pytest.raises(EngineError, match="there is no vLLM in this environment"):
+        run_on_ray(config, tmp_path / "run", resume=False)
