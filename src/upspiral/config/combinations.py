@@ -114,6 +114,12 @@ def contradictions(config: RunConfig) -> Iterator[tuple[str, str]]:
         )
     if config.eval.every > steps:
         yield "eval.every", f"more than steps = {steps}, so it never happens; set at most {steps}, or 0"
+    if cluster.sandbox_hosts and config.agent.file is None:
+        yield (
+            "cluster.sandbox_hosts",
+            "an agent inside its sandbox asks the gateway through a socket of the run's machine, which sandboxes of "
+            "other nodes cannot have; set 0, or use agent.file, whose tools can be anywhere",
+        )
     if config.agent.max_completion_tokens >= config.engine.context_length:
         yield (
             "agent.max_completion_tokens",

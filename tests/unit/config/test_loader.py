@@ -134,6 +134,11 @@ def test_the_agent_file_is_found_beside_the_run_file(folder: Path) -> None:
             {"engine.colocated": "true"},
             "cluster.engine_gpus = 1 and cluster.rank_gpus = 1 put engines and ranks on different GPUs",
         ),
+        (
+            "[cluster]\naddress = 'auto'\nsandbox_hosts = 1\n[agent]\nkind = 'codex'",
+            {},
+            "cluster.sandbox_hosts = 1 in demo.toml: an agent inside its sandbox",
+        ),
         ("", {"weights.form": "delta"}, 'weights.form = "delta" on the command line does nothing'),
         ("[sandbox]\nbackend = 'dokcer'", {}, 'did you mean "docker"?'),
         ("[sandbox]\nbackend = 'remote'", {}, 'sandbox.url belongs to sandbox.backend = "remote"'),
