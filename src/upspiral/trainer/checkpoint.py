@@ -92,6 +92,8 @@ def _seal(partial: Path) -> None:
     for path in sorted(path for path in partial.rglob("*") if path.is_file()):
         _sync(path)
         files[str(path.relative_to(partial))] = {"bytes": path.stat().st_size, "sha256": _digest(path)}
+    if not files:
+        raise StoreError(f"the trainer wrote nothing into {partial}; is that folder the same one for all of its ranks?")
     manifest = partial / _MANIFEST
     manifest.write_text(json.dumps({"files": files}, indent=1))
     for path in (manifest, *(path for path in partial.rglob("*") if path.is_dir()), partial):

@@ -51,6 +51,14 @@ def test_a_step_may_be_written_again(tmp_path: Path) -> None:
     assert content_of(written) == b"2" * 1200
 
 
+def test_an_empty_one_is_none_and_costs_no_older_one(tmp_path: Path) -> None:
+    """As ranks leave it that wrote into a folder of another machine."""
+    written = save_checkpoint(tmp_path, 1, state(b"a"), keep=1)
+    with pytest.raises(StoreError, match="the same one for all of its ranks"):
+        save_checkpoint(tmp_path, 2, lambda _: None, keep=1)
+    assert latest_checkpoint(tmp_path) == written
+
+
 def test_half_written_folders_are_no_checkpoints(tmp_path: Path) -> None:
     (tmp_path / ".partial-step-000009").mkdir()
     (tmp_path / "step-000008").mkdir()
