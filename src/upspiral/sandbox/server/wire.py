@@ -20,6 +20,13 @@ from upspiral.errors import (
 )
 from upspiral.sandbox.base import Allow, Limits, SandboxSpec, Snapshot
 
+PATIENCE_S = 30.0
+"""How long a client tries to take a lost line up again, if it does not say. What follows must be longer than such a
+client may not be heard of: `remote.line.back_within_s`, after its last heartbeat."""
+RETURN_S = 120.0
+"""How long the server keeps a line without a connection, and with it what its client has not received."""
+HEARTBEAT_S = 90.0
+"""How long it keeps a sandbox without a sign of its client, if nobody says."""
 KEY_HEADER = "Idempotency-Key"
 LONGEST_KEY = 200
 MOST_FORKS = 256
