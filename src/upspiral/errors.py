@@ -13,6 +13,7 @@
     │   ├── EngineGoneError    its process is gone, and nothing was begun; it may come back
     │   └── StaleBaseError     published weights are a difference that the engine cannot use; the whole is wanted
     ├── TrainerError           a rank of the trainer died or does not answer; the run goes on from its checkpoint
+    ├── ClusterError           the cluster that a run is in cannot be reached any more, or has lost it
     ├── SandboxError           a sandbox could not be made or broke (infrastructure)
     │   ├── CapabilityError    the backend cannot do what the spec asks, said at acquire
     │   ├── SandboxGoneError   it was stopped: by its owner, at the end of its lifetime, with its lease or its backend
@@ -92,6 +93,10 @@ class StaleBaseError(EngineError):
 
 class TrainerError(UpspiralError, RuntimeError):
     """A rank of the trainer died or does not answer. What the last checkpoint holds is safe."""
+
+
+class ClusterError(UpspiralError, RuntimeError):
+    """The cluster that a run is in cannot be reached any more, or has lost it. What the run had committed is safe."""
 
 
 class SandboxError(UpspiralError, RuntimeError):

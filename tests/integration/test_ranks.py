@@ -8,8 +8,10 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
@@ -20,7 +22,7 @@ from tests.fixtures.troubled_backend import CANNOT_BE_SENT, DIES, FINE, HANGS, R
 from upspiral.config.models import AlgorithmConfig, TrainerConfig
 from upspiral.errors import ConfigError, ModelError, TrainerError
 from upspiral.trainer.base import TrainerSetup
-from upspiral.trainer.rank_processes import accept_ranks, start_ranks
+from upspiral.trainer.rank_processes import ProcessRank, accept_ranks, start_ranks
 from upspiral.trainer.ranks import Ranks
 
 ROOT = Path(__file__).parents[2]
@@ -101,6 +103,22 @@ def test_ranks_have_one_trainer_at_a_time(tmp_path: Path) -> None:
             Ranks(ranks, KIND, SETUP)
     finally:
         second.close()
+
+
+def test_what_served_a_rank_ends_when_it_is_killed_and_later_calls_fail() -> None:
+    ours, theirs = socket.socketpair()
+    before = {*threading.enumerate()}
+    rank = ProcessRank(Connection(ours.detach()), None, None)
+    (thread,) = {*threading.enumerate()} - before
+    with theirs:
+        waiting = [rank.call("step"), rank.call("step")]  # one is sent, and nobody answers
+        rank.kill()
+        rank.kill()
+        for future in (*waiting, rank.call("step")):
+            with pytest.raises(TrainerError, match="is gone"):
+                future.result(10)
+        thread.join(10)
+        assert not thread.is_alive()
 
 
 def test_no_rank_outlives_its_owner(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -134,6 +135,38 @@ def test_a_step_that_fails_names_itself(store: ImageStore, tmp_path: Path) -> No
             builder = ImageBuilder(store, backend, progress=lambda _: None)
             with pytest.raises(ImageError, match=r"the step commands\.0 ended with 7; it said: why"):
                 await builder.build(Recipe(name="bad", base="small", commands=("echo why; exit 7",)), tmp_path)
+
+    asyncio.run(run())
+
+
+def test_going_back_to_a_snapshot_of_another_image_is_being_in_that_image(store: ImageStore, tmp_path: Path) -> None:
+    look = "echo $MOTTO $WHO $OWN; pwd; id -u"
+    spec, at_home = SandboxSpec(image="other", env={"OWN": "own"}), "them own\n/srv/app\n0\n"
+
+    async def run() -> None:
+        async with backend_of(store) as backend, AsyncExitStack() as kept:
+            builder = ImageBuilder(store, backend, progress=lambda _: None)
+            recipe = Recipe(name="other", base="small", env={"MOTTO": "", "WHO": "them"}, workdir="/srv/app")
+            await builder.build(recipe, tmp_path)
+            other, small, host = [
+                await kept.enter_async_context(backend.acquire(each))
+                for each in (spec, replace(spec, image="small"), replace(spec, image="host"))
+            ]
+            assert await output(small, look) == "small own\n/work\n0\n"
+            assert await output(host, look) == "own\n/work\n1000\n"
+            assert await output(other, look) == at_home
+            snapshot, former = await other.snapshot(), await small.snapshot()
+            for sandbox in (small, host):
+                await sandbox.restore(snapshot)
+                assert await output(sandbox, look) == at_home
+                assert await output(await fork_of(sandbox, kept), look) == at_home
+            await small.restore(former)
+            assert await output(small, look) == "small own\n/work\n0\n"
+
+    async def fork_of(sandbox: Sandbox, kept: AsyncExitStack) -> Sandbox:
+        (fork,) = await sandbox.fork()
+        kept.push_async_callback(fork.stop)
+        return fork
 
     asyncio.run(run())
 

@@ -56,7 +56,8 @@ def run(
     try:
         _train(config, folder, resume)
     except KeyboardInterrupt:
-        again = shlex.join(["upspiral", "run", str(file), *overrides, "--run", str(folder), "--resume"])
+        where = ["--on", on] if on is not None else []
+        again = shlex.join(["upspiral", "run", str(file), *overrides, *where, "--run", str(folder), "--resume"])
         print(f"to go on: {again}", file=sys.stderr)
         raise
     except UpspiralError as error:

@@ -54,7 +54,7 @@ def serve(
     *,
     backend: str = "namespace",
     drain_s: float = 600.0,
-    heartbeat_s: float = 60.0,
+    heartbeat_s: float | None = None,
     size: Annotated[Size, Parameter(name="*")] = Size(),
     exposure: Annotated[Exposure, Parameter(name="*")] = Exposure(),
 ) -> None:
@@ -73,7 +73,8 @@ def serve(
     drain_s
         How long to wait for sandboxes in use before they are stopped.
     heartbeat_s
-        A sandbox whose client gives no sign for so long is stopped.
+        A sandbox whose client gives no sign for so long is stopped; when not given, somewhat longer than clients try
+        to take a lost line up again.
     """
     asyncio.run(_serve(backend, drain_s, heartbeat_s, size, exposure))
 
@@ -100,16 +101,18 @@ def collect_garbage() -> None:
         print("nothing was left", file=sys.stderr)
 
 
-async def _serve(backend: str, drain_s: float, heartbeat_s: float, size: Size, exposure: Exposure) -> None:
+async def _serve(backend: str, drain_s: float, heartbeat_s: float | None, size: Size, exposure: Exposure) -> None:
     # Imported here so that `upspiral --help` stays instant.
     from upspiral.gateway.http import check_address, serve_app
     from upspiral.sandbox.open_files import allow_many
     from upspiral.sandbox.pool import Pool, PoolLimits
     from upspiral.sandbox.registry import make_backend
     from upspiral.sandbox.server.app import SandboxServer
+    from upspiral.sandbox.server.wire import HEARTBEAT_S
 
+    heartbeat_s = HEARTBEAT_S if heartbeat_s is None else heartbeat_s
     if not heartbeat_s > 0:
-        raise ConfigError(f"--heartbeat-s {heartbeat_s:g} would end every sandbox at once; give seconds, such as 60")
+        raise ConfigError(f"--heartbeat-s {heartbeat_s:g} would end every sandbox at once; give seconds, such as 90")
     check_address(exposure.host, exposure.port)
     tenants, new_token = _tenants(exposure)
     limits = PoolLimits(live=size.live, starting=size.starting, queued=size.queued, warm_max=size.warm)

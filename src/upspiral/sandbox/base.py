@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from upspiral.errors import CapabilityError
+from upspiral.sandbox.environment import check_environment
 
 HOST_IMAGE = "host"
 """The image that is no image: the programs of this machine, read-only."""
@@ -76,6 +77,10 @@ class SandboxSpec:
     the host if that is in none of the folders that every system has."""
     labels: Mapping[str, str] = field(default_factory=dict)
     """For people and metrics, such as the rollout's id."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for what can be no environment: nothing is started for it."""
+        check_environment(self.env)
 
 
 @dataclass(frozen=True, slots=True)

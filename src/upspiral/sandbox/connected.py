@@ -24,6 +24,7 @@ from upspiral.sandbox.base import (
     Snapshot,
 )
 from upspiral.sandbox.connection import Call, Connection, Ended
+from upspiral.sandbox.environment import check_environment, is_plain
 from upspiral.sandbox.inside import frames
 from upspiral.sandbox.inside.settings import Settings
 
@@ -320,13 +321,8 @@ class ConnectedStream:
 def _checked(command: str | Command) -> Command:
     """Raises ValueError for what no process can be given."""
     command = Command(command) if isinstance(command, str) else command
-    for name, value in command.env.items():
-        if not name or "=" in name or not _is_plain(name + value):
-            raise ValueError(
-                f"env: {name!r} = {value!r} cannot be in an environment; "
-                "no NUL, no half of a surrogate pair, and no = in a name"
-            )
-    if not _is_plain(command.cwd):
+    check_environment(command.env)
+    if not is_plain(command.cwd):
         raise ValueError(f"cwd: {command.cwd!r} has a NUL or half of a surrogate pair in it")
     if command.output_bytes is not None and command.output_bytes < 0:
         raise ValueError(f"output_bytes: {command.output_bytes} is less than none; 0 keeps nothing")
@@ -335,17 +331,9 @@ def _checked(command: str | Command) -> Command:
 
 def _path(path: str) -> str:
     """Names that are no text travel as surrogates, as everywhere in Python."""
-    if not path or not _is_plain(path):
+    if not path or not is_plain(path):
         raise ValueError(f"{path!r} is no path; it is empty, or has a NUL or half of a surrogate pair in it")
     return path
-
-
-def _is_plain(text: str) -> bool:
-    """The system can be given it. A model may write half a surrogate pair, which stands for no byte."""
-    try:
-        return b"\0" not in text.encode(errors="surrogateescape")
-    except UnicodeEncodeError:
-        return False
 
 
 def _script(command: Command) -> bytes:

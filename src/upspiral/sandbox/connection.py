@@ -31,6 +31,8 @@ _MAX_STRAY_BYTES = 512 << 20
 """Of operations that were given up, on their way at a time."""
 _SMALL_BYTES = 1024
 """Output that waits for its reader is kept in no smaller pieces, for what a piece costs beside its bytes."""
+_SHORTEST_WAIT_S = 0.02
+"""While the clock of a connection stands still, whoever waits for it looks again and again."""
 _MAX_CALLERS = 512
 """Of forwarded ports, at a time. Further ones are refused."""
 
@@ -109,7 +111,7 @@ class Call:
         self._output_ended = False
         self._credit = frames.WINDOW_BYTES
         self._changed: asyncio.Future[None] | None = None
-        self._heard_s = loop.time()
+        self._heard_s = connection.time()
         self._latest_s = math.inf
         self.num_bytes = sum((limits or {}).values())
         """How much may go either way, where that is known."""
@@ -118,7 +120,7 @@ class Call:
     def bounded(self, num_bytes: int) -> Iterator[None]:
         """Meanwhile `send` and `receive` break the connection with an agent that is silent, or needs longer than so
         many bytes take on a slow line. Otherwise they wait for ever, as at a pipe whose other end is idle."""
-        self._latest_s = asyncio.get_running_loop().time() + SILENCE_S + num_bytes / _SLOWEST_BYTES_PER_S
+        self._latest_s = self._connection.time() + SILENCE_S + num_bytes / _SLOWEST_BYTES_PER_S
         try:
             yield
         finally:
@@ -168,13 +170,11 @@ class Call:
     async def start(self) -> None:
         """Returns when it is under way, or has ended already. Raises what the connection broke with."""
         try:
-            done, _ = await asyncio.wait(
-                [self.started, self.ended], timeout=SILENCE_S, return_when=asyncio.FIRST_COMPLETED
-            )
+            came = await self._comes(self._connection.time() + SILENCE_S, self.started, self.ended)
         except asyncio.CancelledError:
             await self.cancel()
             raise
-        if not done:
+        if not came:
             self._connection.lose(SandboxError(f"the sandbox's agent was silent for {SILENCE_S:g} s"))
         if self.ended.done():
             self.ended.result()
@@ -183,17 +183,16 @@ class Call:
         """How it ended. When the agent says nothing of it for so long (SILENCE_S), or speaks on for longer than all
         that may be said can take, the connection is broken. Cancelled, it cancels the operation and waits until that
         is done."""
-        loop, silence_s = asyncio.get_running_loop(), SILENCE_S if silence_s is None else silence_s
-        latest_s = loop.time() + silence_s + self.num_bytes / _SLOWEST_BYTES_PER_S
+        silence_s = SILENCE_S if silence_s is None else silence_s
+        latest_s = self._connection.time() + silence_s + self.num_bytes / _SLOWEST_BYTES_PER_S
         try:
-            while True:
-                done, _ = await asyncio.wait([self.ended], timeout=max(0.0, min(silence_s, latest_s - loop.time())))
-                if done:
-                    return self.ended.result()
-                if loop.time() - self._heard_s >= silence_s:
+            while not await self._comes(min(self._heard_s + silence_s, latest_s), self.ended):
+                now_s = self._connection.time()
+                if now_s - self._heard_s >= silence_s:
                     self._connection.lose(SandboxError(f"the sandbox's agent was silent for {silence_s:g} s"))
-                elif loop.time() >= latest_s:
+                elif now_s >= latest_s:
                     self._connection.lose(SandboxError("the sandbox's agent brought an operation to no end"))
+            return self.ended.result()
         except asyncio.CancelledError:
             await self.cancel()
             raise
@@ -209,7 +208,7 @@ class Call:
     def take(self, kind: int, body: bytes) -> None:
         """A frame from inside. Raises BrokenRuleError, or msgspec's error, for one that must not come, or that says
         nothing: else an agent could keep this process busy for nothing."""
-        self._heard_s = asyncio.get_running_loop().time()
+        self._heard_s = self._connection.time()
         if kind == frames.DATA or (kind == frames.ERRORS and self.number < frames.INSIDE):
             self._keep(kind, body)
         elif kind == frames.STARTED:
@@ -279,14 +278,21 @@ class Call:
             self._used = 0
 
     async def _change(self) -> None:
-        loop = asyncio.get_running_loop()
-        self._changed = self._changed or loop.create_future()
-        left_s = self._latest_s - loop.time()
-        timeout_s = None if left_s == math.inf else max(0.0, min(SILENCE_S, left_s))
-        done, _ = await asyncio.wait([self._changed], timeout=timeout_s)
-        if not done:
+        self._changed = self._changed or asyncio.get_running_loop().create_future()
+        now_s = self._connection.time()
+        left_s = min(SILENCE_S, self._latest_s - now_s) if self._latest_s < math.inf else math.inf
+        if not await self._comes(now_s + left_s, self._changed):
             what = "was silent" if left_s >= SILENCE_S else "brought an operation to no end"
-            self._connection.lose(SandboxError(f"the sandbox's agent {what} ({timeout_s:g} s)"))
+            self._connection.lose(SandboxError(f"the sandbox's agent {what} ({left_s:g} s)"))
+
+    async def _comes(self, until_s: float, *futures: asyncio.Future[Any]) -> bool:
+        """Whether one of them is done by then, a time of the connection's clock."""
+        while True:
+            left_s = max(_SHORTEST_WAIT_S, until_s - self._connection.time())
+            timeout_s = None if left_s == math.inf else left_s
+            done, _ = await asyncio.wait(futures, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+            if done or self._connection.time() >= until_s:
+                return bool(done)
 
 
 def _number(body: bytes) -> int:
@@ -367,6 +373,12 @@ class Connection(asyncio.Protocol):
     def feed(self, call: Call, content: bytes) -> None:
         """Sends all the input that an operation gets, while whoever began it goes on."""
         self._keep_task(self._send_all(call, content))
+
+    def time(self) -> float:
+        """The loop's, which stands still here while the transport has lost its connection and may take it up again
+        (`remote/line.py`): the agent is not silent then, but not to be heard."""
+        lost_s = self._transport.get_extra_info("lost_s", 0.0) if self._transport else 0.0
+        return asyncio.get_running_loop().time() - lost_s
 
     @property
     def is_idle(self) -> bool:

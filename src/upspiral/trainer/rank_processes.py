@@ -38,17 +38,27 @@ class ProcessRank:
 
     def __init__(self, connection: Connection, process: subprocess.Popen[bytes] | None, log: Path | None) -> None:
         self._connection, self._process, self._log = connection, process, log
-        self._calls: SimpleQueue[tuple[Future[Any], tuple[Any, ...]]] = SimpleQueue()
+        self._calls: SimpleQueue[tuple[Future[Any], tuple[Any, ...]] | None] = SimpleQueue()
+        """None is the last."""
+        self._killed = False
+        self._asking = threading.Lock()
         # A daemon, so that a rank that hangs keeps nobody from ending. It sends as well: a large call to a process that
         # was stopped would not return.
         threading.Thread(target=self._exchange, name="trainer-rank", daemon=True).start()
 
     def call(self, method: str, *args: Any, **keywords: Any) -> Future[Any]:
         future: Future[Any] = Future()
-        self._calls.put((future, (method, args, keywords)))
+        with self._asking:
+            if not self._killed:
+                self._calls.put((future, (method, args, keywords)))
+                return future
+        future.set_exception(self._death())
         return future
 
     def kill(self) -> None:
+        with self._asking:
+            self._killed = True
+            self._calls.put(None)
         with suppress(OSError):  # ends a wait for an answer, which a close alone does not
             socket.socket(fileno=os.dup(self._connection.fileno())).shutdown(socket.SHUT_RDWR)
         if self._process is not None:
@@ -56,9 +66,8 @@ class ProcessRank:
             self._process.wait(_KILL_DEADLINE_S)
 
     def _exchange(self) -> None:
-        """Calls and their answers, one after the other."""
-        while True:
-            future, call = self._calls.get()
+        """Calls and their answers, one after the other, until the rank is killed."""
+        for future, call in iter(self._calls.get, None):
             try:
                 self._connection.send(call)
                 succeeded, result = self._connection.recv()

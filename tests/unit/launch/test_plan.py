@@ -13,7 +13,7 @@ from upspiral.config.models import ParallelConfig, RunConfig
 from upspiral.errors import ConfigError, ModelError
 from upspiral.launch.plan.device import GPUS, Device, device
 from upspiral.launch.plan.load import StepLoad
-from upspiral.launch.plan.memory import engine_bytes, engine_devices, trainer_bytes
+from upspiral.launch.plan.memory import engine_bytes, engine_devices, resting_bytes, trainer_bytes
 from upspiral.launch.plan.plan import Plan, alternatives, better_split
 from upspiral.launch.plan.shape import ModelShape
 
@@ -107,9 +107,16 @@ def test_an_engine_that_sleeps_needs_no_room_beside_a_step() -> None:
     (both,), (in_turns,) = awake.needed.values(), sleeping.needed.values()
     trainer, engine = sum(awake.trainer.values()), sum(awake.engine.values())
     assert both == trainer + engine
-    spared = sum(awake.trainer[part] for part in ("activations", "logits", "gathered"))
+    spared = sum(awake.trainer[part] for part in ("activations", "logits", "gathered", "gradients"))
     more = sum(sleeping.engine.values()) - engine  # a server takes what is left, if it has a use for it
     assert more > 0 and in_turns == max(trainer, both - spared + more) <= sleeping.usable
+
+
+def test_gradients_go_with_a_step_except_those_that_deepspeed_keeps_room_for() -> None:
+    parts = {"weights": 2.0, "moments": 8.0, "gradients": 4.0, "activations": 1.0, "logits": 1.0, "gathered": 1.0}
+    assert {kind: resting_bytes(parts, kind) for kind in ("local", "fsdp", "megatron", "deepspeed")} == {
+        "local": 10.0, "fsdp": 10.0, "megatron": 10.0, "deepspeed": 14.0,
+    }  # fmt: skip
 
 
 def test_a_better_split_is_faster_and_fits_and_has_as_many_devices() -> None:

@@ -48,14 +48,22 @@ class Damaging:
                 path.write_bytes(bytes(data))
         return made
 
+    def close(self) -> None:
+        """There is nothing to end."""
+
     @property
     def bases(self) -> list[tuple[int, int | None]]:
         return [(each.version, each.base) for each in self.published]
 
 
-def learner_of(trainer: Damaging, engine: UpdatableEngine, root: Path) -> PublishingLearner:
+@asynccontextmanager
+async def learner_of(trainer: Damaging, engine: UpdatableEngine, root: Path) -> AsyncIterator[PublishingLearner]:
     settings = PublisherSettings(root / "published", form="delta")
-    return PublishingLearner(cast(TrainerBackend, trainer), engine, settings, threads=1)
+    learner = PublishingLearner(cast(TrainerBackend, trainer), engine, settings, threads=1)
+    try:
+        yield learner
+    finally:
+        await learner.close()
 
 
 def run(check: Any) -> None:
@@ -87,8 +95,7 @@ def test_a_damaged_difference_is_followed_by_the_whole_on_vllm(file: str, tmp_pa
     async def check() -> None:
         numbers = NumberTrainer(tmp_path)
         trainer = Damaging(lambda settings, version: numbers.publish(version, 10.0 * version, settings), file=file)
-        async with vllm() as (_, engine):
-            learner = learner_of(trainer, engine, tmp_path)
+        async with vllm() as (_, engine), learner_of(trainer, engine, tmp_path) as learner:
             for version in (1, 2, 3):
                 await learner.publish(version)
                 assert await logprobs(engine) == {(-10.0 * version, version)}
@@ -103,8 +110,7 @@ def test_a_difference_that_the_probe_does_not_find_again_is_followed_by_the_whol
     async def check() -> None:
         numbers = NumberTrainer(tmp_path)
         trainer = Damaging(lambda settings, version: numbers.publish(version, 10.0 * version, settings), file="none")
-        async with vllm() as (server, engine):
-            learner = learner_of(trainer, engine, tmp_path)
+        async with vllm() as (server, engine), learner_of(trainer, engine, tmp_path) as learner:
             await learner.publish(1)
             server.mistakes_differences = True
             await learner.publish(2)
@@ -132,16 +138,16 @@ def test_a_damaged_difference_is_followed_by_the_whole_on_our_own_engine(is_serv
         trainer, own = Damaging(publish, file="changes.bin"), load_model(source.folder, dtype="float32", device="cpu")
         embedded = EmbeddedEngine(own, EngineConfig(context_length=64, cache_slots=64), seed=0)
         async with served(embedded) if is_served else started(embedded) as engine:
-            learner = learner_of(trainer, engine, tmp_path)
-            for version in (1, 2):
-                await learner.publish(version)
-                assert engine.version == version
-                wanted = dict(source.module.named_parameters())
-                assert all(torch.equal(wanted[name], value) for name, value in own.module.named_parameters())
+            async with learner_of(trainer, engine, tmp_path) as learner:
+                for version in (1, 2):
+                    await learner.publish(version)
+                    assert engine.version == version
+                    wanted = dict(source.module.named_parameters())
+                    assert all(torch.equal(wanted[name], value) for name, value in own.module.named_parameters())
             whole_too = Damaging(publish, file="*.[bs]*[ns]", also_whole=True)
-            learner = learner_of(whole_too, engine, tmp_path)
-            with pytest.raises(EngineError, match="not what was written"):
-                await learner.publish(3)
+            async with learner_of(whole_too, engine, tmp_path) as learner:
+                with pytest.raises(EngineError, match="not what was written"):
+                    await learner.publish(3)
             assert engine.version == 2 and {version for _, version in await logprobs(engine)} == {2}
         assert trainer.bases == [(1, None), (2, 1), (2, None)]
 

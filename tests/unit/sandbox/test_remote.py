@@ -30,8 +30,11 @@ from upspiral.sandbox.pool import PoolLimits
 from upspiral.sandbox.process import ProcessBackend
 from upspiral.sandbox.registry import make_backend
 from upspiral.sandbox.remote import RemoteBackend
+from upspiral.sandbox.remote.backend import _BEATS
+from upspiral.sandbox.remote.line import back_within_s
 from upspiral.sandbox.server.relay import MOST_OPERATIONS
 from upspiral.sandbox.server.session import MISBEHAVED
+from upspiral.sandbox.server.wire import HEARTBEAT_S, PATIENCE_S, RETURN_S
 
 SPEC = SandboxSpec()
 CAPABLE_OF_NOTHING = "this server's sandboxes have no agent"
@@ -222,6 +225,35 @@ def test_a_line_that_stays_down_is_an_error_of_the_infrastructure(root: Path) ->
             await backend.stop()
 
     run(check, root)
+
+
+def test_a_command_is_not_given_up_while_its_line_may_come_back(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody hears of its end in time, which is no silence of the agent's."""
+    monkeypatch.setattr("upspiral.sandbox.connected.GRACE_S", 0.5)
+
+    async def check(live: LiveServer) -> None:
+        async with cut_line(live.url) as line, remote(line.url) as backend, backend.acquire(SPEC) as sandbox:
+            program = await sandbox.spawn("cat")
+            waiting = asyncio.create_task(sandbox.exec("echo x >> log; sleep 0.5; cat log", timeout_s=1.0))
+            await asyncio.sleep(0.2)
+            line.is_down = True
+            line.cut()
+            await asyncio.sleep(2.5)
+            assert not waiting.done()
+            line.is_down = False
+            assert (await waiting).stdout == b"x\n"
+            await program.write(b"still here")
+            await program.close_stdin()
+            assert [content async for _, content in program.output()] == [b"still here"]
+
+    run(check, root)
+
+
+def test_servers_wait_longer_than_clients_try_to_come_back() -> None:
+    absent_s = back_within_s(PATIENCE_S)
+    assert absent_s < RETURN_S and HEARTBEAT_S / _BEATS + absent_s < HEARTBEAT_S
+    with pytest.raises(ConfigError, match="patience_s = 100 is longer than servers keep a line"):
+        RemoteBackend("http://localhost:1", ALICE, patience_s=100.0)
 
 
 def test_heartbeats_do_not_wait_for_connections_that_sandboxes_keep() -> None:

@@ -18,8 +18,8 @@ _MOMENTS = 8
 """AdamW's two, in float32, of a weight."""
 _INTERPRETER = 0.45 * 2**30
 """Python, torch and transformers on a CPU: 0.34 GB when they are imported, 0.45 when they have computed."""
-WHILE_TRAINING = ("logits", "activations", "gradients", "gathered")
-"""What of a trainer is there in its steps only."""
+_WHILE_TRAINING = ("logits", "activations", "gathered")
+"""What of a trainer is there in its steps only; gradients, too, except with DeepSpeed, which keeps room for them."""
 
 
 def trainer_bytes(shape: ModelShape, config: RunConfig, load: StepLoad, device: Device) -> Mapping[str, float]:
@@ -64,6 +64,12 @@ def trainer_bytes(shape: ModelShape, config: RunConfig, load: StepLoad, device: 
             found |= {"weights": width * count / tensor, "gradients": 4 * count / tensor}
             found |= {"masters": (4 if width == 2 else 0) * count / tensor, "moments": _MOMENTS * count / tensor}
     return found | _host_bytes(shape, config, device)
+
+
+def resting_bytes(trainer: Mapping[str, float], kind: str) -> float:
+    """What is left of `trainer_bytes` between two steps. `kind`: of the trainer."""
+    passing = _WHILE_TRAINING if kind == "deepspeed" else (*_WHILE_TRAINING, "gradients")
+    return sum(amount for part, amount in trainer.items() if part not in passing)
 
 
 def _host_bytes(shape: ModelShape, config: RunConfig, device: Device) -> dict[str, float]:

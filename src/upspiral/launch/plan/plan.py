@@ -13,13 +13,11 @@ from upspiral.errors import ConfigError
 from upspiral.launch.plan.device import Device
 from upspiral.launch.plan.duration import step_seconds
 from upspiral.launch.plan.load import StepLoad
-from upspiral.launch.plan.memory import WHILE_TRAINING, engine_bytes, engine_devices, trainer_bytes
+from upspiral.launch.plan.memory import engine_bytes, engine_devices, resting_bytes, trainer_bytes
 from upspiral.launch.plan.shape import ModelShape
 
 _USABLE = 0.9
 """Of a device's memory: the rest is the driver's, the allocator's and the interpreter's."""
-_OF_A_STEP = ("activations", "logits", "gathered")
-"""What a trainer has in its memory only while it computes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +52,8 @@ class Plan:
         room = engine["cache"]
         if config.engine.kind != "embedded" and not device.is_cpu:
             # A server takes what is left, and lets sequences wait that find no room in it: one must fit.
-            beside = (_resting(trainer) if config.engine.colocated else sum(trainer.values())) if together else 0
+            resting = resting_bytes(trainer, config.trainer.kind)
+            beside = (resting if config.engine.colocated else sum(trainer.values())) if together else 0
             left = _usable(device) - engine["weights"] - beside
             least = room / config.engine.max_running
             room = engine["cache"] = min(room, max(left, least))
@@ -70,14 +69,14 @@ class Plan:
     def needed(self) -> Mapping[str, float]:
         """Bytes of the fullest device, by which of our processes has it."""
         trainer, engine = sum(self.trainer.values()), sum(self.engine.values())
+        resting = resting_bytes(self.trainer, self.config.trainer.kind)
         if self.shared:  # what the trainer computes with and the engine's packed weights are never there together
-            packed, training = self.engine["packed"], sum(self.trainer.get(part, 0.0) for part in WHILE_TRAINING)
-            return {"the process": trainer + engine - min(packed, training)}
+            return {"the process": trainer + engine - min(self.engine["packed"], trainer - resting)}
         if self.device.is_cpu:
             return {"all processes on this machine": self.ranks * trainer + self.engines * engine}
         if self.together:
             if self.config.engine.colocated:
-                return {"a rank and an engine": max(trainer, _resting(self.trainer) + engine)}
+                return {"a rank and an engine": max(trainer, resting + engine)}
             return {"a rank and an engine": trainer + engine}
         return {"a rank": trainer, "an engine": engine}
 
@@ -117,11 +116,6 @@ class Plan:
         if sum(self.engine.values()) > sum(trainer.values()):
             return "lower engine.context_length, or engine.cache_slots and engine.max_running"
         return "add devices, or train factors alone with a section [trainer.lora]"
-
-
-def _resting(trainer: Mapping[str, float]) -> float:
-    """Bytes that it has between two steps; its gradients stay."""
-    return sum(amount for part, amount in trainer.items() if part not in _OF_A_STEP)
 
 
 def _usable(device: Device) -> float:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from upspiral.config.models import ClusterConfig
 from upspiral.errors import ConfigError
 
+_CLIENT = "ray://"
+_REACHED_WITHIN_S = 10.0
 _PACKAGE_ROOT = str(Path(__file__).parents[3])
 
 
@@ -24,6 +28,7 @@ def joined(cluster: ClusterConfig) -> Iterator[None]:
         raise ConfigError("cluster.address needs Ray; pip install 'upspiral[ray]'") from error
     # Ray's own dashboard and usage report are no part of a run; threads are given to actors one by one.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    _check_reachable(cluster.address)
     environment = {"env_vars": {"PYTHONPATH": os.pathsep.join([_PACKAGE_ROOT, *_inherited()])}}
     try:
         if cluster.address == "local":
@@ -45,8 +50,31 @@ def joined(cluster: ClusterConfig) -> Iterator[None]:
         ray.shutdown()
 
 
+def _check_reachable(address: str | None) -> None:
+    """Raises ConfigError. Ray's own client would try for half a minute, and not say in the end what was wrong."""
+    if address is None or not address.startswith(_CLIENT):
+        return
+    where = f'cluster.address = "{address}"'
+    try:
+        parts = urlsplit(address)
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        host = port = None
+    if not host or not port:
+        raise ConfigError(f"{where} lacks a host or a port; write ray://HOST:10001")
+    try:
+        socket.create_connection((host, port), _REACHED_WITHIN_S).close()
+    except OSError as error:
+        raise ConfigError(
+            f"{where}: nobody answers there ({error}); `ray start --head` on that machine listens for clients at "
+            "10001, or where --ray-client-server-port says, and this machine must be let through to it"
+        ) from error
+
+
 def _inherited() -> list[str]:
-    return [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path and path != _PACKAGE_ROOT]
+    """Actors have other working directories."""
+    paths = (str(Path(path).absolute()) for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path)
+    return [path for path in paths if path != _PACKAGE_ROOT]
 
 
 def _wanted(cluster: ClusterConfig) -> int:

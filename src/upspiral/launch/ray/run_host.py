@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from upspiral.config.models import RunConfig
-from upspiral.errors import EngineError, TrainerError
+from upspiral.errors import ClusterError, EngineError, TrainerError, UpspiralError
 from upspiral.launch.ray.cluster import joined
 from upspiral.launch.ray.placement import RayPlacement
 from upspiral.loop.folder import check_resume, has_run
@@ -23,14 +23,16 @@ def run_on_ray(config: RunConfig, folder: Path, *, resume: bool) -> RunResult:
     check_resume(folder, resume=resume)
     with joined(config.cluster):
         import ray
-        from ray.exceptions import RayTaskError
+        from ray.exceptions import RayError, RayTaskError
 
         again = config.cluster.restarts
         host: Any = ray.remote(RunHost).options(num_cpus=1, max_restarts=again, max_task_retries=again)
         try:
             return ray.get(host.remote(config, folder).run.remote())
-        except RayTaskError as error:
-            raise error.cause if isinstance(error.cause, Exception) else error from None
+        except RayTaskError as error:  # a bug is told with what Ray knows of it
+            raise error.cause if isinstance(error.cause, UpspiralError) else error from None
+        except (ConnectionError, RayError) as error:
+            raise ClusterError(f'the run in cluster.address = "{config.cluster.address}" is lost: {error}') from error
 
 
 class RunHost:

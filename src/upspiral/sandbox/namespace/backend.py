@@ -165,7 +165,7 @@ class NamespaceBackend:
                 origin = await self._origin_of(spec.image)
                 furnished = await exits.enter_async_context(way_out(spec, self._folder, self._egress_log))
                 name = f"sandbox-{next(self._names)}-{secrets.token_hex(4)}"
-                order = _order(name, furnished, origin, grouped=self.capabilities.memory_limit == "sandbox")
+                order = self.order(name, furnished, origin)
                 here, there = socket.socketpair()
             self._beginning[name] = None
             try:
@@ -184,6 +184,9 @@ class NamespaceBackend:
             if ended is not None:
                 sandbox.lose(ended)
             return sandbox
+
+    def order(self, name: str, spec: SandboxSpec, origin: Origin) -> Order:
+        return _order(name, spec, origin, grouped=self.capabilities.memory_limit == "sandbox")
 
     async def ask(self, do: str, *, timeout_s: float, **said: Any) -> Message:
         """Of the keeper; see there."""

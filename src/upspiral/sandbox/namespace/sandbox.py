@@ -9,13 +9,14 @@ import secrets
 import socket
 from collections.abc import Awaitable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, BinaryIO, Protocol, TypeVar
 
 from upspiral.errors import SandboxError
 from upspiral.sandbox.base import WORKSPACE, Diff, SandboxSpec, Snapshot
 from upspiral.sandbox.connected import ConnectedSandbox
 from upspiral.sandbox.connection import Connection
+from upspiral.sandbox.namespace.keeper.order import Order
 from upspiral.sandbox.open_files import enough_for_a_sandbox
 
 T = TypeVar("T")
@@ -51,6 +52,10 @@ class Maker(Protocol):
 
     async def ask(self, do: str, *, timeout_s: float, **said: Any) -> Mapping[str, Any]:
         """Of the keeper."""
+        ...
+
+    def order(self, name: str, spec: SandboxSpec, origin: Origin) -> Order:
+        """What the keeper is told of a sandbox."""
         ...
 
     def remember(self, snapshot: Snapshot, origin: Origin) -> None: ...
@@ -164,6 +169,7 @@ class NamespaceSandbox(ConnectedSandbox):
         async with self._turn:
             self._check_live()
             origin = self._maker.origin_of(snapshot)
+            order = self._maker.order(self.id, self._making.furnished, origin)
             with enough_for_a_sandbox():
                 here, there = socket.socketpair()
             with there:
@@ -177,6 +183,7 @@ class NamespaceSandbox(ConnectedSandbox):
                         descriptors=[there.fileno()],
                         name=self.id,
                         snapshot=snapshot.id,
+                        order=asdict(order),
                     )
                 except SandboxError as error:
                     following.lose(SandboxError(f"the sandbox is lost: {error}"))

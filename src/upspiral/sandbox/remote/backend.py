@@ -9,12 +9,15 @@ import secrets
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from typing import Any
 
-from upspiral.errors import CapabilityError, SandboxBusyError, SandboxError
+from upspiral.errors import CapabilityError, ConfigError, SandboxBusyError, SandboxError
 from upspiral.sandbox.base import Capabilities, Limits, SandboxSpec, Snapshot
 from upspiral.sandbox.open_files import allow_many
 from upspiral.sandbox.remote.api import Api
+from upspiral.sandbox.remote.line import back_within_s
 from upspiral.sandbox.remote.sandbox import RemoteSandbox
 from upspiral.sandbox.server.wire import (
+    PATIENCE_S,
+    RETURN_S,
     CreateRequest,
     HeartbeatAnswer,
     HeartbeatRequest,
@@ -23,7 +26,6 @@ from upspiral.sandbox.server.wire import (
     Listing,
 )
 
-PATIENCE_S = 30.0
 DEFAULT_LIMITS = Limits()
 _FAREWELL_S = 3.0
 """How long a server that cannot be reached is told that something is not wanted any more; it finds out by itself."""
@@ -43,6 +45,11 @@ class RemoteBackend:
     """
 
     def __init__(self, url: str, token: str, *, patience_s: float = PATIENCE_S) -> None:
+        if not back_within_s(patience_s) < RETURN_S:
+            raise ConfigError(
+                f"patience_s = {patience_s:g} is longer than servers keep a line that was lost; give less than "
+                f"{RETURN_S - back_within_s(0.0):g}"
+            )
         self.patience_s = patience_s
         """How long a lost connection to a sandbox is tried to be taken up again before the sandbox counts as broken."""
         allow_many()
@@ -104,7 +111,13 @@ class RemoteBackend:
     def adopt(self, lease: LeaseAnswer, limits: Limits) -> RemoteSandbox:
         sandbox = self._live[lease.id] = RemoteSandbox(self._api, self, lease, limits)
         if self._heart is None:
-            self._heart = asyncio.create_task(self._beat(lease.heartbeat_s / _BEATS))
+            every_s = lease.heartbeat_s / _BEATS
+            if every_s + back_within_s(self.patience_s) > lease.heartbeat_s:
+                _LOG.warning(
+                    "%s gives sandboxes up after %g s without a sign of their client; a line that is lost for up to "
+                    "%g s may come back too late", self._api.url, lease.heartbeat_s, self.patience_s,
+                )  # fmt: skip
+            self._heart = asyncio.create_task(self._beat(every_s))
         return sandbox
 
     def adopt_snapshot(self, snapshot: Snapshot) -> None:

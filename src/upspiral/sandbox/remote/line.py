@@ -22,7 +22,14 @@ _PING_S = 8.0
 _CLOSING = cast(Any, aiohttp.ClientWSTimeout)(ws_close=1.0)
 _NO_AGENT, _LINE_OVER = 422, 410
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.02, 2.0
+_NOTICED_S = 1.5 * _PING_S
 _LOST = (aiohttp.ClientError, ResumeError, TimeoutError, OSError)
+
+
+def back_within_s(patience_s: float) -> float:
+    """The longest that the server does not hear of a client whose line is lost and taken up again: until the loss is
+    noticed, and until the last connection that is tried stands. Servers must wait longer (`wire.py`)."""
+    return _NOTICED_S + patience_s + _LONGEST_PAUSE_S + _CONNECT_S
 
 
 class Line(asyncio.Transport):
@@ -43,8 +50,11 @@ class Line(asyncio.Transport):
         self._stream = Resumable()
         self._news = asyncio.Event()
         self._is_paused = False
-        self._stood_at = 0.0
+        self._stands = False
+        self._stood_at = asyncio.get_running_loop().time()
         """When a connection stood last."""
+        self._lost_s = 0.0
+        """How long there was none, before the one that stands or stood last."""
         self._carrying = asyncio.create_task(self._carry())
         self._carrying.add_done_callback(self._carried)
         protocol.connection_made(self)
@@ -67,6 +77,12 @@ class Line(asyncio.Transport):
     def is_closing(self) -> bool:
         return self._carrying.done() or self._carrying.cancelling() > 0
 
+    def get_extra_info(self, name: str, default: Any = None) -> Any:
+        """`lost_s`: for how long, all in all, there was no connection."""
+        if name != "lost_s":
+            return super().get_extra_info(name, default)
+        return self._lost_s + (0.0 if self._stands else asyncio.get_running_loop().time() - self._stood_at)
+
     # What carries it
 
     def _carried(self, carrying: asyncio.Task[SandboxError]) -> None:
@@ -76,8 +92,7 @@ class Line(asyncio.Transport):
 
     async def _carry(self) -> SandboxError:
         """Returns why it ended."""
-        loop = asyncio.get_running_loop()
-        self._stood_at, pause_s = loop.time(), _FIRST_PAUSE_S
+        loop, pause_s = asyncio.get_running_loop(), _FIRST_PAUSE_S
         while True:
             why: object = "the connection was closed"
             before = self._stood_at
@@ -104,11 +119,12 @@ class Line(asyncio.Transport):
                 return
             self._stream.resume(Resumable.received_by_other(first))
             self._take(first)
+            self._lost_s, self._stands = self.get_extra_info("lost_s"), True
             sending = asyncio.create_task(self._send(websocket))
             try:
                 await self._receive(websocket)
             finally:
-                self._stood_at = asyncio.get_running_loop().time()
+                self._stood_at, self._stands = asyncio.get_running_loop().time(), False
                 sending.cancel()
                 await asyncio.gather(sending, return_exceptions=True)
 

@@ -25,6 +25,7 @@ from upspiral.sandbox.server.leases import Leases
 from upspiral.sandbox.server.metrics import ServerMetrics
 from upspiral.sandbox.server.tenants import Tenant, Tenants
 from upspiral.sandbox.server.wire import (
+    HEARTBEAT_S,
     KEY_HEADER,
     LONGEST_KEY,
     MOST_FORKS,
@@ -44,7 +45,6 @@ from upspiral.sandbox.server.wire import (
     write_body,
 )
 
-HEARTBEAT_S = 60.0
 _CLIENT_LEFT = 499
 """Nobody reads it."""
 _LOG = logging.getLogger(__name__)

@@ -13,6 +13,7 @@ from upspiral.sandbox.connection import Connection
 from upspiral.sandbox.inside.frames import Decoder, FrameError
 from upspiral.sandbox.server.relay import Relay
 from upspiral.sandbox.server.resumable import MOST_MESSAGE_BYTES, Resumable, ResumeError
+from upspiral.sandbox.server.wire import RETURN_S
 
 GONE, REPLACED, MISBEHAVED = 4410, 4409, 4400
 """Why the server closes a WebSocket: the sandbox is gone; the client has opened another; the client broke the rules.
@@ -21,8 +22,6 @@ MOST_UNREAD_BYTES = 64 << 20
 """What may wait for a client, of all its operations on one line."""
 _LONGEST_REASON = 120
 """Bytes; a WebSocket closes with no longer one."""
-_RETURN_S = 120.0
-"""How long a line without a connection is kept, and with it what its client has not received."""
 _SLOWEST_SEND_S = 60.0
 
 
@@ -80,7 +79,7 @@ class Session:
         finally:
             if self._carrier is replaced:
                 self._carrier = None
-                self._return_timer = asyncio.get_running_loop().call_later(_RETURN_S, self._abandon)
+                self._return_timer = asyncio.get_running_loop().call_later(RETURN_S, self._abandon)
         with suppress(WebSocketDisconnect, RuntimeError):
             # It may be gone, whatever its state says.
             if websocket.client_state is WebSocketState.CONNECTED:
@@ -102,7 +101,7 @@ class Session:
 
     def _abandon(self) -> None:
         if not self.is_carried:
-            self.close(GONE, f"its client did not come back within {_RETURN_S:g} s")
+            self.close(GONE, f"its client did not come back within {RETURN_S:g} s")
 
     async def _until_any_ends(self, work: Sequence[Coroutine[Any, Any, Any]]) -> None:
         tasks = [asyncio.ensure_future(each) for each in (*work, self._over.wait())]

@@ -420,15 +420,18 @@ class Keeper:
         self._do_aside(lambda: aside.copy_to_layer([each.open() for each in stack.layers], layer.mounted_at), done)
 
     def _restore(self, request: Message, descriptors: list[int]) -> None:
-        """A new agent on a snapshot's layers, with a new socket, takes the place of the old one."""
+        """A new agent on a snapshot's layers, with a new socket, takes the place of the old one. It may be a snapshot
+        of another image, in which others are at home, in another environment."""
         live = self._the(request["name"])
         if request["snapshot"] not in self._snapshots:
             raise FileNotFoundError(_no_snapshot(request["snapshot"]))
+        wanted = Order(**request["order"])
+        order = replace(live.order, user=wanted.user, agent=wanted.agent)
         stack, agent = self._snapshots[request["snapshot"]], os.dup(descriptors[0])
         stack.hold()
 
         def follow() -> None:
-            self._launch(live.order, stack, agent, self._answering(request))
+            self._launch(order, stack, agent, self._answering(request))
             stack.release()
 
         self._end(live, follow)
