@@ -36,6 +36,8 @@ PATIENCE_S = 120.0
 MOST_ATTEMPTS = 5
 """In a row without a token: a request that kills engines must not kill them all day."""
 _BACK_OFF_S, _LONGEST_BACK_OFF_S = 0.5, 30.0
+_MOST_DOUBLINGS = 10
+"""Of the back-off; a float has no room for those of an engine that fails all day."""
 _LOOK_AGAIN_S = 0.1
 _SLACK, _SHARE = 4, 1.25
 """A prefix draws a generation to an engine with at most _SHARE times the mean load and _SLACK more."""
@@ -61,9 +63,13 @@ class _Member:
     catching_up: asyncio.Task[None] | None = field(default=None, repr=False)
 
     def failed(self, error: Exception) -> None:
+        """Of all that one failure ends, the first counts: the others were under way with it."""
         self.why = str(error)
-        self.closed_until = time.monotonic() + min(_BACK_OFF_S * 2**self.failures, _LONGEST_BACK_OFF_S)
-        self.failures += 1
+        now = time.monotonic()
+        if now >= self.closed_until:
+            doublings = min(self.failures, _MOST_DOUBLINGS)
+            self.closed_until = now + min(_BACK_OFF_S * 2**doublings, _LONGEST_BACK_OFF_S)
+            self.failures += 1
 
     def served(self) -> None:
         self.failures, self.closed_until = 0, 0.0
