@@ -29,10 +29,8 @@ from upspiral.errors import (
 from upspiral.types import FinishReason, SamplingParams
 from upspiral.weights.publication import Publication
 
-WAKE_DEADLINE_S = 1800.0
-"""Of engines that all died asleep: how long the first of them may take to be started."""
 PATIENCE_S = 120.0
-"""How long a generation waits for an engine to come back when none can take it."""
+"""How long generations and new weights wait for an engine to come back when there is none."""
 MOST_ATTEMPTS = 5
 """In a row without a token: a request that kills engines must not kill them all day."""
 _BACK_OFF_S, _LONGEST_BACK_OFF_S = 0.5, 30.0
@@ -83,6 +81,12 @@ class _Member:
         return f"engine {self.number}"
 
 
+def patience_beyond(start_timeout_s: float) -> float:
+    """Of a router whose engines may take so long to start: one that dies has to be noticed and started again, and then
+    to adopt its weights."""
+    return start_timeout_s + PATIENCE_S
+
+
 class Router:
     """See `UpdatableEngine`. Engines can be added and drained while it runs; it starts and stops those that it has.
 
@@ -96,7 +100,6 @@ class Router:
         self._patience_s = patience_s
         self._affinity = Affinity()
         self._publication: Publication | None = None
-        self._asleep = False
         self._elsewhere = EngineStats()
         """What engines sampled that were removed, less what others had sampled when they were added."""
 
@@ -260,12 +263,11 @@ class Router:
 
     async def update_weights(self, publication: Publication) -> None:
         """Raises StaleBaseError when an engine needs the weights whole, and EngineError when none could adopt them.
-        Where all died asleep, it waits for the first that is started again."""
+        Where all have died, asleep or awake, it waits for the first that is started again."""
         self._publication = publication
-        gives_up = time.monotonic() + (WAKE_DEADLINE_S if self._asleep else 0.0)
+        gives_up = time.monotonic() + self._patience_s
         while not await self._adopted(publication, waits=time.monotonic() < gives_up):
             await asyncio.sleep(_LOOK_AGAIN_S)
-        self._asleep = False
 
     async def _adopted(self, publication: Publication, *, waits: bool) -> bool:
         """False when all engines are gone, if somebody `waits` for them; the others catch up later."""
@@ -297,7 +299,6 @@ class Router:
         for task in catching_up:
             task.cancel()  # the next version comes to all of them, and this one would wake its engine
         await asyncio.gather(*catching_up, return_exceptions=True)
-        self._asleep = True
         await self._of_all(lambda engine: engine.sleep())
 
     def _catch_up(self, member: _Member) -> None:

@@ -84,6 +84,30 @@ def test_what_dies_is_started_again_with_the_weights_that_it_had() -> None:
     run(check())
 
 
+@pytest.mark.parametrize("patience_s", [20.0, 0.02])
+def test_new_weights_wait_for_an_engine_that_died_awake_as_long_as_they_may(patience_s: float) -> None:
+    async def check() -> None:
+        may_start = asyncio.Event()
+        may_start.set()
+        async with keeping(lambda: Home(may_start)) as (engine, homes):
+            router = Router([engine], patience_s=patience_s)
+            await router.update_weights(version(1))
+            may_start.clear()
+            await homes[0].kill()
+            await until(lambda: len(homes) == 2)
+            publishing = asyncio.create_task(router.update_weights(version(2)))
+            await asyncio.sleep(0.05)
+            if patience_s < 1.0:
+                with pytest.raises(EngineError, match=r"could adopt version 2: .* another one is being started"):
+                    await publishing
+            else:
+                may_start.set()
+                await publishing
+                assert engine.version == 2 and await read(engine) == completion(PROMPT, 12)
+
+    run(check())
+
+
 def test_what_dies_asleep_is_started_when_it_is_woken() -> None:
     async def check() -> None:
         async with keeping() as (engine, homes):

@@ -27,6 +27,7 @@ pytest.importorskip("torch", reason="needs the [train] extra")
 from tests.fixtures.vllm_contract import CONTEXT
 from upspiral.cli.main import run_command
 from upspiral.config.models import RunConfig
+from upspiral.engine.router import Router
 from upspiral.engine.vllm import environment
 from upspiral.engine.vllm.server import ServerSettings, VllmServer
 from upspiral.errors import ConfigError, DeadlineError, EngineError
@@ -130,6 +131,15 @@ def test_it_starts_answers_tells_of_its_death_and_leaves_nothing(python: Path, t
         await home.kill()  # does nothing
 
     run(check())
+
+
+def test_a_run_waits_longer_for_a_server_than_it_may_take_to_start(python: Path, tmp_path: Path) -> None:
+    for server in ({"python": str(python), "start_timeout_s": 900.0}, {"urls": ["http://127.0.0.1:1"]}):
+        engine = {"kind": "vllm", "context_length": 64, "server": server}
+        config = RunConfig.model_validate({"agent": {"command": "true"}, "engine": engine})
+        assert config.engine.server is not None
+        router = servers(config, tmp_path, tmp_path / "logs", cpu=True, threads=1)
+        assert isinstance(router, Router) and router._patience_s > config.engine.server.start_timeout_s
 
 
 def test_a_run_that_replays_routes_asks_its_servers_for_them(python: Path, tmp_path: Path) -> None:
