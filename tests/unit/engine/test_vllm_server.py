@@ -29,6 +29,7 @@ from upspiral.cli.main import run_command
 from upspiral.config.models import RunConfig
 from upspiral.engine.router import Router
 from upspiral.engine.vllm import environment
+from upspiral.engine.vllm import server as server_module
 from upspiral.engine.vllm.server import ServerSettings, VllmServer
 from upspiral.errors import ConfigError, DeadlineError, EngineError
 from upspiral.loop.servers import servers
@@ -168,6 +169,27 @@ def test_a_run_that_replays_routes_asks_its_servers_for_them(python: Path, tmp_p
     (model / "config.json").write_text('{"num_hidden_layers": 4}')
     with pytest.raises(ConfigError, match="the model has no experts"):
         servers(config, model, tmp_path / "logs", cpu=False, threads=1)
+
+
+def test_one_that_cannot_be_ended_or_has_lost_its_log_is_told_of(
+    python: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def check() -> None:
+        settings = settings_of(python, tmp_path)
+        home = VllmServer(settings)
+        await (await home.start()).stop()
+        (child,) = children(settings.log)
+        server = psutil.Process(child).ppid()
+        with monkeypatch.context() as patch:
+            patch.setattr(server_module, "_KILL_DEADLINE_S", 0.1)
+            patch.setattr(server_module, "end_group", lambda group: None)  # as if it hung in its driver
+            with pytest.raises(EngineError, match=rf"process {server}\) was killed and still runs after 0\.1 s"):
+                await home.kill()
+        settings.log.unlink()
+        os.killpg(server, signal.SIGKILL)
+        assert re.search(r"ended \(exit code killed\), and its log cannot be read", await home.gone())
+
+    run(check())
 
 
 def test_it_dies_with_an_owner_that_is_killed(python: Path, tmp_path: Path) -> None:
