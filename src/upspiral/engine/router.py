@@ -1,7 +1,8 @@
 """One engine made of many: each generation goes where its prefix is, unless that engine has too much to do.
 
 A generation whose engine fails goes on with another one behind the tokens that its reader has: none is sampled twice,
-and each keeps the version that sampled it. Failures of the request itself are raised at once.
+and each keeps the version that sampled it. Failures of the request itself are raised at once. While no engine can take
+one, empty chunks say that it waits.
 """
 
 from __future__ import annotations
@@ -180,13 +181,18 @@ class Router:
         failures: dict[_Member, Exception] = {}
         attempts, gives_up = 0, time.monotonic() + self._patience_s
         while (ended := _ending(delivered, params, self.context_length - len(prompt))) is None:
-            member = await self._chosen(prompt, failures)
+            waits_until = time.monotonic() + self._patience_s
+            while (member := self._chosen(prompt, failures)) is None:
+                self._check_patience(waits_until)
+                yield GenerationChunk()
+                await asyncio.sleep(_LOOK_AGAIN_S)
             before = len(delivered)
             try:
                 async with contextlib.aclosing(self._continue(member, prompt, delivered, params)) as chunks:
                     async for chunk in chunks:
                         delivered += chunk.token_ids
-                        member.served()
+                        if chunk.token_ids or chunk.finish_reason is not None:
+                            member.served()
                         yield chunk
                         if chunk.finish_reason is not None:
                             return
@@ -226,19 +232,19 @@ class Router:
         finally:
             member.running -= 1
 
-    async def _chosen(self, prompt: np.ndarray, failures: Mapping[_Member, Exception]) -> _Member:
-        """Waits while no engine can take the generation."""
-        deadline = time.monotonic() + self._patience_s
-        while True:
-            able = self._able()
-            if able:
-                # One that has just failed it comes last.
-                fresh = [each for each in able if each not in failures]
-                return self._choose(prompt, fresh or able)
-            if time.monotonic() > deadline:
-                states = "; ".join(f"{each}: {each.why or 'draining'}" for each in self._members) or "there is none"
-                raise EngineError(f"no engine came back {self._patience()} ({states})")
-            await asyncio.sleep(_LOOK_AGAIN_S)
+    def _chosen(self, prompt: np.ndarray, failures: Mapping[_Member, Exception]) -> _Member | None:
+        """None when no engine can take the generation now."""
+        able = self._able()
+        if not able:
+            return None
+        # One that has just failed it comes last.
+        fresh = [each for each in able if each not in failures]
+        return self._choose(prompt, fresh or able)
+
+    def _check_patience(self, waits_until: float) -> None:
+        if time.monotonic() > waits_until:
+            states = "; ".join(f"{each}: {each.why or 'draining'}" for each in self._members) or "there is none"
+            raise EngineError(f"no engine came back {self._patience()} ({states})")
 
     def _patience(self) -> str:
         return f"within {self._patience_s:g} s"

@@ -161,7 +161,7 @@ def test_a_run_that_replays_routes_asks_its_servers_for_them(python: Path, tmp_p
             chunks = [chunk async for chunk in router.generate([7, 8, 9], SamplingParams(max_tokens=3))]
         finally:
             await router.stop()
-        told = [chunks[0].prompt_routes, *(chunk.routes for chunk in chunks)]
+        told = [each for chunk in chunks for each in (chunk.prompt_routes, chunk.routes)]
         routes = np.concatenate([each for each in told if each is not None])
         assert routes.tolist() == [[[at + 10 * layer, at + 10 * layer + 1] for layer in (0, 2, 3)] for at in range(5)]
 

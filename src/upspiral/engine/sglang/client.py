@@ -159,6 +159,8 @@ class SglangEngine:
                     if self._routes is None or ended:
                         yield self._chunk(pieces, version, _finish(piece, params, left), len(ids), first=not sampled)
                         pieces.clear()
+                    else:
+                        yield GenerationChunk()
                     if ended:
                         return
             raise EngineError(f"{self._server.url} ended a generation without saying why")

@@ -176,6 +176,7 @@ class VllmEngine:
         if generation.holds:
             generation.held.append(piece)
             if piece.finish_reason is None:
+                yield GenerationChunk()
                 return
             await self._until_open()
             self._check_usable(generation)
