@@ -26,6 +26,7 @@ from upspiral.errors import (
     EngineGoneError,
     RequestError,
     StaleBaseError,
+    UnknownWeightsError,
 )
 from upspiral.types import FinishReason, SamplingParams
 from upspiral.weights.publication import Publication
@@ -101,6 +102,7 @@ class Router:
         self._patience_s = patience_s
         self._affinity = Affinity()
         self._publication: Publication | None = None
+        self._stopped = False
         self._elsewhere = EngineStats()
         """What engines sampled that were removed, less what others had sampled when they were added."""
 
@@ -119,6 +121,7 @@ class Router:
 
     async def start(self) -> None:
         """When one does not start, stops all and raises its error."""
+        self._stopped = False
         try:
             await self._of_all(lambda engine: engine.start())
         except BaseException:
@@ -127,6 +130,7 @@ class Router:
             raise
 
     async def stop(self) -> None:
+        self._stopped = True
         for each in self._members:
             if each.catching_up is not None:
                 each.catching_up.cancel()
@@ -202,8 +206,11 @@ class Router:
             except (EngineError, DeadlineError) as error:
                 failures[member] = error
                 member.failed(error)
-                attempts = 0 if len(delivered) > before else attempts + (not isinstance(error, EngineGoneError))
-                if len(delivered) > before or not isinstance(error, EngineGoneError):
+                if isinstance(error, UnknownWeightsError):
+                    self._catch_up(member)
+                blameless = isinstance(error, EngineGoneError | UnknownWeightsError)
+                attempts = 0 if len(delivered) > before else attempts + (not blameless)
+                if len(delivered) > before or not blameless:
                     gives_up = time.monotonic() + self._patience_s
                 _log.warning("%s failed a generation after %d tokens: %s", member, len(delivered), error)
                 if attempts >= MOST_ATTEMPTS:
@@ -308,7 +315,7 @@ class Router:
         await self._of_all(lambda engine: engine.sleep())
 
     def _catch_up(self, member: _Member) -> None:
-        if member.catching_up is None or member.catching_up.done():
+        if not self._stopped and (member.catching_up is None or member.catching_up.done()):
             member.catching_up = asyncio.create_task(self._until_current(member))
 
     async def _until_current(self, member: _Member) -> None:
@@ -323,7 +330,7 @@ class Router:
                 await member.engine.update_weights(publication)
             except StaleBaseError:
                 return  # the next publication tells its publisher
-            except (EngineError, DeadlineError) as error:
+            except Exception as error:  # boundary: nobody waits for this, and it must not end before it is done
                 member.failed(error)
                 continue
             if publication is self._publication:

@@ -21,7 +21,7 @@ from upspiral.engine.base import GenerationChunk
 from upspiral.engine.routed_layers import RoutedLayers
 from upspiral.engine.router import Router
 from upspiral.engine.sglang.client import SglangEngine
-from upspiral.errors import ContextLengthError, EngineError, RequestError, StaleBaseError
+from upspiral.errors import ContextLengthError, EngineError, RequestError, StaleBaseError, UnknownWeightsError
 from upspiral.loop.servers import servers
 from upspiral.types import SamplingParams
 from upspiral.weights.probe import measured_probe
@@ -224,12 +224,15 @@ def test_weights_that_somebody_else_changed_are_noticed(trainer: Trainer) -> Non
     async def check() -> None:
         contract = SglangContract(trainer.folder)
         async with running(contract) as engine:
-            contract.label = "default"
-            with pytest.raises(EngineError, match=r"weight version 'default', but should have 0"):
-                await sampled(engine)
-            contract.label = "1"
-            with pytest.raises(EngineError, match=r"weight version '1', but should have 0"):
-                await sampled(engine)
+            published = trainer.publish(1)
+            await engine.update_weights(published)
+            for label in ("default", "2"):
+                contract.label = label
+                for _ in range(2):
+                    with pytest.raises(UnknownWeightsError, match=rf"weight version '{label}', but should have 1"):
+                        await sampled(engine)
+                await engine.update_weights(published)
+                assert set((await sampled(engine)).versions) == {1}
 
     run(check)
 

