@@ -76,7 +76,7 @@ def test_what_is_asked_and_what_arrives() -> None:
             "seed": 3, "ignore_eos": True, "logprobs": 0,
         }  # fmt: skip
         assert {name: asked[name] for name in expected} == expected
-        assert body["token_ids"] == PROMPT and body["cache_salt"] == "v0"
+        assert body["token_ids"] == PROMPT and body["cache_salt"].startswith("v0-")
         await read(engine, max_tokens=500)
         assert server.asked[-1]["sampling_params"]["max_tokens"] == CONTEXT - len(PROMPT)
         assert engine.stats().sampled_tokens == 12 + CONTEXT - len(PROMPT) and engine.stats().running == 0
@@ -195,7 +195,7 @@ def test_tokens_of_a_switch_carry_the_version_that_sampled_them(tmp_path: Path) 
         assert seen == {0, 1, 2}
         await engine.update_weights(trainer.publish(2, 99.0))
         assert flat(await read(engine))[0] == (0, -20.0, 2), "the same version again does nothing"
-        assert server.asked[-1]["cache_salt"] == "v2"
+        assert server.asked[-1]["cache_salt"].startswith("v2-")
         assert engine.stats().extra == {"probes": 2.0, "probe_mismatch": 0.0}
 
     run(check)
@@ -224,6 +224,28 @@ def test_weights_that_were_not_adopted_are_noticed_and_nothing_is_sampled_from_t
         server.keeps_old_weights = False
         await engine.update_weights(trainer.publish(1, 10.0))
         assert {row[1:] for row in flat(await read(engine))} == {(-10.0, 1)}
+
+    run(check)
+
+
+def test_cached_keys_and_values_are_those_of_one_adoption_by_one_client(tmp_path: Path) -> None:
+    async def check(server: ContractServer, engine: VllmEngine) -> None:
+        published, other = NumberTrainer(tmp_path).publish(4, 40.0), VllmEngine(engine.url)
+        await other.start()  # of a second run, or of one that is resumed
+        for client in (engine, other):
+            await client.update_weights(published)
+            for _ in range(2):
+                await read(client)
+        server.label = "default"
+        with pytest.raises(UnknownWeightsError):
+            await read(other)
+        await other.update_weights(published)
+        await read(other)
+        await other.stop()
+        salts = [body["cache_salt"] for body in server.asked if body["stream"]]
+        assert all(salt.startswith("v4-") for salt in salts)
+        first, second, third = dict.fromkeys(salts)
+        assert salts == [first] * 2 + [second] * 3 + [third]
 
     run(check)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import secrets
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
@@ -92,6 +93,9 @@ class VllmEngine:
         self._tolerance = 0.25 if probe_tolerance is None else probe_tolerance
         self._version, self._ours = version or 0, version is not None
         self._routes = routes
+        self._salt = _new_salt(self._version)
+        """Of prompts in the server's cache. Keys and values of one adoption are never found by prompts of another, were
+        it of the same version: by another client, or after somebody else changed the weights."""
         self._context_length = 0
         self._model = ""
         self._under_way: set[_Generation] = set()
@@ -314,10 +318,9 @@ class VllmEngine:
         }
         if params.seed is not None:
             sampling["seed"] = params.seed
-        # Keys and values of one version are never found by prompts of another.
         return {
             "token_ids": prompt, "sampling_params": sampling, "model": self._model, "stream": True,
-            "cache_salt": f"v{self._version}",
+            "cache_salt": self._salt,
         }  # fmt: skip
 
     # ---- weights
@@ -345,6 +348,7 @@ class VllmEngine:
                 if self._pauses:
                     await self._hold()  # with all of its memory, it goes on by itself
             self._version, self._unproved, self._doubt = publication.version, probe, None
+            self._salt = _new_salt(self._version)
             if not self._pauses:
                 await self._release()
                 await self._prove()
@@ -461,6 +465,10 @@ class VllmEngine:
 
     async def _release(self) -> None:
         await self._server.post("/resume")
+
+
+def _new_salt(version: int) -> str:
+    return f"v{version}-{secrets.token_hex(8)}"
 
 
 def _probe_of(publication: Publication) -> dict[str, list[Any]] | None:
