@@ -11,7 +11,8 @@
     │   └── SealedRolloutError the rollout has ended; nothing more is recorded (HTTP 409)
     ├── EngineError            inference failed (infrastructure: the rollout is masked)
     │   ├── EngineGoneError    its process is gone, and nothing was begun; it may come back
-    │   └── StaleBaseError     published weights are a difference that the engine cannot use; the whole is wanted
+    │   ├── StaleBaseError     published weights are a difference that the engine cannot use; the whole is wanted
+    │   └── UnknownWeightsError nobody knows which weights the engine has; they have to be published to it again
     ├── TrainerError           a rank of the trainer died or does not answer; the run goes on from its checkpoint
     ├── ClusterError           the cluster that a run is in cannot be reached any more, or has lost it
     ├── SandboxError           a sandbox could not be made or broke (infrastructure)
@@ -89,6 +90,11 @@ class EngineGoneError(EngineError):
 class StaleBaseError(EngineError):
     """Published weights are a difference that the engine cannot use: to a version that it does not have, or damaged.
     Publish them whole."""
+
+
+class UnknownWeightsError(EngineError):
+    """Nobody knows which weights the engine has: somebody else started it again, or it failed to adopt some. Publish to
+    it again."""
 
 
 class TrainerError(UpspiralError, RuntimeError):

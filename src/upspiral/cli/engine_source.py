@@ -97,7 +97,7 @@ def _remote(kind: EngineKind, urls: tuple[str, ...]) -> Engine:
 def _vllm(model_folder: Path, run: Path) -> Engine:
     from upspiral.config.models import ModelConfig
     from upspiral.engine.kept import KeptEngine
-    from upspiral.engine.router import Router
+    from upspiral.engine.router import Router, patience_beyond
     from upspiral.engine.vllm.environment import vllm_python
     from upspiral.engine.vllm.server import ServerSettings, VllmServer
 
@@ -107,7 +107,8 @@ def _vllm(model_folder: Path, run: Path) -> Engine:
         _MAX_RUNNING_SERVED, cpu=not _NVIDIA.exists(), threads=len(os.sched_getaffinity(0)),
     )  # fmt: skip
     settings.check()
-    return Router([KeptEngine(lambda: VllmServer(settings))])
+    patience_s = patience_beyond(settings.start_timeout_s)
+    return Router([KeptEngine(lambda: VllmServer(settings))], patience_s=patience_s)
 
 
 def _embedded(folder: Path) -> Engine:

@@ -26,7 +26,8 @@ class GenerationChunk:
     """What one or more decoding steps produced. The lists have equal length, `kept_ids` where it was asked for.
 
     Only the last chunk of a generation has a `finish_reason`; it may carry no tokens. With reason "stop" the stop
-    token is the last sampled token: it was sampled, so it is recorded and trained.
+    token is the last sampled token: it was sampled, so it is recorded and trained. One with nothing in it says that
+    the engine works on it: what was sampled cannot be told yet.
     """
 
     token_ids: Sequence[int] = ()
@@ -39,7 +40,8 @@ class GenerationChunk:
     """[tokens, layers with experts, experts of a token] which experts computed the token before each of these. None:
     the engine does not say."""
     prompt_routes: NDArray[np.int16] | None = None
-    """On the first chunk, if the engine says: [T - 1, ...] which experts computed the prompt's tokens but the last."""
+    """On the first chunk with tokens, if the engine says: [T - 1, ...] which experts computed the prompt's tokens but
+    the last."""
     kept_ids: Sequence[NDArray[np.int32] | None] = ()
     """With `SamplingParams.list_kept`, of each token the ids that top-p, top-k and min-p left, ascending: its
     log-probability is the model's, renormalised over them. None where no filter was on, as at temperature 0."""

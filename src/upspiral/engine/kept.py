@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Callable
 from typing import Protocol
 
 from upspiral.engine.base import EngineStats, GenerationChunk, TokenIds, UpdatableEngine
-from upspiral.errors import DeadlineError, EngineError, EngineGoneError, StaleBaseError, UpspiralError
+from upspiral.errors import DeadlineError, EngineError, EngineGoneError, StaleBaseError
 from upspiral.types import SamplingParams
 from upspiral.weights.publication import Publication
 
@@ -86,10 +86,17 @@ class KeptEngine:
         return self._running().generate(prompt_ids, params)
 
     async def update_weights(self, publication: Publication) -> None:
-        """A process that died, asleep or awake, is started with it."""
+        """A process that died, asleep or awake, is started with it, and one that hangs is ended for that."""
         self._publication = publication
         self._awake.set()
-        await self._running().update_weights(publication)
+        client, home = self._running(), self._home
+        assert home is not None
+        try:
+            await client.update_weights(publication)
+        except DeadlineError as error:
+            _log.warning("an engine that did not adopt weights in time is ended, and another one started: %s", error)
+            await home.kill()
+            raise EngineGoneError(f"{error}; its process was ended, and another one is being started") from error
 
     async def sleep(self) -> None:
         """A process that does not fall asleep is ended, which gives up its memory too."""
@@ -135,27 +142,35 @@ class KeptEngine:
     async def _keep_alive(self) -> None:
         """Until `stop`."""
         while True:
-            assert self._home is not None
-            why = await self._home.gone()
-            _log.warning("the process of an engine died (%s); another one is started", why)
-            await self._mourn()
-            while self._client is None:
+            try:
+                if self._client is not None:
+                    _log.warning("the process of an engine died (%s); another one is started", await self._why_gone())
+                    await self._mourn()
                 await self._awake.wait()
-                try:
-                    async with self._starting:
-                        if self._awake.is_set():  # not asked to sleep meanwhile
-                            await self._place()
-                except (UpspiralError, OSError, RuntimeError) as error:
-                    _log.warning("no engine could be started in its place: %s", error)
-                    await asyncio.sleep(_PAUSE_BEFORE_RESTART_S)
+                async with self._starting:
+                    if self._awake.is_set():  # not asked to sleep meanwhile
+                        await self._place()
+            except Exception as error:  # boundary: whatever fails, somebody has to go on looking after the engine
+                _log.warning("no engine could be started in place of one that died: %r", error)
+                await asyncio.sleep(_PAUSE_BEFORE_RESTART_S)
+
+    async def _why_gone(self) -> str:
+        """Returns when the process is gone, or when nobody can tell whether it is: it is ended then."""
+        assert self._home is not None
+        try:
+            return await self._home.gone()
+        except Exception as error:  # boundary, as above
+            return f"nobody can say whether and why: {error!r}"
 
     async def _mourn(self) -> None:
         client, self._client = self._client, None
         assert client is not None and self._home is not None
-        await client.stop()
-        await self._home.kill()
         stats = client.stats()
         self._version = client.version
         self._sampled += stats.sampled_tokens
         self._prefilled += stats.prefilled_tokens
         self._reused += stats.reused_tokens
+        try:
+            await client.stop()
+        finally:
+            await self._home.kill()

@@ -1,7 +1,8 @@
 """One engine made of many: each generation goes where its prefix is, unless that engine has too much to do.
 
 A generation whose engine fails goes on with another one behind the tokens that its reader has: none is sampled twice,
-and each keeps the version that sampled it. Failures of the request itself are raised at once.
+and each keeps the version that sampled it. Failures of the request itself are raised at once. While no engine can take
+one, empty chunks say that it waits.
 """
 
 from __future__ import annotations
@@ -25,17 +26,18 @@ from upspiral.errors import (
     EngineGoneError,
     RequestError,
     StaleBaseError,
+    UnknownWeightsError,
 )
 from upspiral.types import FinishReason, SamplingParams
 from upspiral.weights.publication import Publication
 
-WAKE_DEADLINE_S = 1800.0
-"""Of engines that all died asleep: how long the first of them may take to be started."""
 PATIENCE_S = 120.0
-"""How long a generation waits for an engine to come back when none can take it."""
+"""How long generations and new weights wait for an engine to come back when there is none."""
 MOST_ATTEMPTS = 5
 """In a row without a token: a request that kills engines must not kill them all day."""
 _BACK_OFF_S, _LONGEST_BACK_OFF_S = 0.5, 30.0
+_MOST_DOUBLINGS = 10
+"""Of the back-off; a float has no room for those of an engine that fails all day."""
 _LOOK_AGAIN_S = 0.1
 _SLACK, _SHARE = 4, 1.25
 """A prefix draws a generation to an engine with at most _SHARE times the mean load and _SLACK more."""
@@ -61,9 +63,13 @@ class _Member:
     catching_up: asyncio.Task[None] | None = field(default=None, repr=False)
 
     def failed(self, error: Exception) -> None:
+        """Of all that one failure ends, the first counts: the others were under way with it."""
         self.why = str(error)
-        self.closed_until = time.monotonic() + min(_BACK_OFF_S * 2**self.failures, _LONGEST_BACK_OFF_S)
-        self.failures += 1
+        now = time.monotonic()
+        if now >= self.closed_until:
+            doublings = min(self.failures, _MOST_DOUBLINGS)
+            self.closed_until = now + min(_BACK_OFF_S * 2**doublings, _LONGEST_BACK_OFF_S)
+            self.failures += 1
 
     def served(self) -> None:
         self.failures, self.closed_until = 0, 0.0
@@ -75,6 +81,12 @@ class _Member:
 
     def __str__(self) -> str:
         return f"engine {self.number}"
+
+
+def patience_beyond(start_timeout_s: float) -> float:
+    """Of a router whose engines may take so long to start: one that dies has to be noticed and started again, and then
+    to adopt its weights."""
+    return start_timeout_s + PATIENCE_S
 
 
 class Router:
@@ -90,7 +102,7 @@ class Router:
         self._patience_s = patience_s
         self._affinity = Affinity()
         self._publication: Publication | None = None
-        self._asleep = False
+        self._stopped = False
         self._elsewhere = EngineStats()
         """What engines sampled that were removed, less what others had sampled when they were added."""
 
@@ -109,6 +121,7 @@ class Router:
 
     async def start(self) -> None:
         """When one does not start, stops all and raises its error."""
+        self._stopped = False
         try:
             await self._of_all(lambda engine: engine.start())
         except BaseException:
@@ -117,6 +130,7 @@ class Router:
             raise
 
     async def stop(self) -> None:
+        self._stopped = True
         for each in self._members:
             if each.catching_up is not None:
                 each.catching_up.cancel()
@@ -171,13 +185,18 @@ class Router:
         failures: dict[_Member, Exception] = {}
         attempts, gives_up = 0, time.monotonic() + self._patience_s
         while (ended := _ending(delivered, params, self.context_length - len(prompt))) is None:
-            member = await self._chosen(prompt, failures)
+            waits_until = time.monotonic() + self._patience_s
+            while (member := self._chosen(prompt, failures)) is None:
+                self._check_patience(waits_until)
+                yield GenerationChunk()
+                await asyncio.sleep(_LOOK_AGAIN_S)
             before = len(delivered)
             try:
                 async with contextlib.aclosing(self._continue(member, prompt, delivered, params)) as chunks:
                     async for chunk in chunks:
                         delivered += chunk.token_ids
-                        member.served()
+                        if chunk.token_ids or chunk.finish_reason is not None:
+                            member.served()
                         yield chunk
                         if chunk.finish_reason is not None:
                             return
@@ -187,8 +206,11 @@ class Router:
             except (EngineError, DeadlineError) as error:
                 failures[member] = error
                 member.failed(error)
-                attempts = 0 if len(delivered) > before else attempts + (not isinstance(error, EngineGoneError))
-                if len(delivered) > before or not isinstance(error, EngineGoneError):
+                if isinstance(error, UnknownWeightsError):
+                    self._catch_up(member)
+                blameless = isinstance(error, EngineGoneError | UnknownWeightsError)
+                attempts = 0 if len(delivered) > before else attempts + (not blameless)
+                if len(delivered) > before or not blameless:
                     gives_up = time.monotonic() + self._patience_s
                 _log.warning("%s failed a generation after %d tokens: %s", member, len(delivered), error)
                 if attempts >= MOST_ATTEMPTS:
@@ -217,19 +239,19 @@ class Router:
         finally:
             member.running -= 1
 
-    async def _chosen(self, prompt: np.ndarray, failures: Mapping[_Member, Exception]) -> _Member:
-        """Waits while no engine can take the generation."""
-        deadline = time.monotonic() + self._patience_s
-        while True:
-            able = self._able()
-            if able:
-                # One that has just failed it comes last.
-                fresh = [each for each in able if each not in failures]
-                return self._choose(prompt, fresh or able)
-            if time.monotonic() > deadline:
-                states = "; ".join(f"{each}: {each.why or 'draining'}" for each in self._members) or "there is none"
-                raise EngineError(f"no engine came back {self._patience()} ({states})")
-            await asyncio.sleep(_LOOK_AGAIN_S)
+    def _chosen(self, prompt: np.ndarray, failures: Mapping[_Member, Exception]) -> _Member | None:
+        """None when no engine can take the generation now."""
+        able = self._able()
+        if not able:
+            return None
+        # One that has just failed it comes last.
+        fresh = [each for each in able if each not in failures]
+        return self._choose(prompt, fresh or able)
+
+    def _check_patience(self, waits_until: float) -> None:
+        if time.monotonic() > waits_until:
+            states = "; ".join(f"{each}: {each.why or 'draining'}" for each in self._members) or "there is none"
+            raise EngineError(f"no engine came back {self._patience()} ({states})")
 
     def _patience(self) -> str:
         return f"within {self._patience_s:g} s"
@@ -254,12 +276,11 @@ class Router:
 
     async def update_weights(self, publication: Publication) -> None:
         """Raises StaleBaseError when an engine needs the weights whole, and EngineError when none could adopt them.
-        Where all died asleep, it waits for the first that is started again."""
+        Where all have died, asleep or awake, it waits for the first that is started again."""
         self._publication = publication
-        gives_up = time.monotonic() + (WAKE_DEADLINE_S if self._asleep else 0.0)
+        gives_up = time.monotonic() + self._patience_s
         while not await self._adopted(publication, waits=time.monotonic() < gives_up):
             await asyncio.sleep(_LOOK_AGAIN_S)
-        self._asleep = False
 
     async def _adopted(self, publication: Publication, *, waits: bool) -> bool:
         """False when all engines are gone, if somebody `waits` for them; the others catch up later."""
@@ -291,11 +312,10 @@ class Router:
         for task in catching_up:
             task.cancel()  # the next version comes to all of them, and this one would wake its engine
         await asyncio.gather(*catching_up, return_exceptions=True)
-        self._asleep = True
         await self._of_all(lambda engine: engine.sleep())
 
     def _catch_up(self, member: _Member) -> None:
-        if member.catching_up is None or member.catching_up.done():
+        if not self._stopped and (member.catching_up is None or member.catching_up.done()):
             member.catching_up = asyncio.create_task(self._until_current(member))
 
     async def _until_current(self, member: _Member) -> None:
@@ -310,7 +330,7 @@ class Router:
                 await member.engine.update_weights(publication)
             except StaleBaseError:
                 return  # the next publication tells its publisher
-            except (EngineError, DeadlineError) as error:
+            except Exception as error:  # boundary: nobody waits for this, and it must not end before it is done
                 member.failed(error)
                 continue
             if publication is self._publication:

@@ -16,7 +16,8 @@ from upspiral.gateway.generation import AnswerEvent, Generation
 from upspiral.types import SamplingParams
 
 CHUNK_DEADLINE_S = 600.0
-"""How long an engine may be silent. Generous: an optimizer step or new weights can come in between."""
+"""How long an engine may be silent, without so much as an empty chunk. Generous: an optimizer step or new weights can
+come in between."""
 
 CLOSE_DEADLINE_S = 20.0
 """How long an engine may take to let go of a generation. Shorter than what the end of a rollout waits for that."""
@@ -174,8 +175,9 @@ class Call:
         stream = cast(Any, self._engine.generate(self.plan.prompt_ids, params))
         try:
             while not generation.ended:
-                chunk = await self._next_chunk(stream)
-                self._publish(generation.take(chunk))
+                event = generation.take(await self._next_chunk(stream))
+                if event.tokens or event.pieces or event.end is not None:
+                    self._publish(event)
         finally:
             await self._close(stream)
 

@@ -9,7 +9,7 @@ from upspiral.config.models import RunConfig, ServerConfig
 from upspiral.engine.base import UNPUBLISHED_VERSION, UpdatableEngine
 from upspiral.engine.kept import KeptEngine
 from upspiral.engine.routed_layers import RoutedLayers
-from upspiral.engine.router import Router
+from upspiral.engine.router import Router, patience_beyond
 from upspiral.engine.sglang.client import SglangEngine
 from upspiral.engine.vllm.client import VllmEngine
 from upspiral.engine.vllm.environment import vllm_python
@@ -25,8 +25,9 @@ def servers(config: RunConfig, model_folder: Path, logs: Path, *, cpu: bool, thr
     server = config.engine.server or ServerConfig()
     key = os.environ.get(KEY_VARIABLE, "")
     routes = RoutedLayers.of_folder(model_folder) if config.engine.routes == "replay" else None
+    patience_s = patience_beyond(server.start_timeout_s)
     if server.urls:
-        return Router([_client(config, url, key, routes) for url in server.urls])
+        return Router([_client(config, url, key, routes) for url in server.urls], patience_s=patience_s)
     if config.engine.kind != "vllm":
         raise ConfigError(
             f'engine.kind = "{config.engine.kind}" cannot be started here; start its servers yourself, with the model '
@@ -58,7 +59,7 @@ def servers(config: RunConfig, model_folder: Path, logs: Path, *, cpu: bool, thr
     ]
     for each in settings:
         each.check()
-    return Router([KeptEngine(lambda each=each: VllmServer(each)) for each in settings])
+    return Router([KeptEngine(lambda each=each: VllmServer(each)) for each in settings], patience_s=patience_s)
 
 
 def _client(config: RunConfig, url: str, key: str, routes: RoutedLayers | None) -> UpdatableEngine:

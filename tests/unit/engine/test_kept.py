@@ -9,10 +9,11 @@ from contextlib import asynccontextmanager
 import pytest
 
 from tests.fixtures.failing_engine import FailingEngine, completion
+from upspiral.engine import kept as kept_module
 from upspiral.engine import router as router_module
 from upspiral.engine.kept import KeptEngine
 from upspiral.engine.router import Router
-from upspiral.errors import EngineError, EngineGoneError
+from upspiral.errors import DeadlineError, EngineError, EngineGoneError
 from upspiral.types import SamplingParams
 
 from .test_router import PROMPT, run, version
@@ -36,6 +37,9 @@ class Home:
         return "it was killed"
 
     async def kill(self) -> None:
+        self.die()
+
+    def die(self) -> None:
         self.engine.dead = True
         self.engine.held.set()  # what was under way ends
         self._gone.set()
@@ -80,6 +84,30 @@ def test_what_dies_is_started_again_with_the_weights_that_it_had() -> None:
             await homes[0].kill()
             await until(lambda: len(homes) == 2 and homes[1].engine.version == 1)
             assert await read(engine) == completion(PROMPT, 12)
+
+    run(check())
+
+
+@pytest.mark.parametrize("patience_s", [20.0, 0.02])
+def test_new_weights_wait_for_an_engine_that_died_awake_as_long_as_they_may(patience_s: float) -> None:
+    async def check() -> None:
+        may_start = asyncio.Event()
+        may_start.set()
+        async with keeping(lambda: Home(may_start)) as (engine, homes):
+            router = Router([engine], patience_s=patience_s)
+            await router.update_weights(version(1))
+            may_start.clear()
+            await homes[0].kill()
+            await until(lambda: len(homes) == 2)
+            publishing = asyncio.create_task(router.update_weights(version(2)))
+            await asyncio.sleep(0.05)
+            if patience_s < 1.0:
+                with pytest.raises(EngineError, match=r"could adopt version 2: .* another one is being started"):
+                    await publishing
+            else:
+                may_start.set()
+                await publishing
+                assert engine.version == 2 and await read(engine) == completion(PROMPT, 12)
 
     run(check())
 
@@ -166,5 +194,51 @@ def test_sleep_waits_for_a_start_that_is_under_way() -> None:
             assert homes[1].engine.asleep
             await engine.update_weights(version(1))
             assert not homes[1].engine.asleep and await read(engine) == completion(PROMPT, 12)
+
+    run(check())
+
+
+class Troubled(Home):
+    """What watches it and what ends it fails with errors that nobody planned."""
+
+    async def gone(self) -> str:
+        await super().gone()
+        raise FileNotFoundError("its log")
+
+    async def kill(self) -> None:
+        await super().kill()
+        raise ZeroDivisionError("while it was killed")
+
+
+def test_it_is_looked_after_whatever_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kept_module, "_PAUSE_BEFORE_RESTART_S", 0.001)
+
+    async def check() -> None:
+        made: list[Home] = []
+
+        def make() -> Home:
+            made.append(Troubled() if not made else Home())
+            if len(made) == 2:
+                raise KeyError("the second is not made")
+            return made[-1]
+
+        async with keeping(make) as (engine, homes):
+            assert await read(engine) == completion(PROMPT, 12)
+            homes[0].die()
+            await until(lambda: len(homes) == 2)
+            assert await read(engine) == completion(PROMPT, 12)
+            assert engine.stats().sampled_tokens == 24, "those of the dead are counted"
+
+    run(check())
+
+
+def test_one_that_hangs_at_new_weights_is_ended_and_another_has_them() -> None:
+    async def check() -> None:
+        async with keeping() as (engine, homes):
+            router = Router([engine])
+            homes[0].engine.refuses = [DeadlineError("it did not answer within 600 s")]
+            await router.update_weights(version(1))
+            assert homes[0].engine.dead and len(homes) == 2
+            assert engine.version == 1 and await read(engine) == completion(PROMPT, 12)
 
     run(check())

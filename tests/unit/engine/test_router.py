@@ -129,9 +129,11 @@ def test_when_all_are_gone_it_waits_for_one_to_come_back() -> None:
         router = Router(engines, patience_s=5.0)
         await router.stop()
         waiting = asyncio.create_task(read(router))
-        await asyncio.sleep(0.002)
+        await asyncio.sleep(0.05)
         engines[1].dead = False
-        assert tokens(await waiting) == completion(PROMPT, 12)
+        chunks = await waiting
+        assert tokens(chunks) == completion(PROMPT, 12)
+        assert chunks[0] == GenerationChunk(), "it told that it waits"
 
     run(check())
 

@@ -163,6 +163,43 @@ def test_an_engine_that_failed_is_tried_by_one_generation_at_first() -> None:
     run(check)
 
 
+def test_generations_that_fail_together_close_their_engine_as_one_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(router_module, "_BACK_OFF_S", 0.1)
+    monkeypatch.setattr(router_module, "_LONGEST_BACK_OFF_S", 1e9)
+
+    async def check() -> None:
+        engines = [FailingEngine([0] * 20), FailingEngine()]
+        for each in engines:
+            each.held.clear()
+        router = Router(engines)
+        many = [asyncio.create_task(read(router, [number])) for number in range(1, 41)]
+        await until(lambda: [each.running for each in engines] == [20, 20])
+        for each in engines:
+            each.held.set()
+        await asyncio.gather(*many)
+        await asyncio.sleep(0.15)
+        await asyncio.gather(*(read(router, [number]) for number in range(50, 54)))
+        assert len(engines[0].prompts) > 20, "it is open again"
+
+    run(check)
+
+
+def test_an_engine_that_fails_all_day_is_still_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its failures are more than the exponent of a float can be."""
+
+    monkeypatch.setattr(router_module, "_LONGEST_BACK_OFF_S", 0.0)
+    monkeypatch.setattr(router_module, "_LOOK_AGAIN_S", 0.0)
+
+    async def check() -> None:
+        engines = [FailingEngine(), FailingEngine()]
+        router = Router(engines)
+        engines[1].refuses = [EngineError("not yet")] * 1100
+        await router.update_weights(version(1))
+        await until(lambda: engines[1].version == 1)
+
+    run(check)
+
+
 def test_engines_that_do_not_start_say_why_and_the_others_are_stopped() -> None:
     class Unable(FailingEngine):
         async def start(self) -> None:

@@ -21,7 +21,7 @@ from upspiral.engine.base import GenerationChunk
 from upspiral.engine.routed_layers import RoutedLayers
 from upspiral.engine.router import Router
 from upspiral.engine.sglang.client import SglangEngine
-from upspiral.errors import ContextLengthError, EngineError, RequestError, StaleBaseError
+from upspiral.errors import ContextLengthError, EngineError, RequestError, StaleBaseError, UnknownWeightsError
 from upspiral.loop.servers import servers
 from upspiral.types import SamplingParams
 from upspiral.weights.probe import measured_probe
@@ -49,7 +49,9 @@ class Sample:
     """A whole generation."""
 
     def __init__(self, chunks: list[GenerationChunk]) -> None:
-        self.chunks = chunks
+        self.chunks = [chunk for chunk in chunks if chunk.token_ids or chunk.finish_reason]
+        self.held_back = len(chunks) - len(self.chunks)
+        """Chunks that told of work and nothing of it."""
         self.ids = [token_id for chunk in chunks for token_id in chunk.token_ids]
         self.logprobs = [logprob for chunk in chunks for logprob in chunk.logprobs]
         self.versions = [version for chunk in chunks for version in chunk.versions]
@@ -222,12 +224,15 @@ def test_weights_that_somebody_else_changed_are_noticed(trainer: Trainer) -> Non
     async def check() -> None:
         contract = SglangContract(trainer.folder)
         async with running(contract) as engine:
-            contract.label = "default"
-            with pytest.raises(EngineError, match=r"weight version 'default', but should have 0"):
-                await sampled(engine)
-            contract.label = "1"
-            with pytest.raises(EngineError, match=r"weight version '1', but should have 0"):
-                await sampled(engine)
+            published = trainer.publish(1)
+            await engine.update_weights(published)
+            for label in ("default", "2"):
+                contract.label = label
+                for _ in range(2):
+                    with pytest.raises(UnknownWeightsError, match=rf"weight version '{label}', but should have 1"):
+                        await sampled(engine)
+                await engine.update_weights(published)
+                assert set((await sampled(engine)).versions) == {1}
 
     run(check)
 
@@ -352,9 +357,9 @@ def test_routes_are_those_of_the_tokens_before(trainer: Trainer) -> None:
         contract = SglangContract(trainer.folder)
         layout = RoutedLayers(layers=3, with_experts=(0, 2), experts_of_token=EXPERTS_OF_TOKEN)
         async with running(contract, routes=layout) as engine:
-            chunks = (await sampled(engine)).chunks
-            assert len(chunks) == 1, "SGLang tells them at the end"
-            sample = Sample(chunks)
+            sample = await sampled(engine)
+            chunks = sample.chunks
+            assert len(chunks) == 1 and sample.held_back > 3, "SGLang tells them at the end"
             expected = contract.experts([*PROMPT, *sample.ids[:-1]])[:, [0, 2]]
             np.testing.assert_array_equal(chunks[0].prompt_routes, expected[: len(PROMPT) - 1])
             np.testing.assert_array_equal(chunks[0].routes, expected[len(PROMPT) - 1 :])

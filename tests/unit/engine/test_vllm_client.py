@@ -16,10 +16,12 @@ import pytest
 pytest.importorskip("torch", reason="needs the [train] extra")
 
 from tests.fixtures.vllm_contract import CONTEXT, ContractServer, NumberTrainer, chunk_of, serving
+from upspiral.engine import router as router_module
 from upspiral.engine.base import GenerationChunk
 from upspiral.engine.routed_layers import RoutedLayers
+from upspiral.engine.router import Router
 from upspiral.engine.vllm.client import VllmEngine
-from upspiral.errors import ContextLengthError, EngineError, RequestError, StaleBaseError
+from upspiral.errors import ContextLengthError, EngineError, RequestError, StaleBaseError, UnknownWeightsError
 from upspiral.types import SamplingParams
 
 DEADLINE_S = 20
@@ -74,7 +76,7 @@ def test_what_is_asked_and_what_arrives() -> None:
             "seed": 3, "ignore_eos": True, "logprobs": 0,
         }  # fmt: skip
         assert {name: asked[name] for name in expected} == expected
-        assert body["token_ids"] == PROMPT and body["cache_salt"] == "v0"
+        assert body["token_ids"] == PROMPT and body["cache_salt"].startswith("v0-")
         await read(engine, max_tokens=500)
         assert server.asked[-1]["sampling_params"]["max_tokens"] == CONTEXT - len(PROMPT)
         assert engine.stats().sampled_tokens == 12 + CONTEXT - len(PROMPT) and engine.stats().running == 0
@@ -102,13 +104,7 @@ MALFORMED: Mapping[str, Mapping[str, Any] | bytes] = {
     "a text as log-probability": chunk_of([7], logprobs={"content": [{"token_id": 7, "logprob": "x"}]}),
     "a negative token": chunk_of([-1]),
     "a text as token": chunk_of([7], token_ids=["7"]),
-    "a label that is no number": chunk_of(
-        [7], finish_reason="stop", weight_versions=[{"version": "main", "start": 0, "end": 1}]
-    ),
     "labels with holes": chunk_of([7], finish_reason="stop", weight_versions=[{"version": "0", "start": 1, "end": 1}]),
-    "a label of another version": chunk_of(
-        [7], finish_reason="stop", weight_versions=[{"version": "3", "start": 0, "end": 1}]
-    ),
     "an abort": chunk_of([], finish_reason="abort"),
     "an unknown reason": chunk_of([7], finish_reason="tired"),
     "a failure": {"error": {"message": "the engine died", "code": 500}},
@@ -199,7 +195,7 @@ def test_tokens_of_a_switch_carry_the_version_that_sampled_them(tmp_path: Path) 
         assert seen == {0, 1, 2}
         await engine.update_weights(trainer.publish(2, 99.0))
         assert flat(await read(engine))[0] == (0, -20.0, 2), "the same version again does nothing"
-        assert server.asked[-1]["cache_salt"] == "v2"
+        assert server.asked[-1]["cache_salt"].startswith("v2-")
         assert engine.stats().extra == {"probes": 2.0, "probe_mismatch": 0.0}
 
     run(check)
@@ -230,6 +226,114 @@ def test_weights_that_were_not_adopted_are_noticed_and_nothing_is_sampled_from_t
         assert {row[1:] for row in flat(await read(engine))} == {(-10.0, 1)}
 
     run(check)
+
+
+def test_cached_keys_and_values_are_those_of_one_adoption_by_one_client(tmp_path: Path) -> None:
+    async def check(server: ContractServer, engine: VllmEngine) -> None:
+        published, other = NumberTrainer(tmp_path).publish(4, 40.0), VllmEngine(engine.url)
+        await other.start()  # of a second run, or of one that is resumed
+        for client in (engine, other):
+            await client.update_weights(published)
+            for _ in range(2):
+                await read(client)
+        server.label = "default"
+        with pytest.raises(UnknownWeightsError):
+            await read(other)
+        await other.update_weights(published)
+        await read(other)
+        await other.stop()
+        salts = [body["cache_salt"] for body in server.asked if body["stream"]]
+        assert all(salt.startswith("v4-") for salt in salts)
+        first, second, third = dict.fromkeys(salts)
+        assert salts == [first] * 2 + [second] * 3 + [third]
+
+    run(check)
+
+
+@pytest.mark.parametrize("label", ["default", "3", "-1", "6"])
+def test_nothing_is_told_of_weights_that_the_server_calls_otherwise(label: str, tmp_path: Path) -> None:
+    """As one does that its own supervisor started again."""
+
+    async def check(server: ContractServer, engine: VllmEngine) -> None:
+        seventh = NumberTrainer(tmp_path).publish(7, 70.0)
+        await engine.update_weights(seventh)
+        assert {row[1:] for row in flat(await read(engine))} == {(-70.0, 7)}
+        server.value, server.label = 0.0, label
+        for _ in range(2):
+            with pytest.raises(UnknownWeightsError, match=rf"has version 7 and labels its weights \['{label}'\]"):
+                await anext(aiter(engine.generate(PROMPT, SamplingParams(max_tokens=12))))
+        await engine.update_weights(seventh)
+        assert {row[1:] for row in flat(await read(engine))} == {(-70.0, 7)}
+
+    run(check)
+
+
+def test_labels_of_other_weights_at_the_end_are_the_last_that_is_believed() -> None:
+    async def check(server: ContractServer, engine: VllmEngine) -> None:
+        server.pause_s = 0.02
+        under_way = [asyncio.create_task(read(engine, max_tokens=count)) for count in (6, 60)]
+        await until(lambda: engine.stats().sampled_tokens > 4)
+        server.label = "default"
+        for each in under_way:
+            with pytest.raises(UnknownWeightsError, match=r"labels its weights \['0', 'default'\]"):
+                await each
+        assert engine.stats().sampled_tokens < 30, "the longer one ended with the other"
+
+    run(check)
+
+
+def test_generations_that_begin_together_ask_for_the_label_together() -> None:
+    async def check(server: ContractServer, engine: VllmEngine) -> None:
+        server.label_pause_s = 0.3
+        server.calls.clear()
+        many = await asyncio.gather(*(read(engine) for _ in range(16)))
+        assert [len(flat(chunks)) for chunks in many] == [12] * 16
+        assert server.calls.count("/weight_info") < 6
+
+    run(check)
+
+
+def test_weights_may_be_switched_while_the_server_is_asked_for_its_label(tmp_path: Path) -> None:
+    async def check(server: ContractServer, engine: VllmEngine) -> None:
+        server.label_pause_s, server.pause_s = 0.2, 0.02
+        under_way = asyncio.create_task(read(engine, max_tokens=30))
+        await until(lambda: "/weight_info" in server.calls)
+        await engine.update_weights(NumberTrainer(tmp_path).publish(1, 10.0))
+        assert {row[1:] for row in flat(await under_way)} == {(0.0, 0), (-10.0, 1)}
+
+    run(check)
+
+
+def test_a_server_that_somebody_starts_again_gets_its_weights_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(router_module, "_BACK_OFF_S", 0.01)
+
+    async def check() -> None:
+        first, second = ContractServer(), ContractServer()
+        first.pause_s = second.pause_s = 0.03
+        async with serving(first) as url:
+            engine = VllmEngine(url, version=-1)
+            router = Router([engine])
+            await router.start()
+            await router.update_weights(NumberTrainer(tmp_path).publish(7, 70.0))
+            under_way = [asyncio.create_task(rows(router, number)) for number in range(8)]
+            await until(lambda: engine.stats().sampled_tokens > 40)
+        async with serving(second, int(url.rpartition(":")[2])):
+            told = [row for task in under_way for row in await task]
+            await router.stop()
+        assert set(told) == {(-70.0, 7)} and len(told) == 8 * 50
+        assert second.value == 70.0
+
+    async def rows(router: Router, number: int) -> list[tuple[float, int]]:
+        chunks = router.generate([5, number], SamplingParams(max_tokens=50))
+        return [row async for chunk in chunks for row in zip(chunk.logprobs, chunk.versions, strict=True)]
+
+    async def within() -> None:
+        async with asyncio.timeout(DEADLINE_S):
+            await check()
+
+    asyncio.run(within())
 
 
 def test_a_difference_to_weights_that_are_not_there_changes_nothing(tmp_path: Path) -> None:
@@ -425,6 +529,8 @@ def test_routed_experts_come_with_their_tokens_and_are_refused_where_there_are_n
         server.extra = {"routed_experts": encoded(every)}
         routes = every[:, [0, 2]]
         chunks = await read(engine)
+        assert chunks[:11] == [GenerationChunk()] * 11, "each piece that is held back is told of"
+        chunks = chunks[11:]
         assert chunks[0].prompt_routes is not None and chunks[0].prompt_routes.dtype == np.int16
         np.testing.assert_array_equal(chunks[0].prompt_routes, routes[: len(PROMPT) - 1])
         assert all(chunk.prompt_routes is None for chunk in chunks[1:])

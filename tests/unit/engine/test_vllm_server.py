@@ -27,7 +27,9 @@ pytest.importorskip("torch", reason="needs the [train] extra")
 from tests.fixtures.vllm_contract import CONTEXT
 from upspiral.cli.main import run_command
 from upspiral.config.models import RunConfig
+from upspiral.engine.router import Router
 from upspiral.engine.vllm import environment
+from upspiral.engine.vllm import server as server_module
 from upspiral.engine.vllm.server import ServerSettings, VllmServer
 from upspiral.errors import ConfigError, DeadlineError, EngineError
 from upspiral.loop.servers import servers
@@ -132,6 +134,15 @@ def test_it_starts_answers_tells_of_its_death_and_leaves_nothing(python: Path, t
     run(check())
 
 
+def test_a_run_waits_longer_for_a_server_than_it_may_take_to_start(python: Path, tmp_path: Path) -> None:
+    for server in ({"python": str(python), "start_timeout_s": 900.0}, {"urls": ["http://127.0.0.1:1"]}):
+        engine = {"kind": "vllm", "context_length": 64, "server": server}
+        config = RunConfig.model_validate({"agent": {"command": "true"}, "engine": engine})
+        assert config.engine.server is not None
+        router = servers(config, tmp_path, tmp_path / "logs", cpu=True, threads=1)
+        assert isinstance(router, Router) and router._patience_s > config.engine.server.start_timeout_s
+
+
 def test_a_run_that_replays_routes_asks_its_servers_for_them(python: Path, tmp_path: Path) -> None:
     """Of a model whose second layer of four has no experts."""
     model = tmp_path / "model"
@@ -150,7 +161,7 @@ def test_a_run_that_replays_routes_asks_its_servers_for_them(python: Path, tmp_p
             chunks = [chunk async for chunk in router.generate([7, 8, 9], SamplingParams(max_tokens=3))]
         finally:
             await router.stop()
-        told = [chunks[0].prompt_routes, *(chunk.routes for chunk in chunks)]
+        told = [each for chunk in chunks for each in (chunk.prompt_routes, chunk.routes)]
         routes = np.concatenate([each for each in told if each is not None])
         assert routes.tolist() == [[[at + 10 * layer, at + 10 * layer + 1] for layer in (0, 2, 3)] for at in range(5)]
 
@@ -158,6 +169,27 @@ def test_a_run_that_replays_routes_asks_its_servers_for_them(python: Path, tmp_p
     (model / "config.json").write_text('{"num_hidden_layers": 4}')
     with pytest.raises(ConfigError, match="the model has no experts"):
         servers(config, model, tmp_path / "logs", cpu=False, threads=1)
+
+
+def test_one_that_cannot_be_ended_or_has_lost_its_log_is_told_of(
+    python: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def check() -> None:
+        settings = settings_of(python, tmp_path)
+        home = VllmServer(settings)
+        await (await home.start()).stop()
+        (child,) = children(settings.log)
+        server = psutil.Process(child).ppid()
+        with monkeypatch.context() as patch:
+            patch.setattr(server_module, "_KILL_DEADLINE_S", 0.1)
+            patch.setattr(server_module, "end_group", lambda group: None)  # as if it hung in its driver
+            with pytest.raises(EngineError, match=rf"process {server}\) was killed and still runs after 0\.1 s"):
+                await home.kill()
+        settings.log.unlink()
+        os.killpg(server, signal.SIGKILL)
+        assert re.search(r"ended \(exit code killed\), and its log cannot be read", await home.gone())
+
+    run(check())
 
 
 def test_it_dies_with_an_owner_that_is_killed(python: Path, tmp_path: Path) -> None:

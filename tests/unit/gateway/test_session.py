@@ -35,6 +35,19 @@ class StuckEngine(ScriptedEngine):
             await asyncio.sleep(60)
 
 
+class HoldingEngine(ScriptedEngine):
+    """Tells that it works, and nothing of what it sampled until the end."""
+
+    async def generate(self, prompt_ids: TokenIds, params: SamplingParams) -> AsyncIterator[GenerationChunk]:
+        chunks = []
+        async for chunk in super().generate(prompt_ids, params):
+            await asyncio.sleep(0.1)
+            chunks.append(chunk)
+            yield GenerationChunk()
+        for chunk in chunks:
+            yield chunk
+
+
 @asynccontextmanager
 async def a_session(
     folder: Path, policy: SessionPolicy, pause_s: float = 0.0, kind: type[ScriptedEngine] = ScriptedEngine
@@ -218,5 +231,20 @@ def test_every_answer_to_a_retry_comes_from_the_one_that_never_arrived(tmp_path:
             await session.begin(replace(asked("hello"), answers=2), Hints(retry=1, body_digest=b"two")).task
             assert [node.reason for node in session.graph.nodes] == ["root", "append", "sibling", "retry", "retry"]
             assert session.graph.edges == [Edge("retry", 1, 3, "header"), Edge("retry", 1, 4, "header")]
+
+    asyncio.run(scene())
+
+
+def test_an_answer_whose_tokens_are_held_back_may_take_longer_than_an_engine_may_be_silent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("upspiral.gateway.call.CHUNK_DEADLINE_S", 0.25)
+
+    async def scene() -> None:
+        async with a_session(tmp_path, SessionPolicy(), kind=HoldingEngine) as (session, _):
+            call = session.begin(asked("hello"))
+            events = [event async for event in call.events()]
+            assert sum(event.tokens for event in events) == call.usage.completion_tokens > 3
+            assert all(event.tokens or event.pieces or event.end for event in events)
 
     asyncio.run(scene())

@@ -21,6 +21,7 @@ from upspiral.errors import (
     EngineError,
     RequestError,
     StaleBaseError,
+    UnknownWeightsError,
     UpspiralError,
 )
 from upspiral.types import FinishReason, SamplingParams
@@ -120,7 +121,15 @@ class Failed(msgspec.Struct, tag=True, array_like=True):
 Answer = State | Chunk | Done | Failed
 
 _ERRORS: Mapping[str, Callable[[str], UpspiralError]] = {
-    kind.__name__: kind for kind in (ContextLengthError, RequestError, StaleBaseError, DeadlineError, EngineError)
+    kind.__name__: kind
+    for kind in (
+        ContextLengthError,
+        RequestError,
+        StaleBaseError,
+        UnknownWeightsError,
+        DeadlineError,
+        EngineError,
+    )
 }
 
 

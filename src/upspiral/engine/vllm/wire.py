@@ -32,8 +32,8 @@ class Piece:
     kept_ids: list[NDArray[np.int32] | None]
     """As `GenerationChunk`'s; empty where the server sends no masks."""
     finish_reason: FinishReason | None
-    labels: list[int] | None
-    """With the last one: the version of every token of the generation."""
+    labels: list[str] | None
+    """With the last one: the label that the server's weights had, of every token of the generation."""
     routes: NDArray[np.int16] | None
     """With the last one, if the server sends them: of every token of prompt and answer but the last, the experts that
     computed it."""
@@ -43,7 +43,7 @@ class Piece:
 
 
 def read_piece(line: Any, *, labelled: bool = True) -> Piece:
-    """`labelled`: whether the labels are numbers that we gave; others are not read. Raises RequestError for a refusal,
+    """`labelled`: whether the labels are ours; others are not read. Raises RequestError for a refusal,
     EngineError for a failure and for what is no chunk of a generation."""
     if isinstance(line, dict) and "error" in line:
         _raise_error(line["error"])
@@ -89,14 +89,14 @@ def _logprobs(choice: dict[str, Any], token_ids: Sequence[int]) -> list[float]:
     return logprobs
 
 
-def _labels(spans: Any) -> list[int] | None:
+def _labels(spans: Any) -> list[str] | None:
     if spans is None:
         return None
-    labels: list[int] = []
+    labels: list[str] = []
     for span in spans:
         if span["start"] != len(labels) or span["end"] < span["start"]:
             raise ValueError("its spans of versions have holes")
-        labels += [int(span["version"])] * (span["end"] - span["start"])
+        labels += [str(span["version"])] * (span["end"] - span["start"])
     return labels
 
 
@@ -109,15 +109,15 @@ def _routes(encoded: str | None) -> NDArray[np.int16] | None:
     return routes.astype(np.int16)
 
 
-def with_versions(pieces: Sequence[Piece], labels: Sequence[int] | None) -> list[GenerationChunk]:
-    """Pieces that were held back until the labels of their generation's tokens were known; they are its end."""
+def with_versions(pieces: Sequence[Piece], versions: Sequence[int] | None) -> list[GenerationChunk]:
+    """Pieces that were held back until the versions of their generation's tokens were known; they are its end."""
     count = sum(len(piece.token_ids) for piece in pieces)
-    if labels is None or len(labels) < count:
-        given = "no" if labels is None else len(labels)
+    if versions is None or len(versions) < count:
+        given = "no" if versions is None else len(versions)
         raise EngineError(f"vLLM labelled {given} tokens of a generation with versions; {count} were held back")
-    at, chunks = len(labels) - count, []
+    at, chunks = len(versions) - count, []
     for piece in pieces:
-        chunks.append(piece.chunk(labels[at : at + len(piece.token_ids)]))
+        chunks.append(piece.chunk(versions[at : at + len(piece.token_ids)]))
         at += len(piece.token_ids)
     return chunks
 

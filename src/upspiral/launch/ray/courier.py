@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
-from upspiral.errors import DeadlineError, EngineError
+from upspiral.errors import EngineError
 from upspiral.launch.ray.weights_host import Files
 from upspiral.weights.publication import Publication
 
@@ -35,7 +35,7 @@ class Courier:
                 found = await self._call(node, "find", publication)
                 return found or await self._bring(node, publication)
         except TimeoutError:
-            raise DeadlineError(
+            raise EngineError(  # no DeadlineError: the engine does not hang
                 f"version {publication.version} did not come to node {node} within {DELIVERY_DEADLINE_S:.0f} s"
             ) from None
 

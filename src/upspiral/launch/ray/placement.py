@@ -11,9 +11,10 @@ from typing import Any
 from upspiral.config.models import RunConfig
 from upspiral.engine.base import UpdatableEngine
 from upspiral.engine.kept import KeptEngine
-from upspiral.engine.router import Router
+from upspiral.engine.router import Router, patience_beyond
 from upspiral.errors import ConfigError, TrainerError
 from upspiral.launch.ray.courier import Courier
+from upspiral.launch.ray.engine_actor import START_DEADLINE_S as ENGINE_START_DEADLINE_S
 from upspiral.launch.ray.engine_actor import EngineActor
 from upspiral.launch.ray.engine_host import EngineHost
 from upspiral.launch.ray.placed_sandboxes import PlacedSandboxes
@@ -36,7 +37,8 @@ class RayPlacement:
 
     async def engine(self, setting: Setting) -> UpdatableEngine:
         setting.stack.callback(self._courier.stop)
-        router = Router([self._placed(setting) for _ in range(setting.config.cluster.engines)])
+        engines = [self._placed(setting) for _ in range(setting.config.cluster.engines)]
+        router = Router(engines, patience_s=patience_beyond(ENGINE_START_DEADLINE_S))
         setting.stack.push_async_callback(router.stop)
         await router.start()
         return router
