@@ -13,6 +13,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
@@ -192,6 +193,39 @@ def test_a_server_that_does_not_start_says_why(python: Path, tmp_path: Path) -> 
         run(_started(slow))
     with pytest.raises(ConfigError, match="upspiral engine install vllm"):
         run(_started(settings_of(tmp_path / "nowhere", tmp_path)))
+
+
+def test_relative_paths_are_those_of_who_starts_it(
+    python: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server has another working folder. A link to an interpreter is started as the link that it is: that is what
+    makes it the one of a virtual environment."""
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    monkeypatch.chdir(tmp_path)
+    settings_of(python, tmp_path)  # makes the model's folder
+    link = Path("venv/bin/python")
+    link.parent.mkdir(parents=True)
+    link.symlink_to(python)
+    settings = replace(settings_of(link, tmp_path), model_folder=Path("model"), log=Path("vllm.log"))
+
+    async def check() -> None:
+        home = VllmServer(settings)
+        engine = await home.start()
+        try:
+            (child,) = children(settings.log)
+            assert psutil.Process(psutil.Process(child).ppid()).cwd() != str(tmp_path)
+        finally:
+            await engine.stop()
+            await home.kill()
+
+    run(check())
+    refused = program(tmp_path / "refused", "exit 0")
+    refused.chmod(0o644)
+    with pytest.raises(EngineError, match=r"refused cannot be started as vLLM's interpreter: .*Permission denied"):
+        run(_started(settings_of(refused, tmp_path)))
+    assert list(temporary.iterdir()) == [], "nothing is left of either"
 
 
 async def _started(settings: ServerSettings) -> None:
