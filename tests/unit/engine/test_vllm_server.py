@@ -251,6 +251,9 @@ def test_an_environment_counts_when_it_was_finished(
     assert not environment.is_installed(), "who made it was killed"
     assert run_command(["engine", "list"]) == 0
     assert "vllm      not installed: `upspiral engine install vllm`" in capsys.readouterr().out
+    unfinished = settings_of(environment.vllm_python(), tmp_path)
+    with pytest.raises(ConfigError, match=r"was not finished: install .*`upspiral engine install vllm`"):
+        run(_started(unfinished))
     with (
         monkeypatch.context() as patch,
         pytest.raises(EngineError, match=r"could not be made; .* said:\nno space left"),
@@ -262,3 +265,30 @@ def test_an_environment_counts_when_it_was_finished(
     assert environment.is_installed() and environment.vllm_python() == Path(sys.executable)
     assert run_command(["engine", "list"]) == 0
     assert f"vllm      {sys.executable}" in capsys.readouterr().out
+
+
+def test_an_environment_is_made_by_one_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("UPSPIRAL_CACHE", str(tmp_path))
+    begun = tmp_path / "begun"
+    slow = program(tmp_path / "slow", f'mkdir -p "$3" && echo $$ > "$3/made" && touch {begun} && exec sleep 600')
+    maker = subprocess.Popen(
+        [sys.executable, "-c", f"import sys; sys.executable = {str(slow)!r}\n"
+         "from upspiral.engine.vllm.environment import install\ninstall()"],
+        env={**os.environ, "PYTHONPATH": str(ROOT / "src")}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )  # fmt: skip
+    made = environment.environment_folder() / "made"
+    monkeypatch.setattr(sys, "executable", str(program(tmp_path / "failing", "exit 1")))
+    try:
+        until(begun.exists)
+        assert run_command(["engine", "install", "vllm"]) == 2
+        assert re.search("another `upspiral engine install vllm` is making .*wait for its end", capsys.readouterr().err)
+        assert made.exists(), "what the first has made is untouched"
+    finally:
+        os.killpg(maker.pid, signal.SIGKILL)
+        maker.wait(DEADLINE_S)
+    with pytest.raises(EngineError, match="could not be made"):
+        environment.install(progress=lambda line: None)
+    assert not made.exists(), "who was killed holds nothing"

@@ -16,8 +16,9 @@ from pathlib import Path
 
 from upspiral.engine.routed_layers import RoutedLayers
 from upspiral.engine.vllm.client import VllmEngine
+from upspiral.engine.vllm.environment import check_interpreter
 from upspiral.engine.vllm.inside.group import end_group
-from upspiral.errors import ConfigError, DeadlineError, EngineError
+from upspiral.errors import DeadlineError, EngineError
 
 _INSIDE = Path(__file__).parent / "inside"
 _RECEIVER = Path(__file__).parents[2] / "weights" / "receiver.py"
@@ -54,11 +55,7 @@ class ServerSettings:
 
     def check(self) -> None:
         """Raises ConfigError when there is no such environment."""
-        if not self.python.is_file():
-            raise ConfigError(
-                f"there is no {self.python}: install vLLM's environment with `upspiral engine install vllm`, or name "
-                "the interpreter of another one in engine.server.python"
-            )
+        check_interpreter(self.python)
 
     def command(self, port: int) -> list[str]:
         """Without the interpreter and its program."""
