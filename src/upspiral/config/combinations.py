@@ -97,6 +97,13 @@ def contradictions(config: RunConfig) -> Iterator[tuple[str, str]]:
             f"Ray would put {cluster.engines} engines on GPUs of their own before {ranks} ranks get any; one engine "
             "and one rank can share a GPU of a cluster, and any number without Ray",
         )
+    urls = config.engine.server.urls if config.engine.server is not None else ()
+    if urls and cluster.engines > 1:
+        yield (
+            "cluster.engines",
+            f"each of {cluster.engines} actors would route to the same servers of engine.server.urls and switch their "
+            "weights; set it to 1",
+        )
     if trainer.kind != "local" and trainer.lora is not None:
         yield "trainer.lora", f'trainer.kind = "{trainer.kind}" trains whole weights; drop the section or use "local"'
     if trainer.kind != "local" and trainer.master_weights == "none":

@@ -106,7 +106,8 @@ def get_model(name: str, *, progress: Callable[[str], None] = print) -> Path:
 
 
 def resolve_model(name: str, *, tokenizer: bool = True, weights: bool = True) -> Path:
-    """The folder that a model's name stands for: a known model in the cache, a local folder, or a hub id.
+    """The folder that a model's name stands for: a known model in the cache, a local folder, or a hub id. Its path is
+    absolute, as processes that get it have other working folders.
 
     A hub id is downloaded by huggingface_hub into its own cache. `tokenizer=False` and `weights=False`
     do without them.
@@ -115,14 +116,14 @@ def resolve_model(name: str, *, tokenizer: bool = True, weights: bool = True) ->
     if name in KNOWN_MODELS:
         if (folder := cached_model(name)) is None:
             raise ModelError(f"{name} is not in {cache_folder()}; fetch it with `upspiral model get {name}`")
-        return folder
+        return folder.absolute()
     folder = Path(name).expanduser()
     if not folder.exists() and _HUB_ID.fullmatch(name) and not name.startswith("."):
         folder = _from_hub(name, weights)
     elif not folder.is_dir():
         raise ModelError(_unknown(name))
     check_model_folder(folder, tokenizer=tokenizer, weights=weights)
-    return folder
+    return folder.absolute()
 
 
 def check_model_folder(folder: Path, *, tokenizer: bool = True, weights: bool = True) -> None:

@@ -123,6 +123,11 @@ def test_the_agent_file_is_found_beside_the_run_file(folder: Path) -> None:
             {"engine.kind": "vllm"},
             "the servers of engine.server.ur",
         ),
+        (
+            "[engine.server]\nurls = ['http://a']\n[cluster]\naddress = 'auto'\nengines = 2",
+            {"engine.kind": "vllm"},
+            "each of 2 actors would route to the same servers of engine.server.urls",
+        ),
         ("", {"engine.kind": "vllm", "engine.cache_slots": "256"}, 'engine.kind = "vllm" decides that itself'),
         (
             "",

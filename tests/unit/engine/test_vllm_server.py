@@ -13,6 +13,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
@@ -226,6 +227,39 @@ def test_a_server_that_does_not_start_says_why(python: Path, tmp_path: Path) -> 
         run(_started(settings_of(tmp_path / "nowhere", tmp_path)))
 
 
+def test_relative_paths_are_those_of_who_starts_it(
+    python: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server has another working folder. A link to an interpreter is started as the link that it is: that is what
+    makes it the one of a virtual environment."""
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    monkeypatch.chdir(tmp_path)
+    settings_of(python, tmp_path)  # makes the model's folder
+    link = Path("venv/bin/python")
+    link.parent.mkdir(parents=True)
+    link.symlink_to(python)
+    settings = replace(settings_of(link, tmp_path), model_folder=Path("model"), log=Path("vllm.log"))
+
+    async def check() -> None:
+        home = VllmServer(settings)
+        engine = await home.start()
+        try:
+            (child,) = children(settings.log)
+            assert psutil.Process(psutil.Process(child).ppid()).cwd() != str(tmp_path)
+        finally:
+            await engine.stop()
+            await home.kill()
+
+    run(check())
+    refused = program(tmp_path / "refused", "exit 0")
+    refused.chmod(0o644)
+    with pytest.raises(EngineError, match=r"refused cannot be started as vLLM's interpreter: .*Permission denied"):
+        run(_started(settings_of(refused, tmp_path)))
+    assert list(temporary.iterdir()) == [], "nothing is left of either"
+
+
 async def _started(settings: ServerSettings) -> None:
     await VllmServer(settings).start()
 
@@ -249,6 +283,9 @@ def test_an_environment_counts_when_it_was_finished(
     assert not environment.is_installed(), "who made it was killed"
     assert run_command(["engine", "list"]) == 0
     assert "vllm      not installed: `upspiral engine install vllm`" in capsys.readouterr().out
+    unfinished = settings_of(environment.vllm_python(), tmp_path)
+    with pytest.raises(ConfigError, match=r"was not finished: install .*`upspiral engine install vllm`"):
+        run(_started(unfinished))
     with (
         monkeypatch.context() as patch,
         pytest.raises(EngineError, match=r"could not be made; .* said:\nno space left"),
@@ -260,3 +297,30 @@ def test_an_environment_counts_when_it_was_finished(
     assert environment.is_installed() and environment.vllm_python() == Path(sys.executable)
     assert run_command(["engine", "list"]) == 0
     assert f"vllm      {sys.executable}" in capsys.readouterr().out
+
+
+def test_an_environment_is_made_by_one_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("UPSPIRAL_CACHE", str(tmp_path))
+    begun = tmp_path / "begun"
+    slow = program(tmp_path / "slow", f'mkdir -p "$3" && echo $$ > "$3/made" && touch {begun} && exec sleep 600')
+    maker = subprocess.Popen(
+        [sys.executable, "-c", f"import sys; sys.executable = {str(slow)!r}\n"
+         "from upspiral.engine.vllm.environment import install\ninstall()"],
+        env={**os.environ, "PYTHONPATH": str(ROOT / "src")}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )  # fmt: skip
+    made = environment.environment_folder() / "made"
+    monkeypatch.setattr(sys, "executable", str(program(tmp_path / "failing", "exit 1")))
+    try:
+        until(begun.exists)
+        assert run_command(["engine", "install", "vllm"]) == 2
+        assert re.search("another `upspiral engine install vllm` is making .*wait for its end", capsys.readouterr().err)
+        assert made.exists(), "what the first has made is untouched"
+    finally:
+        os.killpg(maker.pid, signal.SIGKILL)
+        maker.wait(DEADLINE_S)
+    with pytest.raises(EngineError, match="could not be made"):
+        environment.install(progress=lambda line: None)
+    assert not made.exists(), "who was killed holds nothing"

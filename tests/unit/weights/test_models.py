@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from upspiral.errors import ModelError
-from upspiral.weights.models import KNOWN_MODELS, MANIFEST, cached_model, get_model, resolve_model
+from upspiral.weights.models import KNOWN_MODELS, MANIFEST, cache_folder, cached_model, get_model, resolve_model
 
 DEFAULT = KNOWN_MODELS["smollm2-135m"]
 
@@ -73,6 +73,16 @@ def test_a_typo_finds_the_known_model(cache: Path) -> None:
 def test_a_folder_that_does_not_exist_is_named() -> None:
     with pytest.raises(ModelError, match=r"no model '\./nowhere/at/all'"):
         resolve_model("./nowhere/at/all")
+
+
+def test_a_folder_beside_us_is_found_from_everywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = model_folder(tmp_path / "models" / "tiny", "config.json", "tokenizer.json", "model.safetensors")
+    monkeypatch.chdir(tmp_path)
+    assert resolve_model("models/tiny") == resolve_model("./models/tiny") == folder
+    monkeypatch.setenv("UPSPIRAL_CACHE", "relative")
+    cached = model_folder(cache_folder() / DEFAULT.name, "model.safetensors")
+    (cached / MANIFEST).write_text(json.dumps({"files": {"model.safetensors": {"bytes": 2}}}))
+    assert resolve_model(DEFAULT.name) == cached.absolute() != cached
 
 
 def test_a_cut_off_file_does_not_count_as_cached(cache: Path) -> None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
-from upspiral.errors import EngineError
+from upspiral.errors import ConfigError, EngineError
 
 VARIABLE = "UPSPIRAL_VLLM_PYTHON"
 """Names the interpreter of another environment."""
@@ -41,19 +43,57 @@ def vllm_python() -> Path:
     return Path(named) if named else environment_folder() / "bin" / "python"
 
 
+def check_interpreter(python: Path) -> None:
+    """Raises ConfigError when there is none, or when it is that of our environment and who made it was killed before
+    the end."""
+    own = environment_folder().absolute()
+    if not python.is_file():
+        what = f"there is no {python}"
+    elif python.absolute() == own / "bin" / "python" and not (own / _FINISHED).is_file():
+        what = f"{own} was not finished"
+    else:
+        return
+    raise ConfigError(
+        f"{what}: install vLLM's environment with `upspiral engine install vllm`, or name the interpreter of another "
+        "one in engine.server.python"
+    )
+
+
 def is_installed() -> bool:
     """Whether vLLM's server can be started."""
-    return vllm_python().is_file() and (VARIABLE in os.environ or (environment_folder() / _FINISHED).is_file())
+    try:
+        check_interpreter(vllm_python())
+    except ConfigError:
+        return False
+    return True
 
 
 def install(*, progress: Callable[[str], None] = print) -> Path:
     """Makes the environment (about 3.4 GB), once, and returns its interpreter. Raises EngineError, with what pip said,
-    when it cannot be made; nothing of it is left then."""
+    when it cannot be made; nothing of it is left then, but what somebody else is making at the same time."""
     folder = environment_folder()
     python = folder / "bin" / "python"
-    if python.is_file() and (folder / _FINISHED).is_file():
-        progress(f"vLLM {VERSION} for CPUs is already in {folder}")
-        return python
+    with _alone(folder):
+        if python.is_file() and (folder / _FINISHED).is_file():
+            progress(f"vLLM {VERSION} for CPUs is already in {folder}")
+        else:
+            _make(folder, python, progress)
+    return python
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """The lock's file stays: another one of its name would be another lock."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with folder.with_name(f"{folder.name}.lock").open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise EngineError(f"another `upspiral engine install vllm` is making {folder}; wait for its end") from error
+        yield
+
+
+def _make(folder: Path, python: Path, progress: Callable[[str], None]) -> None:
     started = time.monotonic()
     # A virtual environment cannot be moved, so it is made in its place and removed when a step fails.
     shutil.rmtree(folder, ignore_errors=True)
@@ -73,7 +113,6 @@ def install(*, progress: Callable[[str], None] = print) -> Path:
         shutil.rmtree(folder, ignore_errors=True)
         raise
     progress(f"installed in {time.monotonic() - started:.0f} s")
-    return python
 
 
 def _run(command: Sequence[str]) -> str:

@@ -16,8 +16,9 @@ from pathlib import Path
 
 from upspiral.engine.routed_layers import RoutedLayers
 from upspiral.engine.vllm.client import VllmEngine
+from upspiral.engine.vllm.environment import check_interpreter
 from upspiral.engine.vllm.inside.group import end_group
-from upspiral.errors import ConfigError, DeadlineError, EngineError
+from upspiral.errors import DeadlineError, EngineError
 
 _INSIDE = Path(__file__).parent / "inside"
 _RECEIVER = Path(__file__).parents[2] / "weights" / "receiver.py"
@@ -54,16 +55,12 @@ class ServerSettings:
 
     def check(self) -> None:
         """Raises ConfigError when there is no such environment."""
-        if not self.python.is_file():
-            raise ConfigError(
-                f"there is no {self.python}: install vLLM's environment with `upspiral engine install vllm`, or name "
-                "the interpreter of another one in engine.server.python"
-            )
+        check_interpreter(self.python)
 
     def command(self, port: int) -> list[str]:
         """Without the interpreter and its program."""
         flags = {
-            "--model": str(self.model_folder),
+            "--model": str(self.model_folder.absolute()),
             "--port": str(port),
             "--host": "127.0.0.1",
             "--dtype": self.dtype,
@@ -122,12 +119,12 @@ class VllmServer:
         settings = self._settings
         settings.check()
         port = _free_port()
-        self._launch(port)
         tolerance = 0.005 if settings.dtype == "float32" else 0.25
         client = VllmEngine(
             f"http://127.0.0.1:{port}", probe_tolerance=tolerance, version=settings.version, routes=settings.routes
         )
         try:
+            self._launch(port)
             await self._until_ready(client)
         except BaseException:
             await client.stop()
@@ -167,12 +164,16 @@ class VllmServer:
         for source in (_INSIDE / "serve.py", _INSIDE / "group.py", _INSIDE / "worker.py", _RECEIVER):
             shutil.copy(source, self._inside)
         settings.log.parent.mkdir(parents=True, exist_ok=True)
+        python = settings.python.absolute()  # and not resolved: a virtual environment's is a link out of it
         with settings.log.open("ab") as log:
-            self._process = subprocess.Popen(
-                [str(settings.python), f"{self._inside}/serve.py", *settings.command(port)],
-                env=dict(settings.variables(self._inside)), cwd=self._inside, stdin=subprocess.DEVNULL, stdout=log,
-                stderr=log, start_new_session=True,
-            )  # fmt: skip
+            try:
+                self._process = subprocess.Popen(
+                    [str(python), f"{self._inside}/serve.py", *settings.command(port)],
+                    env=dict(settings.variables(self._inside)), cwd=self._inside, stdin=subprocess.DEVNULL, stdout=log,
+                    stderr=log, start_new_session=True,
+                )  # fmt: skip
+            except OSError as error:
+                raise EngineError(f"{python} cannot be started as vLLM's interpreter: {error}") from error
 
     async def _until_ready(self, client: VllmEngine) -> None:
         deadline = time.monotonic() + self._settings.start_timeout_s
