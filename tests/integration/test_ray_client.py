@@ -20,10 +20,10 @@ import pytest
 pytest.importorskip("torch", reason="needs the [train] extra")
 pytest.importorskip("ray", reason="needs the [ray] extra")
 
+from tests.fixtures.ray_nodes import Nodes, free_port, node
 from tests.fixtures.tiny_model import make_model
 from tests.integration.test_loop import recipe, steps_of
 from tests.integration.test_ray import finish, learned, sampled, started, until
-from tests.integration.test_ray_nodes import Nodes, free_port, node
 from upspiral.config.models import ClusterConfig
 from upspiral.errors import ConfigError
 from upspiral.launch.ray.cluster import joined

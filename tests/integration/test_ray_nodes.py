@@ -3,17 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import shutil
-import socket
-import subprocess
-import sys
-import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import AsyncExitStack, ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +19,17 @@ pytest.importorskip("torch", reason="needs the [train] extra")
 pytest.importorskip("ray", reason="needs the [ray] extra")
 
 from tests.fixtures.publications import changed, received, same_bits, weights
+from tests.fixtures.ray_nodes import Nodes, two_nodes
+from tests.fixtures.seen import Bystander, seen
 from tests.fixtures.tiny_model import make_model
 from tests.integration.test_loop import recipe
-from tests.integration.test_ray import HERE, finish, is_actor, learned, sampled, started, until
+from tests.integration.test_ray import HERE, finish, learned, sampled, started, until
 from upspiral.config.loader import load_run_config
-from upspiral.config.models import ClusterConfig
-from upspiral.errors import EngineError
+from upspiral.config.models import ClusterConfig, RunConfig
+from upspiral.errors import ConfigError, EngineError
 from upspiral.launch.ray.cluster import joined
 from upspiral.launch.ray.courier import Courier
+from upspiral.launch.ray.pairs import Pairs
 from upspiral.launch.ray.placement import RayPlacement
 from upspiral.launch.ray.weights_host import make_weights_host
 from upspiral.loop.placement import Setting, trainer_setup
@@ -43,13 +39,11 @@ from upspiral.weights.publisher import Publisher
 from upspiral.weights.receiver import Receiver, StaleBase
 from upspiral.weights.shared_folder import PREFIX, shared_folder
 
-ROOT = Path(__file__).parents[2]
-NODE = ("--num-cpus", "4", "--object-store-memory", str(200 << 20), "--disable-usage-stats")
-NODE += ("--include-log-monitor", "false")
-NODE += ("--min-worker-port", "0", "--max-worker-port", "0")  # or both nodes would give out the same ports
-START_DEADLINE_S = 120.0
 ON_NODES = HERE | {"cluster.address": "auto", "cluster.engines": "2", "cluster.sandbox_hosts": "1",
                    "weights.form": "delta"}  # fmt: skip
+IN_TURNS = ON_NODES | {"engine.colocated": "true", "cluster.engine_gpus": "1", "cluster.rank_cpus": "2",
+                       "cluster.sandbox_hosts": "0"}  # fmt: skip
+"""A node has room for one engine and the rank that takes turns with it."""
 
 
 @pytest.fixture(scope="module")
@@ -57,73 +51,22 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model(tmp_path_factory.mktemp("model"))
 
 
-@dataclass(frozen=True, slots=True)
-class Nodes:
-    """The cluster."""
-
-    folder: Path
-
-    def raylets(self) -> set[int]:
-        """Process ids, one for each node: the parents of its actors."""
-        found = psutil.process_iter(["name", "cmdline"])
-        return {each.pid for each in found if each.info["name"] == "raylet" and self._is_own(each.info["cmdline"])}
-
-    def actors(self, name: str) -> list[psutil.Process]:
-        raylets = self.raylets()
-        found = psutil.process_iter(["cmdline", "ppid"])
-        return [each for each in found if is_actor(each, name) and each.info["ppid"] in raylets]
-
-    def _is_own(self, words: list[str] | None) -> bool:
-        return any(str(self.folder) in word for word in words or ())
-
-
 @pytest.fixture(scope="module")
 def nodes() -> Iterator[Nodes]:
-    """Two. A folder and ports of their own: other clusters of this machine go on."""
-    folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # sockets lie in it, so its path must be short
-    port = free_port()
-    head = ["--head", "--port", str(port), "--temp-dir", str(folder), "--include-dashboard", "false"]
-    variables = pytest.MonkeyPatch()
-    variables.setenv("RAY_ADDRESS", f"127.0.0.1:{port}")  # what "auto" means
-    # By itself, a head wants a token from everybody as soon as the user has one, which this process has not read.
-    variables.setenv("RAY_AUTH_MODE", "disabled")
-    variables.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
-    with ExitStack() as stack:
-        stack.callback(shutil.rmtree, folder)
-        stack.callback(variables.undo)
-        for number, place in enumerate((head, ["--address", f"127.0.0.1:{port}"])):
-            log = folder / f"node-{number}.log"
-            stack.enter_context(node([*place, *NODE], log))
-        yield Nodes(folder)
-
-
-@contextmanager
-def node(arguments: list[str], log: Path) -> Iterator[None]:
-    with log.open("wb") as output:
-        command = [str(Path(sys.executable).with_name("ray")), "start", "--block", *arguments]
-        process = subprocess.Popen(command, stdout=output, stderr=output)
-    try:
-        until(lambda: "block forever" in log.read_text() or process.poll() is not None, START_DEADLINE_S)
-        assert process.poll() is None, log.read_text()
-        yield
-    finally:
-        process.terminate()  # it ends what it has started
-        process.wait(60)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    with two_nodes() as cluster:
+        yield cluster
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_the_same_results_as_on_one_machine_without_ray(tmp_path: Path, model: Path, nodes: Nodes) -> None:
+@pytest.mark.parametrize("flags", [ON_NODES, IN_TURNS], ids=["at the same time", "in turns"])
+def test_the_same_results_as_on_one_machine_without_ray(
+    tmp_path: Path, model: Path, nodes: Nodes, flags: dict[str, str]
+) -> None:
     """Engines and ranks on both nodes; new weights come to the engine on the other node as differences."""
     file = recipe(tmp_path, model, steps=3)
     finish(started(file, tmp_path / "here", HERE), 180)
-    process = started(file, tmp_path / "nodes", ON_NODES)
+    process = started(file, tmp_path / "nodes", flags)
     places, folders = defaultdict[str, set[int]](set), defaultdict[int, set[Path]](set)
     while process.poll() is None:
         for name in ("EngineHost", "RankHost"):
@@ -226,3 +169,105 @@ def is_free(ray: Any) -> bool:
     """Nothing is in the object store."""
     name = "object_store_memory"
     return ray.available_resources().get(name) == ray.cluster_resources()[name]
+
+
+def in_turns(model: Path = Path("none"), *, engines: int, ranks: int, **cluster: float) -> RunConfig:
+    return RunConfig.model_validate({
+        "model": {"path": str(model), "dtype": "float32", "threads": 1},
+        "engine": {"colocated": True, "context_length": 128},
+        "agent": {"command": "true"},
+        "trainer": {"kind": "fsdp", "parallel": {"ranks": ranks}},
+        "cluster": {"address": "auto", "engines": engines, **cluster},
+    })  # fmt: skip
+
+
+async def seen_by(actor: Any) -> tuple[str, set[str], int]:
+    return await asyncio.wait_for(actor.__ray_call__.remote(seen), 60)
+
+
+def test_neighbours_share_a_node_and_no_device(nodes: Nodes) -> None:
+    asyncio.run(neighbours_share_a_node(in_turns(engines=4, ranks=4, engine_gpus=1.0)))
+
+
+async def neighbours_share_a_node(made: RunConfig) -> None:
+    import ray
+
+    with joined(made.cluster, 4):
+        pairs = await Pairs.reserved(made, deadline_s=60)
+        ranks = [
+            ray.remote(Bystander).options(num_cpus=1, scheduling_strategy=pairs.of_rank(rank)).remote()
+            for rank in range(4)
+        ]
+        places = [node for node, _, _ in await asyncio.gather(*map(seen_by, ranks))]
+        assert places[0] == places[1] != places[2] == places[3]
+        own = [(place, pairs.variables(rank)["CUDA_VISIBLE_DEVICES"]) for rank, place in enumerate(places)]
+        assert len(set(own)) == 4 and {device for _, device in own} <= set("012")
+        pairs.remove()
+        until(lambda: ray.available_resources().get("GPU") == 6, 30)
+
+
+def test_a_cluster_without_room_is_told_what_was_asked_and_what_it_has(nodes: Nodes) -> None:
+    asyncio.run(no_room())
+
+
+async def no_room() -> None:
+    wide = in_turns(engines=2, ranks=8, engine_gpus=4.0)
+    with joined(wide.cluster.model_copy(update={"engine_gpus": 0.0})):
+        with pytest.raises(
+            ConfigError, match=r"wants 5 CPUs with 4 GPUs on one node .* its nodes have 4 CPUs with 3 G"
+        ):
+            await Pairs.reserved(wide)
+        with pytest.raises(ConfigError, match=r"cluster has room for 2 such engines"):
+            await Pairs.reserved(in_turns(engines=3, ranks=3, rank_cpus=2.0))
+        first = await Pairs.reserved(in_turns(engines=2, ranks=2, rank_cpus=2.0), deadline_s=60)
+        waiting = in_turns(engines=1, ranks=1, rank_cpus=1.0)
+        with pytest.raises(ConfigError, match=r"found no room within 2 s: .* of which 2 CPUs are free"):
+            await Pairs.reserved(waiting, deadline_s=2)
+        first.remove()
+        (await Pairs.reserved(waiting, deadline_s=60)).remove()
+
+
+def test_ranks_have_the_devices_of_their_engines_and_an_engine_that_died_has_them_again(
+    tmp_path: Path, model: Path, nodes: Nodes
+) -> None:
+    asyncio.run(
+        ranks_have_devices(in_turns(model, engines=2, ranks=2, engine_gpus=1.0, rank_cpus=2.0), model, tmp_path)
+    )
+
+
+async def ranks_have_devices(made: RunConfig, model: Path, folder: Path) -> None:
+    import ray
+
+    with joined(made.cluster, 2):
+        async with AsyncExitStack() as stack:
+            placement, setting = RayPlacement(), Setting(made, model, folder, stack)
+            router: Any = await placement.engine(setting)
+            kept = [router.engines[number] for number in range(2)]
+            engines = [await seen_by(each._home._actor) for each in kept]
+            await router.sleep()
+            ranks: Any = await placement.ranks(2, setting)
+            assert [(await seen_by(rank._actor))[:2] for rank in ranks] == [engine[:2] for engine in engines]
+            assert engines[0][0] != engines[1][0]
+            assert all(len(devices) == 1 and devices < set("012") for _, devices, _ in engines)
+
+            psutil.Process(engines[0][2]).kill()
+            ranks[0].kill()
+            kept[0]._awake.set()
+            again = await restarted(kept[0], engines[0][2])
+            assert again[:2] == engines[0][:2]
+        until(lambda: ray.available_resources().get("GPU") == 6, 30)
+
+
+async def restarted(kept: Any, before: int) -> tuple[str, set[str], int]:
+    from ray.exceptions import RayError
+
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        try:
+            found = await seen_by(kept._home._actor)
+        except (AttributeError, RayError):  # none, or the one that died
+            found = ("", set[str](), before)
+        if found[2] != before:
+            return found
+        await asyncio.sleep(0.2)
+    raise AssertionError("no engine was started in its place")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import ceil
 
 from upspiral.config.models import ClusterConfig, RunConfig
 
@@ -78,25 +79,28 @@ def publishes(config: RunConfig) -> bool:
     return not together
 
 
+def ranks_beside(config: RunConfig) -> int:
+    """How many ranks take turns with each engine that Ray places, on its node and its GPUs; 0: engines and ranks are
+    placed without regard to each other."""
+    server = config.engine.server
+    apart = config.trainer.kind == "local" or (server is not None and bool(server.urls))
+    if not config.engine.colocated or config.cluster.address is None or apart:
+        return 0
+    return num_ranks(config) // config.cluster.engines
+
+
+def num_ranks(config: RunConfig) -> int:
+    """Processes of the trainer."""
+    return config.trainer.parallel.ranks if config.trainer.parallel is not None else 1
+
+
 def contradictions(config: RunConfig) -> Iterator[tuple[str, str]]:
     """Pairs of a key and why its value cannot work with the others."""
     algorithm, trainer, steps = config.algorithm, config.trainer, config.steps
     if config.engine.kind == "scripted":
         yield "engine.kind", 'a scripted engine has no weights, so there is nothing to learn; use "embedded" here'
     cluster = config.cluster
-    ranks = trainer.parallel.ranks if trainer.parallel is not None else 1
-    if config.engine.colocated and cluster.engine_gpus + cluster.rank_gpus > 1:
-        yield (
-            "engine.colocated",
-            f"cluster.engine_gpus = {cluster.engine_gpus:g} and cluster.rank_gpus = {cluster.rank_gpus:g} put engines "
-            "and ranks on different GPUs; with 0.5 for each, an engine and a rank are on the same one",
-        )
-    elif config.engine.colocated and cluster.rank_gpus and max(ranks, cluster.engines) > 1:
-        yield (
-            "engine.colocated",
-            f"Ray would put {cluster.engines} engines on GPUs of their own before {ranks} ranks get any; one engine "
-            "and one rank can share a GPU of a cluster, and any number without Ray",
-        )
+    yield from _of_colocated(config)
     urls = config.engine.server.urls if config.engine.server is not None else ()
     if urls and cluster.engines > 1:
         yield (
@@ -131,4 +135,38 @@ def contradictions(config: RunConfig) -> Iterator[tuple[str, str]]:
         yield (
             "agent.max_completion_tokens",
             f"leaves no room for a prompt in engine.context_length = {config.engine.context_length}",
+        )
+
+
+def _of_colocated(config: RunConfig) -> Iterator[tuple[str, str]]:
+    """What Ray cannot place on the same devices. Servers of engine.server.urls are not placed by Ray."""
+    cluster, server, ranks = config.cluster, config.engine.server, num_ranks(config)
+    if not config.engine.colocated or cluster.address is None or (server is not None and server.urls):
+        return
+    engines, beside = cluster.engines, ranks_beside(config)
+    if config.trainer.kind == "local":
+        if cluster.engine_gpus:
+            yield (
+                "engine.colocated",
+                'trainer.kind = "local" trains in the process of the run, which has no GPU of the cluster; use "fsdp" '
+                f"with trainer.parallel.ranks = {ceil(engines * cluster.engine_gpus)}",
+            )
+    elif ranks % engines:
+        yield (
+            "engine.colocated",
+            f"trainer.parallel.ranks = {ranks} cannot be divided among cluster.engines = {engines}: each engine takes "
+            "turns with as many ranks; change one of them",
+        )
+    elif cluster.rank_gpus:
+        yield (
+            "cluster.rank_gpus",
+            "with engine.colocated, ranks compute on the GPUs of their engines, of which cluster.engine_gpus says how "
+            "many each has; drop this key",
+        )
+    elif cluster.engine_gpus not in (0, beside):
+        yield (
+            "cluster.engine_gpus",
+            f"with engine.colocated, each of cluster.engines = {engines} takes turns with {beside} of "
+            f"trainer.parallel.ranks = {ranks}, and every rank wants a GPU; set {beside}, or so many ranks that each "
+            "GPU of an engine has one",
         )

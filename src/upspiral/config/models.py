@@ -351,11 +351,11 @@ class ClusterConfig(_Section):
     engine_cpus: PositiveFloat = 1.0
     """CPUs of an engine actor: Ray counts them, and an embedded engine has so many threads."""
     engine_gpus: Annotated[float, Field(ge=0)] = 0.0
-    """GPUs of an engine actor; 0.5 beside rank_gpus = 0.5 puts one engine and one rank on the same one."""
+    """GPUs of an engine actor; with `engine.colocated`, as many ranks take turns with it, one on each."""
     rank_cpus: PositiveFloat = 1.0
     """CPUs of a rank of the trainer."""
     rank_gpus: Annotated[float, Field(ge=0)] = 0.0
-    """GPUs of a rank of the trainer."""
+    """GPUs of a rank of the trainer; with `engine.colocated` none of its own, as it has one of its engine's."""
     sandbox_hosts: Annotated[int, Field(ge=0)] = 0
     """Actors that serve sandboxes, on as many nodes as there are; 0: they are made where the run is."""
     restarts: Annotated[int, Field(ge=0)] = 20

@@ -98,7 +98,8 @@ async def make_policy(setting: Setting, placement: Placement | None) -> tuple[En
     share one copy of the weights."""
     config = setting.config
     prepare_process(config)
-    if config.model.device == "cuda" and not torch.cuda.is_available():
+    here = placement is None or config.trainer.kind == "local"  # and not where Ray has GPUs
+    if here and config.model.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError('model.device = "cuda" but torch sees no CUDA device; use "auto" or "cpu"')
     if placement is None and config.engine.kind == "embedded" and config.trainer.kind == "local":
         return await _shared(setting)
@@ -170,7 +171,7 @@ def trainer_setup(config: RunConfig, model_folder: Path) -> TrainerSetup:
     return TrainerSetup(
         model_folder=model_folder,
         dtype=config.model.dtype,
-        device=device_of(config),
+        device=device_of(config) if config.trainer.kind == "local" else config.model.device,
         trainer=config.trainer,
         algorithm=config.algorithm,
         temperature=config.temperature,

@@ -49,7 +49,8 @@ class TrainerSetup:
     model_folder: Path
     """A Hugging Face folder with weights."""
     dtype: Literal["bfloat16", "float32"]
-    device: Literal["cpu", "cuda"]
+    device: Literal["auto", "cpu", "cuda"]
+    """"auto" is settled by each rank's process, before its backend sees it: who asks may be where no GPU is."""
     trainer: TrainerConfig
     algorithm: AlgorithmConfig
     temperature: float

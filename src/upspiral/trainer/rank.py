@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 import traceback
+from dataclasses import replace
 from datetime import timedelta
 from multiprocessing.connection import Client, Connection
 from typing import Any
@@ -48,6 +49,8 @@ class RankProgram:
 
         if self._backend is not None:
             raise TrainerError("these ranks have a trainer already; release it first, or start others")
+        if setup.device == "auto":
+            setup = replace(setup, device="cuda" if torch.cuda.is_available() else "cpu")
         torch.manual_seed(setup.seed)
         if setup.device == "cuda":
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))

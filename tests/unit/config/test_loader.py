@@ -10,12 +10,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from upspiral.config.combinations import ranks_beside
 from upspiral.config.keys import all_keys, nearest_keys
 from upspiral.config.loader import dump_toml, load_run_config, toml_value
 from upspiral.config.models import RunConfig
 from upspiral.errors import ConfigError
 
 SURFACE = Path(__file__).parent / "surface.txt"
+COLOCATED = {"trainer.kind": "fsdp", "engine.colocated": "true"}
 
 
 @pytest.fixture
@@ -136,8 +138,23 @@ def test_the_agent_file_is_found_beside_the_run_file(folder: Path) -> None:
         ),
         (
             "[cluster]\naddress = 'auto'\nengine_gpus = 1.0\nrank_gpus = 1.0",
+            COLOCATED,
+            "cluster.rank_gpus = 1.0 in demo.toml: with engine.colocated, ranks compute on the GPUs of their engines",
+        ),
+        (
+            "[cluster]\naddress = 'auto'\nengines = 2\nengine_gpus = 2.0\n[trainer.parallel]\nranks = 2",
+            COLOCATED,
+            "takes turns with 1 of trainer.parallel.ranks = 2, and every rank wants a GPU; set 1",
+        ),
+        (
+            "[cluster]\naddress = 'auto'\nengines = 2\n[trainer.parallel]\nranks = 3",
+            COLOCATED,
+            "trainer.parallel.ranks = 3 cannot be divided among cluster.engines = 2",
+        ),
+        (
+            "[cluster]\naddress = 'auto'\nengines = 2\nengine_gpus = 4.0",
             {"engine.colocated": "true"},
-            "cluster.engine_gpus = 1 and cluster.rank_gpus = 1 put engines and ranks on different GPUs",
+            'which has no GPU of the cluster; use "fsdp" with trainer.parallel.ranks = 8',
         ),
         (
             "[cluster]\naddress = 'auto'\nsandbox_hosts = 1\n[agent]\nkind = 'codex'",
@@ -155,6 +172,30 @@ def test_the_agent_file_is_found_beside_the_run_file(folder: Path) -> None:
 )
 def test_a_mistake_is_named(folder: Path, text: str, overrides: dict[str, str], message: str) -> None:
     assert message in problem(folder, text, overrides)
+
+
+ON_RAY = "[cluster]\naddress = 'auto'\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "beside"),
+    [
+        (ON_RAY + "engines = 4\nengine_gpus = 2.0\n[trainer.parallel]\nranks = 8", COLOCATED, 2),
+        (ON_RAY + "engines = 2\n[trainer.parallel]\nranks = 6", COLOCATED, 3),
+        (ON_RAY + "engine_gpus = 1.0\nrank_gpus = 1.0", {"trainer.kind": "fsdp"}, 0),
+        (ON_RAY, {"engine.colocated": "true"}, 0),
+        ("[trainer.parallel]\nranks = 6", COLOCATED, 0),
+        (
+            ON_RAY + "rank_gpus = 1.0\n[trainer.parallel]\nranks = 3\n[engine.server]\nurls = ['http://a']",
+            {**COLOCATED, "engine.kind": "vllm"},
+            0,
+        ),
+    ],
+)
+def test_ray_places_ranks_beside_engines_that_it_places_and_that_give_way(
+    folder: Path, text: str, overrides: dict[str, str], beside: int
+) -> None:
+    assert ranks_beside(load_run_config(write(folder, text), overrides)) == beside
 
 
 def test_all_mistakes_are_told_at_once(folder: Path) -> None:

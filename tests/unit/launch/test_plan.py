@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from upspiral.errors import ConfigError, ModelError
 from upspiral.launch.plan.device import GPUS, Device, device
 from upspiral.launch.plan.load import StepLoad
 from upspiral.launch.plan.memory import engine_bytes, engine_devices, resting_bytes, trainer_bytes
-from upspiral.launch.plan.plan import Plan, alternatives, better_split
+from upspiral.launch.plan.plan import Plan, alternatives, better_split, describe_split
 from upspiral.launch.plan.shape import ModelShape
 
 DENSE_8B = ModelShape(36, 4096, 12288, 32, 8, 128, 151936, tied=False)
@@ -45,6 +46,14 @@ def cluster(ranks: int, engines: int, **trainer: Any) -> dict[str, Any]:
         "trainer": {"kind": "fsdp", "parallel": {"ranks": ranks}, **trainer},
         "cluster": {"address": "auto", "engines": engines, "engine_gpus": 1.0, "rank_gpus": 1.0},
     }
+
+
+def on_the_same(ranks: int, engines: int, *, colocated: bool = True, arguments: Sequence[str] = ()) -> dict[str, Any]:
+    """Ranks and engines on the same devices: in turns, or halves of each."""
+    parts, gpus = cluster(ranks, engines), ranks / engines
+    parts["engine"] |= {"colocated": colocated, "server": {"arguments": list(arguments)}}
+    taken = {"engine_gpus": gpus, "rank_gpus": 0.0} if colocated else {"engine_gpus": 0.5, "rank_gpus": 0.5}
+    return parts | {"cluster": parts["cluster"] | taken}
 
 
 def test_published_sizes_are_met() -> None:
@@ -101,9 +110,7 @@ def test_what_cannot_fit_is_refused_with_what_would() -> None:
 
 
 def test_an_engine_that_sleeps_needs_no_room_beside_a_step() -> None:
-    parts = {**cluster(8, 8), "cluster": {"address": "auto", "engines": 8, "engine_gpus": 0.5, "rank_gpus": 0.5}}
-    awake = plan(DENSE_8B, **parts)
-    sleeping = plan(DENSE_8B, **{**parts, "engine": {**parts["engine"], "colocated": True}})
+    awake, sleeping = plan(DENSE_8B, **on_the_same(8, 8, colocated=False)), plan(DENSE_8B, **on_the_same(8, 8))
     (both,), (in_turns,) = awake.needed.values(), sleeping.needed.values()
     trainer, engine = sum(awake.trainer.values()), sum(awake.engine.values())
     assert both == trainer + engine
@@ -117,6 +124,18 @@ def test_gradients_go_with_a_step_except_those_that_deepspeed_keeps_room_for() -
     assert {kind: resting_bytes(parts, kind) for kind in ("local", "fsdp", "megatron", "deepspeed")} == {
         "local": 10.0, "fsdp": 10.0, "megatron": 10.0, "deepspeed": 14.0,
     }  # fmt: skip
+
+
+def test_engines_and_ranks_that_take_turns_are_on_as_many_devices_as_there_are_ranks() -> None:
+    divided = plan(DENSE_8B, **on_the_same(8, 4, arguments=["--tensor-parallel-size", "2"]))
+    assert divided.together and list(divided.needed) == ["a rank and an engine"]
+    whole = plan(DENSE_8B, **on_the_same(8, 8))
+    assert divided.engine["weights"] == whole.engine["weights"] / 2
+    for made, engines in ((divided, 4), (whole, 8)):
+        others = list(alternatives(made))
+        assert others and all((other.ranks, other.engines) == (8, engines) for other in others)
+        assert all(other.config.cluster.engine_gpus == 8 / engines for other in others)
+    assert describe_split(divided).endswith("cluster.engines = 4, cluster.engine_gpus = 2")
 
 
 def test_a_better_split_is_faster_and_fits_and_has_as_many_devices() -> None:

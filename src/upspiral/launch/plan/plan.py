@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from math import ceil
 from typing import Any
 
-from upspiral.config.combinations import publishes
+from upspiral.config.combinations import num_ranks, publishes, ranks_beside
 from upspiral.config.models import ParallelConfig, RunConfig
 from upspiral.errors import ConfigError
 from upspiral.launch.plan.device import Device
@@ -44,7 +44,7 @@ class Plan:
     @classmethod
     def of(cls, shape: ModelShape, config: RunConfig, load: StepLoad, device: Device) -> Plan:
         ranks, engines = num_ranks(config), num_engines(config)
-        together = config.cluster.engine_gpus + config.cluster.rank_gpus <= 1
+        together = ranks_beside(config) > 0 or config.cluster.engine_gpus + config.cluster.rank_gpus <= 1
         shared = not publishes(config)
         trainer, engine = trainer_bytes(shape, config, load, device), dict(engine_bytes(shape, config, device))
         if shared:
@@ -122,10 +122,6 @@ def _usable(device: Device) -> float:
     return _USABLE * device.memory_gb * 2**30
 
 
-def num_ranks(config: RunConfig) -> int:
-    return (config.trainer.parallel or ParallelConfig()).ranks
-
-
 def num_engines(config: RunConfig) -> int:
     if config.cluster.address is not None:
         return config.cluster.engines
@@ -163,7 +159,10 @@ def describe_split(plan: Plan) -> str:
     else:
         words.append(f"trainer.parallel.tensor = {parallel.tensor}")
     words.append(f"trainer.activation_checkpointing = {str(plan.config.trainer.activation_checkpointing).lower()}")
-    return ", ".join([*words, f"cluster.engines = {plan.engines}"])
+    words.append(f"cluster.engines = {plan.engines}")
+    if ranks_beside(plan.config) and plan.config.cluster.engine_gpus:
+        words.append(f"cluster.engine_gpus = {plan.config.cluster.engine_gpus:g}")
+    return ", ".join(words)
 
 
 def _divisions(config: RunConfig, ranks: int) -> Iterator[dict[str, Any]]:
@@ -185,5 +184,6 @@ def _changed(config: RunConfig, ranks: int, engines: int, changes: dict[str, Any
         "parallel": parallel.model_copy(update={"ranks": ranks, "expert": 1, **changes}),
         "activation_checkpointing": checkpointing,
     })  # fmt: skip
-    cluster = config.cluster.model_copy(update={"engines": engines})
+    wanted = {"engine_gpus": float(ranks // engines)} if ranks_beside(config) and config.cluster.engine_gpus else {}
+    cluster = config.cluster.model_copy(update={"engines": engines, **wanted})
     return config.model_copy(update={"trainer": trainer, "cluster": cluster})

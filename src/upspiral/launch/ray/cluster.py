@@ -18,9 +18,9 @@ _PACKAGE_ROOT = str(Path(__file__).parents[3])
 
 
 @contextmanager
-def joined(cluster: ClusterConfig) -> Iterator[None]:
-    """Within it, actors can be placed. Raises ConfigError when Ray is not installed, does not answer, or will never
-    have room for what the run wants."""
+def joined(cluster: ClusterConfig, ranks: int = 0) -> Iterator[None]:
+    """Within it, actors can be placed. `ranks`: of the trainer, if they are actors. Raises ConfigError when Ray is not
+    installed, does not answer, or will never have room for what the run wants."""
     try:
         import ray
         from ray.exceptions import RayError
@@ -33,7 +33,7 @@ def joined(cluster: ClusterConfig) -> Iterator[None]:
     try:
         if cluster.address == "local":
             ray.init(
-                address="local", num_cpus=max(os.cpu_count() or 1, _wanted(cluster)), include_dashboard=False,
+                address="local", num_cpus=max(os.cpu_count() or 1, _wanted(cluster, ranks)), include_dashboard=False,
                 runtime_env=environment, log_to_driver=True, configure_logging=False,
             )  # fmt: skip
         else:
@@ -44,7 +44,7 @@ def joined(cluster: ClusterConfig) -> Iterator[None]:
             '--head`, set RAY_AUTH_MODE here as it is there, or use "local"'
         ) from error
     try:
-        _check_room(cluster)
+        _check_room(cluster, ranks)
         yield
     finally:
         ray.shutdown()
@@ -77,21 +77,24 @@ def _inherited() -> list[str]:
     return [path for path in paths if path != _PACKAGE_ROOT]
 
 
-def _wanted(cluster: ClusterConfig) -> int:
+def _wanted(cluster: ClusterConfig, ranks: int) -> int:
     """More than there are cores is no fault on one machine: Ray only counts them."""
-    return int(cluster.engines * cluster.engine_cpus + 64 * cluster.rank_cpus + cluster.sandbox_hosts + 4)
+    return int(cluster.engines * cluster.engine_cpus + ranks * cluster.rank_cpus + cluster.sandbox_hosts + 4)
 
 
-def _check_room(cluster: ClusterConfig) -> None:
+def _check_room(cluster: ClusterConfig, ranks: int) -> None:
     import ray
 
     there = ray.cluster_resources()
-    for name, wanted, key in (
-        ("CPU", cluster.engines * cluster.engine_cpus, "engine_cpus"),
-        ("GPU", cluster.engines * cluster.engine_gpus, "engine_gpus"),
+    for name, of_engine, of_rank in (
+        ("CPU", cluster.engine_cpus, cluster.rank_cpus),
+        ("GPU", cluster.engine_gpus, cluster.rank_gpus),
     ):
+        wanted = cluster.engines * of_engine + ranks * of_rank
         if wanted > there.get(name, 0.0):
+            key = f"{name.lower()}s"
+            of_ranks = f" and {ranks} ranks with cluster.rank_{key} = {of_rank:g}" if ranks * of_rank else ""
             raise ConfigError(
-                f"cluster.engines = {cluster.engines} with cluster.{key} = {wanted / cluster.engines:g} want "
+                f"cluster.engines = {cluster.engines} with cluster.engine_{key} = {of_engine:g}{of_ranks} want "
                 f"{wanted:g} {name}s, and the cluster has {there.get(name, 0.0):g}; lower them, or add nodes"
             )

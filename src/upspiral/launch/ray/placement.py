@@ -1,14 +1,15 @@
-"""Engines and ranks of a run as actors, wherever the cluster has room for them."""
+"""Engines and ranks of a run as actors, wherever the cluster has room for them, or in pairs."""
 
 from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from upspiral.config.models import RunConfig
+from upspiral.config.combinations import ranks_beside
+from upspiral.config.models import ClusterConfig, RunConfig
 from upspiral.engine.base import UpdatableEngine
 from upspiral.engine.kept import KeptEngine
 from upspiral.engine.router import Router, patience_beyond
@@ -17,6 +18,7 @@ from upspiral.launch.ray.courier import Courier
 from upspiral.launch.ray.engine_actor import START_DEADLINE_S as ENGINE_START_DEADLINE_S
 from upspiral.launch.ray.engine_actor import EngineActor
 from upspiral.launch.ray.engine_host import EngineHost
+from upspiral.launch.ray.pairs import Pairs
 from upspiral.launch.ray.placed_sandboxes import PlacedSandboxes
 from upspiral.launch.ray.rank_host import RankHost, RayRank
 from upspiral.launch.ray.sandbox_host import SandboxHost
@@ -34,10 +36,15 @@ class RayPlacement:
         self._courier = Courier(make_weights_host)
         self._publisher: RayRank | None = None
         """The first rank, which publishes; None: the trainer is in this process."""
+        self._pairs: Pairs | None = None
+        """Where engines and ranks take turns; None: each goes where there is room."""
 
     async def engine(self, setting: Setting) -> UpdatableEngine:
+        if ranks_beside(setting.config):
+            self._pairs = await Pairs.reserved(setting.config)
+            setting.stack.callback(self._pairs.remove)
         setting.stack.callback(self._courier.stop)
-        engines = [self._placed(setting) for _ in range(setting.config.cluster.engines)]
+        engines = [self._placed(setting, number) for number in range(setting.config.cluster.engines)]
         router = Router(engines, patience_s=patience_beyond(ENGINE_START_DEADLINE_S))
         setting.stack.push_async_callback(router.stop)
         await router.start()
@@ -46,17 +53,16 @@ class RayPlacement:
     async def ranks(self, count: int, setting: Setting) -> Sequence[Rank]:
         import ray
 
-        cluster = setting.config.cluster
-        host: Any = ray.remote(RankHost).options(
-            num_cpus=cluster.rank_cpus, num_gpus=cluster.rank_gpus, scheduling_strategy="SPREAD"
-        )
-        actors = [host.remote() for _ in range(count)]
+        cluster, pairs = setting.config.cluster, self._pairs
+        host: Any = ray.remote(RankHost)
+        actors = [host.options(**self._options_of_rank(rank, cluster)).remote() for rank in range(count)]
+        told = [pairs.variables(rank) if pairs else {} for rank in range(count)]
         try:
             async with asyncio.timeout(START_DEADLINE_S):
                 address, port = await actors[0].meeting_point.remote()
                 group = {"WORLD_SIZE": str(count), "MASTER_ADDR": address, "MASTER_PORT": str(port), "LOCAL_RANK": "0"}
                 await asyncio.gather(
-                    *(actor.join.remote(group | {"RANK": str(rank)}) for rank, actor in enumerate(actors))
+                    *(actor.join.remote(group | {"RANK": str(rank)} | told[rank]) for rank, actor in enumerate(actors))
                 )
         except TimeoutError:
             raise ConfigError(
@@ -94,16 +100,22 @@ class RayPlacement:
         host: Any = ray.remote(SandboxHost).options(num_cpus=1, scheduling_strategy="SPREAD")
         return await PlacedSandboxes(lambda: host.remote(config.sandbox, egress_log, token), count, token).start()
 
-    def _placed(self, setting: Setting) -> KeptEngine:
+    def _options_of_engine(self, number: int, cluster: ClusterConfig) -> Mapping[str, Any]:
+        taken = {"num_cpus": cluster.engine_cpus, "num_gpus": cluster.engine_gpus}
+        return taken | {"scheduling_strategy": self._pairs.of_engine(number) if self._pairs else "SPREAD"}
+
+    def _options_of_rank(self, rank: int, cluster: ClusterConfig) -> Mapping[str, Any]:
+        taken = {"num_cpus": cluster.rank_cpus, "num_gpus": cluster.rank_gpus}
+        return taken | {"scheduling_strategy": self._pairs.of_rank(rank) if self._pairs else "SPREAD"}
+
+    def _placed(self, setting: Setting, number: int) -> KeptEngine:
         import ray
 
         config, key = setting.config, secrets.token_hex(16)
         cluster = config.cluster
         threads = max(1, int(cluster.engine_cpus))
         own = config.model_copy(update={"model": config.model.model_copy(update={"threads": threads})})
-        host: Any = ray.remote(EngineHost).options(
-            num_cpus=cluster.engine_cpus, num_gpus=cluster.engine_gpus, scheduling_strategy="SPREAD"
-        )
+        host: Any = ray.remote(EngineHost).options(**self._options_of_engine(number, cluster))
 
         def make_actor() -> Any:
             return host.remote(own, setting.model_folder, setting.folder, key)

@@ -35,7 +35,8 @@ class RankHost:
             return ray.util.get_node_ip_address(), probe.getsockname()[1]
 
     def join(self, variables: Mapping[str, str]) -> None:
-        """torchrun's variables, for the process group."""
+        """torchrun's variables, for the process group, and what devices there are for this rank, if it is told: torch
+        looks when it first computes on one."""
         os.environ.update(variables)
 
     def weights_root(self) -> tuple[str, Path]:

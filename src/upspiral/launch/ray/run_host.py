@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from upspiral.config.combinations import num_ranks
 from upspiral.config.models import RunConfig
 from upspiral.errors import ClusterError, EngineError, TrainerError, UpspiralError
 from upspiral.launch.ray.cluster import joined
@@ -21,7 +22,8 @@ def run_on_ray(config: RunConfig, folder: Path, *, resume: bool) -> RunResult:
 
     folder = folder.resolve()
     check_resume(folder, resume=resume)
-    with joined(config.cluster):
+    ranks = 0 if config.trainer.kind == "local" else num_ranks(config)
+    with joined(config.cluster, ranks):
         import ray
         from ray.exceptions import RayError, RayTaskError
 
