@@ -29,6 +29,7 @@ from upspiral.config.models import ClusterConfig, RunConfig
 from upspiral.errors import ConfigError, EngineError
 from upspiral.launch.ray.cluster import joined
 from upspiral.launch.ray.courier import Courier
+from upspiral.launch.ray.gang import Gang
 from upspiral.launch.ray.pairs import Pairs
 from upspiral.launch.ray.placement import RayPlacement
 from upspiral.launch.ray.weights_host import make_weights_host
@@ -204,6 +205,28 @@ async def neighbours_share_a_node(made: RunConfig) -> None:
         assert len(set(own)) == 4 and {device for _, device in own} <= set("012")
         pairs.remove()
         until(lambda: ray.available_resources().get("GPU") == 6, 30)
+
+
+def test_ranks_by_themselves_come_together_and_are_numbered_along_the_nodes(nodes: Nodes) -> None:
+    asyncio.run(ranks_come_together())
+
+
+async def ranks_come_together() -> None:
+    import ray
+
+    cluster = ClusterConfig(address="auto", rank_gpus=1.0)
+    with joined(cluster):
+        gang = await Gang.reserved(cluster, 5, deadline_s=60)
+        ranks = [
+            ray.remote(Bystander).options(num_cpus=1, num_gpus=1, scheduling_strategy=gang.of_rank(rank)).remote()
+            for rank in range(5)
+        ]
+        places = [node for node, _, _ in await asyncio.gather(*map(seen_by, ranks))]
+        assert len(set(places)) == 2 and places == sorted(places)
+        with pytest.raises(ConfigError, match=r"no room for 2 ranks of 1 CPUs and 1 GPUs within 2 s"):
+            await Gang.reserved(cluster, 2, deadline_s=2)
+        gang.remove()
+        (await Gang.reserved(cluster, 2, deadline_s=60)).remove()
 
 
 def test_a_cluster_without_room_is_told_what_was_asked_and_what_it_has(nodes: Nodes) -> None:

@@ -17,7 +17,7 @@ from datetime import timedelta
 from multiprocessing.connection import Client, Connection
 from typing import Any
 
-from upspiral.errors import TrainerError
+from upspiral.errors import ConfigError, TrainerError
 from upspiral.trainer.base import TrainerBackend, TrainerSetup
 from upspiral.trainer.ranks import START_DEADLINE_S
 from upspiral.trainer.registry import make_backend
@@ -51,6 +51,11 @@ class RankProgram:
             raise TrainerError("these ranks have a trainer already; release it first, or start others")
         if setup.device == "auto":
             setup = replace(setup, device="cuda" if torch.cuda.is_available() else "cpu")
+        if setup.device == "cuda" and not torch.cuda.is_available():
+            raise ConfigError(
+                'model.device = "cuda" but a rank of the trainer sees no CUDA device; with Ray, cluster.rank_gpus '
+                'gives it one; or use "auto" or "cpu"'
+            )
         torch.manual_seed(setup.seed)
         if setup.device == "cuda":
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from contextlib import AsyncExitStack
 from pathlib import Path
 
 from upspiral.config.models import RunConfig
 from upspiral.engine.served.server import EngineServer
+from upspiral.launch.ray.devices import hidden_without
 from upspiral.loop.placement import Setting, ThisMachine, prepare_process
 
 
@@ -22,6 +24,7 @@ class EngineHost:
         """Address and port where the engine is served, with the weights of the model's folder, and the node's id."""
         import ray
 
+        os.environ |= hidden_without(self._config.cluster.engine_gpus)
         prepare_process(self._config)
         setting = Setting(self._config, self._model_folder, self._folder, self._stack)
         engine = await ThisMachine().engine(setting)

@@ -13,11 +13,14 @@ from upspiral.config.models import ClusterConfig, RunConfig
 from upspiral.engine.base import UpdatableEngine
 from upspiral.engine.kept import KeptEngine
 from upspiral.engine.router import Router, patience_beyond
-from upspiral.errors import ConfigError, TrainerError
+from upspiral.errors import TrainerError, UpspiralError
 from upspiral.launch.ray.courier import Courier
+from upspiral.launch.ray.devices import hidden_without
 from upspiral.launch.ray.engine_actor import START_DEADLINE_S as ENGINE_START_DEADLINE_S
 from upspiral.launch.ray.engine_actor import EngineActor
 from upspiral.launch.ray.engine_host import EngineHost
+from upspiral.launch.ray.gang import Gang
+from upspiral.launch.ray.mark import Mark
 from upspiral.launch.ray.pairs import Pairs
 from upspiral.launch.ray.placed_sandboxes import PlacedSandboxes
 from upspiral.launch.ray.rank_host import RankHost, RayRank
@@ -52,23 +55,37 @@ class RayPlacement:
 
     async def ranks(self, count: int, setting: Setting) -> Sequence[Rank]:
         import ray
+        from ray.exceptions import RayError, RayTaskError
 
-        cluster, pairs = setting.config.cluster, self._pairs
+        cluster, places = setting.config.cluster, self._pairs
+        if places is None:
+            places = await Gang.reserved(cluster, count)
+            setting.stack.callback(places.remove)
         host: Any = ray.remote(RankHost)
-        actors = [host.options(**self._options_of_rank(rank, cluster)).remote() for rank in range(count)]
-        told = [pairs.variables(rank) if pairs else {} for rank in range(count)]
+        actors = [
+            host.options(
+                num_cpus=cluster.rank_cpus, num_gpus=cluster.rank_gpus, scheduling_strategy=places.of_rank(rank)
+            ).remote()
+            for rank in range(count)
+        ]
+        mark = Mark.made(setting.folder)
+        told = [hidden_without(cluster.rank_gpus) | places.variables(rank) for rank in range(count)]
         try:
             async with asyncio.timeout(START_DEADLINE_S):
                 address, port = await actors[0].meeting_point.remote()
                 group = {"WORLD_SIZE": str(count), "MASTER_ADDR": address, "MASTER_PORT": str(port), "LOCAL_RANK": "0"}
                 await asyncio.gather(
-                    *(actor.join.remote(group | {"RANK": str(rank)} | told[rank]) for rank, actor in enumerate(actors))
+                    *(
+                        actor.join.remote(group | {"RANK": str(rank)} | told[rank], mark)
+                        for rank, actor in enumerate(actors)
+                    )
                 )
         except TimeoutError:
-            raise ConfigError(
-                f"the cluster had no room for {count} ranks of {cluster.rank_cpus:g} CPUs and {cluster.rank_gpus:g} "
-                f"GPUs within {START_DEADLINE_S:.0f} s; lower trainer.parallel.ranks or add nodes"
-            ) from None
+            raise TrainerError(f"{count} ranks of the trainer did not start within {START_DEADLINE_S:.0f} s") from None
+        except RayTaskError as error:
+            raise error.cause if isinstance(error.cause, UpspiralError) else error from None
+        except RayError as error:
+            raise TrainerError(f"a rank of the trainer died before it had met the others: {error}") from error
         ranks = [RayRank(actor) for actor in actors]
         self._publisher = ranks[0]
         return ranks
@@ -103,10 +120,6 @@ class RayPlacement:
     def _options_of_engine(self, number: int, cluster: ClusterConfig) -> Mapping[str, Any]:
         taken = {"num_cpus": cluster.engine_cpus, "num_gpus": cluster.engine_gpus}
         return taken | {"scheduling_strategy": self._pairs.of_engine(number) if self._pairs else "SPREAD"}
-
-    def _options_of_rank(self, rank: int, cluster: ClusterConfig) -> Mapping[str, Any]:
-        taken = {"num_cpus": cluster.rank_cpus, "num_gpus": cluster.rank_gpus}
-        return taken | {"scheduling_strategy": self._pairs.of_rank(rank) if self._pairs else "SPREAD"}
 
     def _placed(self, setting: Setting, number: int) -> KeptEngine:
         import ray

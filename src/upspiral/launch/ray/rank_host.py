@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from upspiral.errors import DeadlineError, TrainerError
+from upspiral.launch.ray.mark import Mark
 from upspiral.trainer.rank import RankProgram
 from upspiral.weights.shared_folder import shared_folder
 
@@ -34,9 +35,10 @@ class RankHost:
             probe.bind(("", 0))
             return ray.util.get_node_ip_address(), probe.getsockname()[1]
 
-    def join(self, variables: Mapping[str, str]) -> None:
+    def join(self, variables: Mapping[str, str], mark: Mark) -> None:
         """torchrun's variables, for the process group, and what devices there are for this rank, if it is told: torch
-        looks when it first computes on one."""
+        looks when it first computes on one. `mark`: see `Mark.check`."""
+        mark.check()
         os.environ.update(variables)
 
     def weights_root(self) -> tuple[str, Path]:

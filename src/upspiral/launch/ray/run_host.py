@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from upspiral.config.combinations import num_ranks
 from upspiral.config.models import RunConfig
 from upspiral.errors import ClusterError, EngineError, TrainerError, UpspiralError
 from upspiral.launch.ray.cluster import joined
+from upspiral.launch.ray.devices import hidden_without
 from upspiral.launch.ray.placement import RayPlacement
 from upspiral.loop.folder import check_resume, has_run
 from upspiral.loop.run import RunResult, run_training
@@ -28,7 +30,9 @@ def run_on_ray(config: RunConfig, folder: Path, *, resume: bool) -> RunResult:
         from ray.exceptions import RayError, RayTaskError
 
         again = config.cluster.restarts
-        host: Any = ray.remote(RunHost).options(num_cpus=1, max_restarts=again, max_task_retries=again)
+        host: Any = ray.remote(RunHost).options(
+            num_cpus=1, num_gpus=_gpus(config), max_restarts=again, max_task_retries=again
+        )
         try:
             return ray.get(host.remote(config, folder).run.remote())
         except RayTaskError as error:  # a bug is told with what Ray knows of it
@@ -42,6 +46,7 @@ class RunHost:
 
     def __init__(self, config: RunConfig, folder: Path) -> None:
         self._config, self._folder = config, folder
+        os.environ |= hidden_without(_gpus(config))
 
     def run(self) -> RunResult:
         """Goes on until it has failed `cluster.restarts` times since its last checkpoint. An engine that fails before
@@ -64,3 +69,8 @@ class RunHost:
     def _once(self, resume: bool) -> RunResult:
         progress = LiveProgress(self._config.name, self._config.steps, budget_minutes=self._config.budget_minutes)
         return run_training(self._config, self._folder, resume=resume, progress=progress, placement=RayPlacement())
+
+
+def _gpus(config: RunConfig) -> float:
+    """A local trainer is the run's own."""
+    return config.cluster.rank_gpus if config.trainer.kind == "local" else 0.0
