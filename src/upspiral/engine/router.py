@@ -102,6 +102,8 @@ class Router:
         self._patience_s = patience_s
         self._affinity = Affinity()
         self._publication: Publication | None = None
+        self._adopted_version: int | None = None
+        """The newest that an engine has taken from us: nothing older gets new work, even if nothing else is left."""
         self._stopped = False
         self._elsewhere = EngineStats()
         """What engines sampled that were removed, less what others had sampled when they were added."""
@@ -250,20 +252,24 @@ class Router:
 
     def _check_patience(self, waits_until: float) -> None:
         if time.monotonic() > waits_until:
-            states = "; ".join(f"{each}: {each.why or 'draining'}" for each in self._members) or "there is none"
+            states = "; ".join(f"{each}: {each.why or self._unfit(each)}" for each in self._members) or "there is none"
             raise EngineError(f"no engine came back {self._patience()} ({states})")
 
     def _patience(self) -> str:
         return f"within {self._patience_s:g} s"
 
     def _able(self) -> list[_Member]:
-        """Those that may get new work: the newest version alone, as soon as one of them has it, and of an engine that
-        has failed one generation at a time, unless there is no other."""
-        now = time.monotonic()
+        """Those that may get new work: the newest version alone, as soon as one of them has had it, and of an engine
+        that has failed one generation at a time, unless there is no other."""
+        now, oldest = time.monotonic(), self._adopted_version
         able = [each for each in self._members if not each.draining and each.closed_until <= now]
+        able = [each for each in able if oldest is None or each.engine.version >= oldest]
         newest = self._publication.version if self._publication is not None else None
         able = [each for each in able if each.engine.version == newest] or able
         return [each for each in able if not each.on_trial] or able
+
+    def _unfit(self, member: _Member) -> str:
+        return "draining" if member.draining else f"it has version {member.engine.version}, not {self._adopted_version}"
 
     def _choose(self, prompt: np.ndarray, able: Sequence[_Member]) -> _Member:
         most = _SHARE * sum(each.running for each in able) / len(able) + _SLACK
@@ -281,6 +287,7 @@ class Router:
         gives_up = time.monotonic() + self._patience_s
         while not await self._adopted(publication, waits=time.monotonic() < gives_up):
             await asyncio.sleep(_LOOK_AGAIN_S)
+        self._adopted_version = publication.version
 
     async def _adopted(self, publication: Publication, *, waits: bool) -> bool:
         """False when all engines are gone, if somebody `waits` for them; the others catch up later."""

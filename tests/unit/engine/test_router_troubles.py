@@ -75,6 +75,21 @@ class Slow(FailingEngine):
             self.adopted.append(publication.version)
 
 
+def test_an_engine_that_comes_back_without_the_newest_weights_gets_no_work_until_it_has_them() -> None:
+    async def check() -> None:
+        engine = FailingEngine()
+        router = Router([engine], patience_s=0.1)
+        await router.update_weights(version(3))
+        engine.version = -1  # started again, where what version 3 is a difference to is not
+        with pytest.raises(EngineError, match=r"within 0.1 s \(engine 0: it has version -1, not 3\)"):
+            await read(router)
+        assert engine.prompts == []
+        await router.update_weights(version(4))
+        assert await read(router) == completion(PROMPT, 12)
+
+    run(check)
+
+
 def test_engines_that_never_come_back_end_a_generation_with_all_reasons() -> None:
     async def check() -> None:
         router = Router([FailingEngine(), FailingEngine()], patience_s=0.1)
