@@ -15,6 +15,7 @@ from upspiral.config.models import ParallelConfig, RunConfig
 from upspiral.engine.base import UNPUBLISHED_VERSION, Engine, UpdatableEngine
 from upspiral.engine.embedded.engine import EmbeddedEngine
 from upspiral.errors import ConfigError
+from upspiral.loop.devices import visible_devices
 from upspiral.loop.learner import Learner, PublishingLearner, SharedLearner
 from upspiral.loop.servers import servers
 from upspiral.sandbox.base import SandboxBackend
@@ -75,7 +76,10 @@ class ThisMachine:
             engine = EmbeddedEngine(load(setting), config.engine, seed=config.seed, threads=threads)
             engine.publish(UNPUBLISHED_VERSION)
         else:
-            engine = servers(config, setting.model_folder, setting.folder / "logs", cpu=cpu, threads=threads)
+            # In an actor, Ray has chosen the GPUs that this process sees.
+            devices = None if cpu or config.cluster.address is not None else visible_devices()
+            logs = setting.folder / "logs"
+            engine = servers(config, setting.model_folder, logs, cpu=cpu, threads=threads, devices=devices)
         setting.stack.push_async_callback(engine.stop)
         await engine.start()
         return engine

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from upspiral.config.models import RunConfig, ServerConfig
@@ -15,13 +16,17 @@ from upspiral.engine.vllm.client import VllmEngine
 from upspiral.engine.vllm.environment import vllm_python
 from upspiral.engine.vllm.server import ServerSettings, VllmServer
 from upspiral.errors import ConfigError
+from upspiral.loop.devices import devices_of_servers
 
 KEY_VARIABLE = "UPSPIRAL_ENGINE_KEY"
 """The environment variable with the key that servers elsewhere want, if they want one."""
 
 
-def servers(config: RunConfig, model_folder: Path, logs: Path, *, cpu: bool, threads: int) -> UpdatableEngine:
-    """The router over them, not started."""
+def servers(
+    config: RunConfig, model_folder: Path, logs: Path, *, cpu: bool, threads: int, devices: Sequence[str] | None = None
+) -> UpdatableEngine:
+    """The router over them, not started. `devices`: GPUs which ranks and servers of this machine divide; None: servers
+    see those that this process sees."""
     server = config.engine.server or ServerConfig()
     key = os.environ.get(KEY_VARIABLE, "")
     routes = RoutedLayers.of_folder(model_folder) if config.engine.routes == "replay" else None
@@ -38,6 +43,7 @@ def servers(config: RunConfig, model_folder: Path, logs: Path, *, cpu: bool, thr
             'engine.routes = "replay": vLLM cannot load the weights of experts anew on a CPU; use engine.kind = '
             '"embedded" here, or name servers with GPUs in engine.server.urls'
         )
+    own = [()] * server.replicas if devices is None else devices_of_servers(config, devices)
     settings = [
         ServerSettings(
             Path(server.python) if server.python else vllm_python(),
@@ -54,6 +60,7 @@ def servers(config: RunConfig, model_folder: Path, logs: Path, *, cpu: bool, thr
             version=UNPUBLISHED_VERSION,
             sleeps=config.engine.colocated,
             routes=routes,
+            devices=own[number],
         )
         for number in range(server.replicas)
     ]

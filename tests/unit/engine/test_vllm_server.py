@@ -193,6 +193,44 @@ def test_one_that_cannot_be_ended_or_has_lost_its_log_is_told_of(
     run(check())
 
 
+def test_each_server_sees_gpus_of_its_own(python: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What decides that is in loop/devices.py; here it arrives."""
+    told = program(tmp_path / "told", f'echo "GPUS $CUDA_VISIBLE_DEVICES"; exec {python} "$@"')
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,4,5,6,7")
+    model, logs = tmp_path / "model", tmp_path / "logs"
+    model.mkdir()
+    server = {"python": str(told), "replicas": 2, "arguments": ["--tensor-parallel-size", "2"]}
+    config = RunConfig.model_validate({"agent": {"command": "true"}, "engine": {"kind": "vllm", "server": server}})
+
+    async def seen(devices: list[str] | None) -> list[str]:
+        router = servers(config, model, logs, cpu=False, threads=1, devices=devices)
+        try:
+            await router.start()
+        finally:
+            await router.stop()
+        return [re.findall(r"GPUS (\S*)", (logs / f"vllm-{number}.log").read_text())[-1] for number in range(2)]
+
+    async def check() -> None:
+        assert await seen(["3", "4", "5", "6", "7"]) == ["4,5", "6,7"], "the local trainer has the first"
+        assert await seen(None) == ["3,4,5,6,7"] * 2, "within Ray, which has chosen"
+
+    run(check())
+
+
+def test_our_build_for_cpus_is_not_started_for_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UPSPIRAL_CACHE", str(tmp_path))
+    monkeypatch.delenv(environment.VARIABLE, raising=False)
+    python = environment.vllm_python()
+    python.parent.mkdir(parents=True)
+    python.symlink_to(sys.executable)
+    (environment.environment_folder() / "upspiral-finished").touch()
+    settings = settings_of(python, tmp_path)
+    settings.check()
+    with pytest.raises(ConfigError, match=r"build for CPUs.*engine\.server\.python"):
+        replace(settings, cpu=False).check()
+    replace(settings, cpu=False, python=Path(sys.executable)).check()
+
+
 def test_it_dies_with_an_owner_that_is_killed(python: Path, tmp_path: Path) -> None:
     settings = settings_of(python, tmp_path)
     owner = subprocess.Popen(

@@ -164,6 +164,22 @@ def test_a_split_is_told_with_the_key_that_this_run_has() -> None:
     assert {each.engines for each in alternatives(embedded)} == {1} and "engine" not in describe_split(embedded)
 
 
+def test_without_ray_servers_have_devices_of_their_own_unless_they_are_colocated() -> None:
+    parts = cluster(4, 1)
+    del parts["cluster"]
+    assert set(plan(DENSE_8B, **parts).needed) == {"a rank", "an engine"}
+    server = {"replicas": 2, "arguments": ["--tensor-parallel-size", "2"]}
+    parts["engine"] |= {"colocated": True, "server": server}
+    shared = plan(DENSE_8B, **parts)
+    shared.check()
+    assert set(shared.needed) == {"a rank and an engine"}
+    server["replicas"] = 3
+    with pytest.raises(ConfigError, match=r"replicas = 3 of 2 GPUs each have no room on those of .*ranks = 4"):
+        plan(DENSE_8B, **parts).check()
+    embedded = plan(SMALL, trainer={"kind": "fsdp", "parallel": {"ranks": 2}})
+    assert set(embedded.needed) == {"a rank and an engine"}, "of the first rank's device"
+
+
 def test_ranks_are_never_advised_to_divide_what_a_backend_refuses() -> None:
     """Of 4 key heads, 8 tensor-parallel ranks have none to compute."""
     for kind in ("fsdp", "megatron"):

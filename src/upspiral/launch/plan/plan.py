@@ -15,6 +15,7 @@ from upspiral.launch.plan.duration import step_seconds
 from upspiral.launch.plan.load import StepLoad
 from upspiral.launch.plan.memory import engine_bytes, engine_devices, resting_bytes, trainer_bytes
 from upspiral.launch.plan.shape import ModelShape
+from upspiral.loop.devices import devices_of_servers
 from upspiral.trainer.division import divided_counts
 
 _USABLE = 0.9
@@ -47,8 +48,7 @@ class Plan:
     def of(cls, shape: ModelShape, config: RunConfig, load: StepLoad, device: Device) -> Plan:
         ranks, engines = num_ranks(config), num_engines(config)
         elsewhere = has_engines_elsewhere(config)
-        in_turns = ranks_beside(config) > 0
-        together = not elsewhere and (in_turns or config.cluster.engine_gpus + config.cluster.rank_gpus <= 1)
+        together = not elsewhere and _share_devices(config)
         shared = not publishes(config)
         trainer, engine = trainer_bytes(shape, config, load, device), dict(engine_bytes(shape, config, device))
         if shared:
@@ -103,10 +103,12 @@ class Plan:
 
     def check(self) -> None:
         """Raises ConfigError, with what to change first, when a process cannot have the memory that it needs, or when
-        ranks cannot divide the model so."""
+        ranks cannot divide the model so, or servers that share their devices need more of them."""
         if left := _indivisible(self.shape, self.config):
             tensor = (self.config.trainer.parallel or ParallelConfig()).tensor
             raise ConfigError(f"trainer.parallel.tensor = {tensor} does not divide the model's {', '.join(left)}")
+        if self.together and not self.device.is_cpu and _engines_key(self.config) == "engine.server.replicas":
+            devices_of_servers(self.config, [str(number) for number in range(self.ranks)])
         if self.fits:
             return
         who, needed = max(self.needed.items(), key=lambda item: item[1])
@@ -147,6 +149,13 @@ def num_engines(config: RunConfig) -> int:
 def has_engines_elsewhere(config: RunConfig) -> bool:
     """Whether they are servers that run already, on devices that are not the ranks'."""
     return bool((config.engine.server or ServerConfig()).urls) and not config.engine.colocated
+
+
+def _share_devices(config: RunConfig) -> bool:
+    """Without Ray, an embedded engine is where the first rank is; servers are there with engine.colocated."""
+    if config.cluster.address is not None:
+        return ranks_beside(config) > 0 or config.cluster.engine_gpus + config.cluster.rank_gpus <= 1
+    return config.engine.colocated or config.engine.kind == "embedded"
 
 
 def _engines_key(config: RunConfig) -> str | None:
