@@ -76,9 +76,15 @@ def show(plan: Plan) -> None:
         f"tokens sampled, {load.unique:,} trained on (one row each would be {load.flat:,})"
     )
     _table(f"memory of {_count(plan.ranks, 'rank')}, each", plan.trainer, 2**30, "GB")
-    size = f" on {devices} devices" if (devices := engine_devices(plan.config)) > 1 else ""
-    shares = ", beside what it shares with the rank" if plan.shared else ""
-    _table(f"memory of {_count(plan.engines, 'engine')}, each{size}{shares}", plan.engine, 2**30, "GB")
+    if plan.engine:
+        size = f" on {devices} devices" if (devices := engine_devices(plan.config)) > 1 else ""
+        shares = ", beside what it shares with the rank" if plan.shared else ""
+        _table(f"memory of {_count(plan.engines, 'engine')}, each{size}{shares}", plan.engine, 2**30, "GB")
+    else:
+        print(
+            f"{_count(plan.engines, 'engine')} of engine.server.urls: their memory is not counted, each is taken for "
+            f"one {device.name}"
+        )
     print(f"    {plan.running} sequences decode at the same time")
     for who, needed in plan.needed.items():
         print(f"{who}: {needed / 2**30:.2f} GB of {plan.usable / 2**30:.1f} that can be used")

@@ -15,8 +15,9 @@ from upspiral.config.models import ParallelConfig, RunConfig
 from upspiral.engine.base import UNPUBLISHED_VERSION, Engine, UpdatableEngine
 from upspiral.engine.embedded.engine import EmbeddedEngine
 from upspiral.errors import ConfigError
+from upspiral.loop.devices import visible_devices
 from upspiral.loop.learner import Learner, PublishingLearner, SharedLearner
-from upspiral.loop.servers import servers
+from upspiral.loop.servers import Machine, servers
 from upspiral.sandbox.base import SandboxBackend
 from upspiral.trainer.base import TrainerBackend, TrainerSetup
 from upspiral.trainer.local import LocalTrainer
@@ -79,8 +80,10 @@ class ThisMachine:
             engine = EmbeddedEngine(load(setting), config.engine, seed=config.seed, threads=threads)
             engine.publish(UNPUBLISHED_VERSION)
         else:
-            logs = setting.folder / "logs"
-            engine = servers(config, setting.model_folder, logs, cpu=cpu, threads=threads, waits=self._waits)
+            # In an actor, Ray has chosen the GPUs that this process sees.
+            devices = None if cpu or config.cluster.address is not None else visible_devices()
+            machine, logs = Machine(cpu, threads, devices), setting.folder / "logs"
+            engine = servers(config, setting.model_folder, logs, machine, waits=self._waits)
         setting.stack.push_async_callback(engine.stop)
         await engine.start()
         return engine

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from upspiral.config.models import RunConfig, ServerConfig
@@ -15,13 +17,24 @@ from upspiral.engine.vllm.client import VllmEngine
 from upspiral.engine.vllm.environment import vllm_python
 from upspiral.engine.vllm.server import ServerSettings, VllmServer
 from upspiral.errors import ConfigError
+from upspiral.loop.devices import devices_of_servers
 
 KEY_VARIABLE = "UPSPIRAL_ENGINE_KEY"
 """The environment variable with the key that servers elsewhere want, if they want one."""
 
 
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What servers that are started here compute on."""
+
+    cpu: bool
+    threads: int
+    devices: Sequence[str] | None = None
+    """GPUs which ranks and servers of this machine divide; None: servers see those that this process sees."""
+
+
 def servers(
-    config: RunConfig, model_folder: Path, logs: Path, *, cpu: bool, threads: int, waits: bool = True
+    config: RunConfig, model_folder: Path, logs: Path, machine: Machine, *, waits: bool = True
 ) -> UpdatableEngine:
     """The router over them, not started. `waits`: for those that die to be started again."""
     server = config.engine.server or ServerConfig()
@@ -35,11 +48,12 @@ def servers(
             f'engine.kind = "{config.engine.kind}" cannot be started here; start its servers yourself, with the model '
             f"{config.model.path}, and name them in engine.server.urls"
         )
-    if routes is not None and cpu:
+    if routes is not None and machine.cpu:
         raise ConfigError(
             'engine.routes = "replay": vLLM cannot load the weights of experts anew on a CPU; use engine.kind = '
             '"embedded" here, or name servers with GPUs in engine.server.urls'
         )
+    own = [()] * server.replicas if machine.devices is None else devices_of_servers(config, machine.devices)
     settings = [
         ServerSettings(
             Path(server.python) if server.python else vllm_python(),
@@ -48,14 +62,15 @@ def servers(
             config.model.dtype,
             config.engine.context_length,
             config.engine.max_running,
-            cpu=cpu,
+            cpu=machine.cpu,
             cache_gb=server.cache_gb,
-            threads=max(1, threads // server.replicas),
+            threads=max(1, machine.threads // server.replicas),
             arguments=server.arguments,
             start_timeout_s=server.start_timeout_s,
             version=UNPUBLISHED_VERSION,
             sleeps=config.engine.colocated,
             routes=routes,
+            devices=own[number],
         )
         for number in range(server.replicas)
     ]

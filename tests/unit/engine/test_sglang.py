@@ -22,7 +22,7 @@ from upspiral.engine.routed_layers import RoutedLayers
 from upspiral.engine.router import Router
 from upspiral.engine.sglang.client import SglangEngine
 from upspiral.errors import ContextLengthError, EngineError, RequestError, StaleBaseError, UnknownWeightsError
-from upspiral.loop.servers import servers
+from upspiral.loop.servers import Machine, servers
 from upspiral.types import SamplingParams
 from upspiral.weights.probe import measured_probe
 
@@ -388,7 +388,7 @@ def test_a_run_that_replays_routes_asks_its_servers_for_them(trainer: Trainer, t
         async with contract.serving() as url:
             engine = {"kind": "sglang", "routes": "replay", "context_length": 64, "server": {"urls": [url]}}
             config = RunConfig.model_validate({"agent": {"command": "true"}, "engine": engine})
-            router = servers(config, model, tmp_path / "logs", cpu=True, threads=1)
+            router = servers(config, model, tmp_path / "logs", Machine(cpu=True, threads=1))
             await router.start()
             try:
                 await router.update_weights(trainer.publish(0))

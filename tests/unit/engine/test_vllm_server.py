@@ -33,7 +33,7 @@ from upspiral.engine.vllm import environment
 from upspiral.engine.vllm import server as server_module
 from upspiral.engine.vllm.server import ServerSettings, VllmServer
 from upspiral.errors import ConfigError, DeadlineError, EngineError
-from upspiral.loop.servers import servers
+from upspiral.loop.servers import Machine, servers
 from upspiral.types import SamplingParams
 
 ROOT = Path(__file__).parents[3]
@@ -140,7 +140,7 @@ def test_a_run_waits_longer_for_a_server_than_it_may_take_to_start(python: Path,
         engine = {"kind": "vllm", "context_length": 64, "server": server}
         config = RunConfig.model_validate({"agent": {"command": "true"}, "engine": engine})
         assert config.engine.server is not None
-        router = servers(config, tmp_path, tmp_path / "logs", cpu=True, threads=1)
+        router = servers(config, tmp_path, tmp_path / "logs", Machine(cpu=True, threads=1))
         assert isinstance(router, Router) and router._patience_s > config.engine.server.start_timeout_s
 
 
@@ -153,10 +153,10 @@ def test_a_run_that_replays_routes_asks_its_servers_for_them(python: Path, tmp_p
     engine = {"kind": "vllm", "routes": "replay", "context_length": 64, "server": {"python": str(python)}}
     config = RunConfig.model_validate({"agent": {"command": "true"}, "engine": engine})
     with pytest.raises(ConfigError, match=r"experts anew on a CPU; use engine.kind = \"embedded\""):
-        servers(config, model, tmp_path / "logs", cpu=True, threads=1)
+        servers(config, model, tmp_path / "logs", Machine(cpu=True, threads=1))
 
     async def check() -> None:
-        router = servers(config, model, tmp_path / "logs", cpu=False, threads=1)
+        router = servers(config, model, tmp_path / "logs", Machine(cpu=False, threads=1))
         try:
             await router.start()
             chunks = [chunk async for chunk in router.generate([7, 8, 9], SamplingParams(max_tokens=3))]
@@ -169,7 +169,7 @@ def test_a_run_that_replays_routes_asks_its_servers_for_them(python: Path, tmp_p
     run(check())
     (model / "config.json").write_text('{"num_hidden_layers": 4}')
     with pytest.raises(ConfigError, match="the model has no experts"):
-        servers(config, model, tmp_path / "logs", cpu=False, threads=1)
+        servers(config, model, tmp_path / "logs", Machine(cpu=False, threads=1))
 
 
 def test_one_that_cannot_be_ended_or_has_lost_its_log_is_told_of(
@@ -191,6 +191,44 @@ def test_one_that_cannot_be_ended_or_has_lost_its_log_is_told_of(
         assert re.search(r"ended \(exit code killed\), and its log cannot be read", await home.gone())
 
     run(check())
+
+
+def test_each_server_sees_gpus_of_its_own(python: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What decides that is in loop/devices.py; here it arrives."""
+    told = program(tmp_path / "told", f'echo "GPUS $CUDA_VISIBLE_DEVICES"; exec {python} "$@"')
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,4,5,6,7")
+    model, logs = tmp_path / "model", tmp_path / "logs"
+    model.mkdir()
+    server = {"python": str(told), "replicas": 2, "arguments": ["--tensor-parallel-size", "2"]}
+    config = RunConfig.model_validate({"agent": {"command": "true"}, "engine": {"kind": "vllm", "server": server}})
+
+    async def seen(devices: list[str] | None) -> list[str]:
+        router = servers(config, model, logs, Machine(cpu=False, threads=1, devices=devices))
+        try:
+            await router.start()
+        finally:
+            await router.stop()
+        return [re.findall(r"GPUS (\S*)", (logs / f"vllm-{number}.log").read_text())[-1] for number in range(2)]
+
+    async def check() -> None:
+        assert await seen(["3", "4", "5", "6", "7"]) == ["4,5", "6,7"], "the local trainer has the first"
+        assert await seen(None) == ["3,4,5,6,7"] * 2, "within Ray, which has chosen"
+
+    run(check())
+
+
+def test_our_build_for_cpus_is_not_started_for_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UPSPIRAL_CACHE", str(tmp_path))
+    monkeypatch.delenv(environment.VARIABLE, raising=False)
+    python = environment.vllm_python()
+    python.parent.mkdir(parents=True)
+    python.symlink_to(sys.executable)
+    (environment.environment_folder() / "upspiral-finished").touch()
+    settings = settings_of(python, tmp_path)
+    settings.check()
+    with pytest.raises(ConfigError, match=r"build for CPUs.*engine\.server\.python"):
+        replace(settings, cpu=False).check()
+    replace(settings, cpu=False, python=Path(sys.executable)).check()
 
 
 def test_it_dies_with_an_owner_that_is_killed(python: Path, tmp_path: Path) -> None:

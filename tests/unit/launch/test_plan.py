@@ -138,6 +138,70 @@ def test_engines_and_ranks_that_take_turns_are_on_as_many_devices_as_there_are_r
     assert describe_split(divided).endswith("cluster.engines = 4, cluster.engine_gpus = 2")
 
 
+def test_servers_elsewhere_take_nothing_of_the_ranks_devices() -> None:
+    parts = cluster(4, 1)
+    del parts["cluster"]
+    urls = {"urls": ["http://node7:8000", "http://node8:8000"]}
+    given = plan(DENSE_8B, **{**parts, "engine": {**parts["engine"], "server": urls}})
+    assert given.engines == 2 and not given.together
+    assert given.needed == {"a rank": sum(given.trainer.values())}
+    assert all((other.ranks, other.engines) == (4, 2) for other in alternatives(given))
+    assert describe_split(given).endswith("trainer.activation_checkpointing = false"), "no key says how many there are"
+    beside = plan(DENSE_8B, **{**parts, "engine": {**parts["engine"], "server": urls, "colocated": True}})
+    assert set(beside.needed) == {"a rank and an engine"}, "servers of one's own, on the ranks' devices"
+
+
+def test_a_split_is_told_with_the_key_that_this_run_has() -> None:
+    parts = cluster(15, 1)
+    placed = plan(DENSE_8B, "h200", **parts)
+    assert describe_split(placed).endswith("cluster.engines = 1")
+    del parts["cluster"]
+    started = plan(DENSE_8B, "h200", **parts)
+    assert describe_split(started).endswith("engine.server.replicas = 1")
+    others = list(alternatives(started))
+    assert others and all(describe_split(each).endswith(f"engine.server.replicas = {each.engines}") for each in others)
+    embedded = plan(SMALL, trainer={"kind": "fsdp", "parallel": {"ranks": 2}})
+    assert {each.engines for each in alternatives(embedded)} == {1} and "engine" not in describe_split(embedded)
+
+
+def test_without_ray_servers_have_devices_of_their_own_unless_they_are_colocated() -> None:
+    parts = cluster(4, 1)
+    del parts["cluster"]
+    assert set(plan(DENSE_8B, **parts).needed) == {"a rank", "an engine"}
+    server = {"replicas": 2, "arguments": ["--tensor-parallel-size", "2"]}
+    parts["engine"] |= {"colocated": True, "server": server}
+    shared = plan(DENSE_8B, **parts)
+    shared.check()
+    assert set(shared.needed) == {"a rank and an engine"}
+    server["replicas"] = 3
+    with pytest.raises(ConfigError, match=r"replicas = 3 of 2 GPUs each have no room on those of .*ranks = 4"):
+        plan(DENSE_8B, **parts).check()
+    embedded = plan(SMALL, trainer={"kind": "fsdp", "parallel": {"ranks": 2}})
+    assert set(embedded.needed) == {"a rank and an engine"}, "of the first rank's device"
+
+
+def test_ranks_are_never_advised_to_divide_what_a_backend_refuses() -> None:
+    """Of 4 key heads, 8 tensor-parallel ranks have none to compute."""
+    for kind in ("fsdp", "megatron"):
+        parts = cluster(8, 8, kind=kind)
+        tensors = {each.config.trainer.parallel.tensor for each in alternatives(plan(MOE_30B, "b200", **parts))}  # type: ignore[union-attr]
+        assert tensors and tensors <= {1, 2, 4}, kind
+        parts["trainer"]["parallel"]["tensor"] = 8
+        with pytest.raises(ConfigError, match=r"trainer\.parallel\.tensor = 8 does not divide the model's 4 key heads"):
+            plan(MOE_30B, "b200", **parts).check()
+
+
+def test_the_advice_for_a_server_has_keys_that_a_server_has() -> None:
+    given = {"kind": "vllm", "server": {"cache_gb": 100.0}}
+    with pytest.raises(ConfigError, match=r"lower engine\.server\.cache_gb$"):
+        Plan.of(SMALL, config(engine=given), LOAD, LAPTOP).check()
+    parts = cluster(32, 1)
+    parts["engine"]["context_length"] = 1 << 20
+    with pytest.raises(ConfigError, match=r"an engine would need .*--tensor-parallel-size") as refused:
+        plan(DENSE_8B, load=LOAD, **parts).check()
+    assert "cache_slots" not in str(refused.value)
+
+
 def test_a_better_split_is_faster_and_fits_and_has_as_many_devices() -> None:
     slow = plan(DENSE_8B, "h200", **cluster(15, 1))
     better = better_split(slow)
@@ -255,6 +319,9 @@ def test_the_plan_of_a_run_file_is_told(tmp_path: Path, capsys: pytest.CaptureFi
     told = capsys.readouterr().out
     assert "30.532 B weights" in told and "memory of 8 ranks, each" in told and "bottleneck" in told
     assert "sequences decode at the same time" in told
+    servers = ["--engine.server.urls", '["http://node7:8000"]', "--cluster.engines", "1"]
+    assert run_command(["plan", str(file), "--device", "H100", *servers]) == 0
+    assert "1 engine of engine.server.urls: their memory is not counted" in capsys.readouterr().out
     assert run_command(["plan", str(file), "--device", "l40s"]) == 2
     assert "this cannot fit" in capsys.readouterr().err
     assert run_command(["plan", str(file), "--device", "h10"]) == 2

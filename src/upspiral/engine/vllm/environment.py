@@ -43,13 +43,20 @@ def vllm_python() -> Path:
     return Path(named) if named else environment_folder() / "bin" / "python"
 
 
-def check_interpreter(python: Path) -> None:
-    """Raises ConfigError when there is none, or when it is that of our environment and who made it was killed before
-    the end."""
+def check_interpreter(python: Path, *, cpu: bool) -> None:
+    """Raises ConfigError when there is none, when it is that of our environment and who made it was killed before the
+    end, or when it shall compute on a GPU, for which ours is not built."""
     own = environment_folder().absolute()
+    ours = python.absolute() == own / "bin" / "python"
+    if ours and not cpu:
+        raise ConfigError(
+            f"{own} has vLLM's build for CPUs, and this machine's GPUs would be used: name the interpreter of an "
+            f"environment with its build for GPUs in engine.server.python, or in the environment variable {VARIABLE}, "
+            'or set model.device = "cpu"'
+        )
     if not python.is_file():
         what = f"there is no {python}"
-    elif python.absolute() == own / "bin" / "python" and not (own / _FINISHED).is_file():
+    elif ours and not (own / _FINISHED).is_file():
         what = f"{own} was not finished"
     else:
         return
@@ -62,7 +69,7 @@ def check_interpreter(python: Path) -> None:
 def is_installed() -> bool:
     """Whether vLLM's server can be started."""
     try:
-        check_interpreter(vllm_python())
+        check_interpreter(vllm_python(), cpu=True)
     except ConfigError:
         return False
     return True

@@ -52,10 +52,12 @@ class ServerSettings:
     """Whether it can give its memory up, on GPUs."""
     routes: RoutedLayers | None = None
     """Asks which experts computed each token."""
+    devices: Sequence[str] = ()
+    """The GPUs that it sees, as CUDA names them; none: all that this process sees."""
 
     def check(self) -> None:
-        """Raises ConfigError when there is no such environment."""
-        check_interpreter(self.python)
+        """Raises ConfigError when there is no such environment, or none for this device."""
+        check_interpreter(self.python, cpu=self.cpu)
 
     def command(self, port: int) -> list[str]:
         """Without the interpreter and its program."""
@@ -95,6 +97,8 @@ class ServerSettings:
         }
         if self.routes is not None:
             own["VLLM_USE_V2_MODEL_RUNNER"] = "1"  # the other one does not tell them
+        if self.devices:
+            own["CUDA_VISIBLE_DEVICES"] = ",".join(self.devices)
         if self.cpu:
             own |= {
                 "VLLM_CPU_KVCACHE_SPACE": str(max(1, round(self.cache_gb))),

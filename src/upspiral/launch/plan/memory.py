@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import pairwise
 from math import ceil
 
 from upspiral.config.combinations import publishes
@@ -11,6 +10,7 @@ from upspiral.config.models import ParallelConfig, RunConfig, ServerConfig
 from upspiral.launch.plan.device import Device
 from upspiral.launch.plan.load import StepLoad
 from upspiral.launch.plan.shape import ModelShape
+from upspiral.loop.devices import devices_of_model
 
 _LOGITS_BLOCK = {True: 4 << 23, False: 4 << 25}
 """On a CPU and elsewhere; see trainer/logprob.py."""
@@ -100,13 +100,8 @@ def engine_bytes(shape: ModelShape, config: RunConfig, device: Device) -> Mappin
 
 
 def engine_devices(config: RunConfig) -> int:
-    """Among how many an engine is divided: `--tensor-parallel-size` of a server that is started here."""
-    given = (config.engine.server or ServerConfig()).arguments
-    words = [part for argument in given for part in argument.split("=", 1)]
-    for word, value in pairwise(words):
-        if word in ("--tensor-parallel-size", "-tp", "--tp-size") and value.isdecimal():
-            return max(1, int(value))
-    return 1
+    """Among how many an engine is divided."""
+    return devices_of_model((config.engine.server or ServerConfig()).arguments)
 
 
 def _kept_bytes(shape: ModelShape, config: RunConfig, width: int) -> float:

@@ -8,13 +8,15 @@ from math import ceil
 from typing import Any
 
 from upspiral.config.combinations import num_ranks, publishes, ranks_beside
-from upspiral.config.models import ParallelConfig, RunConfig
+from upspiral.config.models import ParallelConfig, RunConfig, ServerConfig
 from upspiral.errors import ConfigError
 from upspiral.launch.plan.device import Device
 from upspiral.launch.plan.duration import step_seconds
 from upspiral.launch.plan.load import StepLoad
 from upspiral.launch.plan.memory import engine_bytes, engine_devices, resting_bytes, trainer_bytes
 from upspiral.launch.plan.shape import ModelShape
+from upspiral.loop.devices import devices_of_servers
+from upspiral.trainer.division import divided_counts
 
 _USABLE = 0.9
 """Of a device's memory: the rest is the driver's, the allocator's and the interpreter's."""
@@ -38,13 +40,15 @@ class Plan:
     """Whether they are one process with one copy of the weights."""
     trainer: Mapping[str, float]
     engine: Mapping[str, float]
-    """Of one of its devices; see `engine_devices`."""
+    """Of one of its devices; see `engine_devices`. Nothing when engines are elsewhere: each of those is taken for one
+    device like the others, whose memory is not counted."""
     seconds: Mapping[str, float]
 
     @classmethod
     def of(cls, shape: ModelShape, config: RunConfig, load: StepLoad, device: Device) -> Plan:
         ranks, engines = num_ranks(config), num_engines(config)
-        together = ranks_beside(config) > 0 or config.cluster.engine_gpus + config.cluster.rank_gpus <= 1
+        elsewhere = has_engines_elsewhere(config)
+        together = not elsewhere and _share_devices(config)
         shared = not publishes(config)
         trainer, engine = trainer_bytes(shape, config, load, device), dict(engine_bytes(shape, config, device))
         if shared:
@@ -63,6 +67,7 @@ class Plan:
         running = max(1, min(wanted, cached))
         devices = engines * engine_devices(config)
         seconds = step_seconds(shape, config, load, device, engines=devices, running=running)
+        engine = {} if elsewhere else engine
         return cls(shape, config, load, device, ranks, engines, running, together, shared, trainer, engine, seconds)
 
     @property
@@ -78,7 +83,7 @@ class Plan:
             if self.config.engine.colocated:
                 return {"a rank and an engine": max(trainer, resting + engine)}
             return {"a rank and an engine": trainer + engine}
-        return {"a rank": trainer, "an engine": engine}
+        return {"a rank": trainer, **({"an engine": engine} if self.engine else {})}
 
     @property
     def usable(self) -> float:
@@ -97,7 +102,13 @@ class Plan:
         return max(self.seconds, key=lambda part: self.seconds[part])
 
     def check(self) -> None:
-        """Raises ConfigError, with what to change first, when a process cannot have the memory that it needs."""
+        """Raises ConfigError, with what to change first, when a process cannot have the memory that it needs, or when
+        ranks cannot divide the model so, or servers that share their devices need more of them."""
+        if left := _indivisible(self.shape, self.config):
+            tensor = (self.config.trainer.parallel or ParallelConfig()).tensor
+            raise ConfigError(f"trainer.parallel.tensor = {tensor} does not divide the model's {', '.join(left)}")
+        if self.together and not self.device.is_cpu and _engines_key(self.config) == "engine.server.replicas":
+            devices_of_servers(self.config, [str(number) for number in range(self.ranks)])
         if self.fits:
             return
         who, needed = max(self.needed.items(), key=lambda item: item[1])
@@ -114,7 +125,13 @@ class Plan:
         if key == "activations":
             return "lower trainer.tokens_per_microbatch, or set trainer.activation_checkpointing = true"
         if sum(self.engine.values()) > sum(trainer.values()):
-            return "lower engine.context_length, or engine.cache_slots and engine.max_running"
+            if self.config.engine.kind == "embedded":
+                return "lower engine.context_length, or engine.cache_slots and engine.max_running"
+            if self.device.is_cpu:
+                return "lower engine.server.cache_gb"
+            return (
+                "lower engine.context_length, or divide an engine with --tensor-parallel-size (engine.server.arguments)"
+            )
         return "add devices, or train factors alone with a section [trainer.lora]"
 
 
@@ -123,26 +140,56 @@ def _usable(device: Device) -> float:
 
 
 def num_engines(config: RunConfig) -> int:
+    server = config.engine.server or ServerConfig()
+    if server.urls:
+        return len(server.urls)
+    return config.cluster.engines if config.cluster.address is not None else server.replicas
+
+
+def has_engines_elsewhere(config: RunConfig) -> bool:
+    """Whether they are servers that run already, on devices that are not the ranks'."""
+    return bool((config.engine.server or ServerConfig()).urls) and not config.engine.colocated
+
+
+def _share_devices(config: RunConfig) -> bool:
+    """Without Ray, an embedded engine is where the first rank is; servers are there with engine.colocated."""
     if config.cluster.address is not None:
-        return config.cluster.engines
-    server = config.engine.server
-    return 1 if server is None else len(server.urls) or server.replicas
+        return ranks_beside(config) > 0 or config.cluster.engine_gpus + config.cluster.rank_gpus <= 1
+    return config.engine.colocated or config.engine.kind == "embedded"
+
+
+def _engines_key(config: RunConfig) -> str | None:
+    """What says how many engines there are; None: nothing that a run could choose."""
+    if config.engine.server is not None and config.engine.server.urls:
+        return None
+    if config.cluster.address is not None:
+        return "cluster.engines"
+    return None if config.engine.kind == "embedded" else "engine.server.replicas"
 
 
 def alternatives(plan: Plan) -> Iterator[Plan]:
     """Splits of as many devices that fit: other ways to divide the model, and other numbers of ranks and engines."""
     if plan.device.is_cpu or plan.config.trainer.kind == "local":
         return
+    for ranks, engines in _splits(plan):
+        for changes in _divisions(plan.config, ranks):
+            config = _changed(plan.config, ranks, engines, changes)
+            other = Plan.of(plan.shape, config, plan.load, plan.device)
+            if other.fits and not _indivisible(plan.shape, config):
+                yield other
+
+
+def _splits(plan: Plan) -> Iterator[tuple[int, int]]:
+    """Numbers of ranks and engines."""
+    if _engines_key(plan.config) is None:
+        yield plan.ranks, plan.engines
+        return
     size = engine_devices(plan.config)
     count = plan.ranks if plan.together else plan.ranks + plan.engines * size
     for ranks in {count} if plan.together else range(1, count):
         engines, rest = divmod(count if plan.together else count - ranks, size)
-        if rest or not engines:
-            continue
-        for changes in _divisions(plan.config, ranks):
-            other = Plan.of(plan.shape, _changed(plan.config, ranks, engines, changes), plan.load, plan.device)
-            if other.fits:
-                yield other
+        if engines and not rest:
+            yield ranks, engines
 
 
 def better_split(plan: Plan) -> Plan | None:
@@ -159,10 +206,25 @@ def describe_split(plan: Plan) -> str:
     else:
         words.append(f"trainer.parallel.tensor = {parallel.tensor}")
     words.append(f"trainer.activation_checkpointing = {str(plan.config.trainer.activation_checkpointing).lower()}")
-    words.append(f"cluster.engines = {plan.engines}")
+    if (key := _engines_key(plan.config)) is not None:
+        words.append(f"{key} = {plan.engines}")
     if ranks_beside(plan.config) and plan.config.cluster.engine_gpus:
         words.append(f"cluster.engine_gpus = {plan.config.cluster.engine_gpus:g}")
     return ", ".join(words)
+
+
+def _indivisible(shape: ModelShape, config: RunConfig) -> list[str]:
+    """What of the model tensor-parallel ranks cannot divide."""
+    dense = not shape.experts
+    counts = divided_counts(
+        config.trainer.kind,
+        key_heads=shape.key_heads,
+        experts=shape.experts,
+        inner=shape.inner if dense else 0,
+        experts_inner=0 if dense else shape.inner,
+    )
+    tensor = (config.trainer.parallel or ParallelConfig()).tensor
+    return [f"{count} {what}" for what, count in counts.items() if count % tensor]
 
 
 def _divisions(config: RunConfig, ranks: int) -> Iterator[dict[str, Any]]:
@@ -184,6 +246,11 @@ def _changed(config: RunConfig, ranks: int, engines: int, changes: dict[str, Any
         "parallel": parallel.model_copy(update={"ranks": ranks, "expert": 1, **changes}),
         "activation_checkpointing": checkpointing,
     })  # fmt: skip
-    wanted = {"engine_gpus": float(ranks // engines)} if ranks_beside(config) and config.cluster.engine_gpus else {}
-    cluster = config.cluster.model_copy(update={"engines": engines, **wanted})
-    return config.model_copy(update={"trainer": trainer, "cluster": cluster})
+    changed: dict[str, Any] = {"trainer": trainer}
+    if _engines_key(config) == "cluster.engines":
+        wanted = {"engine_gpus": float(ranks // engines)} if ranks_beside(config) and config.cluster.engine_gpus else {}
+        changed["cluster"] = config.cluster.model_copy(update={"engines": engines, **wanted})
+    elif _engines_key(config) == "engine.server.replicas":
+        server = (config.engine.server or ServerConfig()).model_copy(update={"replicas": engines})
+        changed["engine"] = config.engine.model_copy(update={"server": server})
+    return config.model_copy(update=changed)

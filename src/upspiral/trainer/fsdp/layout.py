@@ -21,6 +21,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, Ro
 from upspiral.config.models import ParallelConfig
 from upspiral.errors import ConfigError
 from upspiral.trainer.base import TrainerSetup
+from upspiral.trainer.division import divided_counts
 from upspiral.weights.experts import has_experts
 from upspiral.weights.model_files import ModelFiles
 
@@ -69,6 +70,7 @@ def check(setup: TrainerSetup, config: Any, ranks: int) -> ParallelConfig:
     cannot be."""
     parallel = setup.trainer.parallel or ParallelConfig()
     experts = getattr(config, "num_experts", 0)
+    by_tensor = divided_counts("fsdp", key_heads=config.num_key_value_heads, experts=experts, inner=0, experts_inner=0)
     refusals = [
         (setup.trainer.lora is not None, 'trainer.lora is for trainer.kind = "local"; leave that section out'),
         (
@@ -91,8 +93,7 @@ def check(setup: TrainerSetup, config: Any, ranks: int) -> ParallelConfig:
         *(
             (bool(count % size), f"trainer.parallel.{key} = {size} does not divide the model's {count} {what}")
             for key, size, what, count in (
-                ("tensor", parallel.tensor, "key heads", config.num_key_value_heads),
-                ("tensor", parallel.tensor, "experts", experts),
+                *(("tensor", parallel.tensor, what, count) for what, count in by_tensor.items()),
                 ("expert", parallel.expert, "experts", experts),
             )
         ),

@@ -18,10 +18,11 @@ from upspiral.config.models import ParallelConfig
 from upspiral.errors import ConfigError
 from upspiral.trainer.attention import ForestPass
 from upspiral.trainer.base import TrainerSetup
+from upspiral.trainer.division import divided_counts
 from upspiral.trainer.forest import ForestBatch
 from upspiral.trainer.gradients import GradientSums, whole_weights
 from upspiral.trainer.megatron.cpu import pretend_that_cpu_is_a_device
-from upspiral.trainer.megatron.model import VOCABULARY_MULTIPLE, MegatronModel, expert_pattern
+from upspiral.trainer.megatron.model import MegatronModel, expert_pattern
 from upspiral.trainer.megatron.names import Names
 from upspiral.trainer.megatron.optimizer import DividedAdamW
 from upspiral.trainer.megatron.state import load_state, save_state
@@ -120,12 +121,13 @@ def _checked(setup: TrainerSetup, config: Any) -> ParallelConfig:
 def check_division(config: Any, tensor: int) -> None:
     """Whether so many tensor-parallel ranks can compute a model. Raises ConfigError."""
     with_experts = expert_pattern(config)
-    divided = {
-        "key heads": config.num_key_value_heads,
-        "inner width": 0 if all(with_experts) else config.intermediate_size,
-        "experts' inner width": config.moe_intermediate_size if any(with_experts) else 0,
-        "padded vocabulary": VOCABULARY_MULTIPLE,
-    }
+    divided = divided_counts(
+        "megatron",
+        key_heads=config.num_key_value_heads,
+        experts=getattr(config, "num_experts", 0),
+        inner=0 if all(with_experts) else config.intermediate_size,
+        experts_inner=config.moe_intermediate_size if any(with_experts) else 0,
+    )
     for what, count in divided.items():
         if count % tensor:
             raise ConfigError(

@@ -18,14 +18,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from upspiral.trainer.attention import ForestPass, forest_attention
+from upspiral.trainer.division import VOCABULARY_MULTIPLE
 from upspiral.trainer.forest import ForestBatch
 from upspiral.trainer.logprob import ChunkedLogprob
 from upspiral.trainer.megatron.experts import ForestRouter, use_own_experts
 from upspiral.trainer.megatron.vocabulary import VocabularyParallelLogprob
 from upspiral.trainer.recompute import recomputed_layers
-
-VOCABULARY_MULTIPLE = 128
-"""The vocabulary is padded to a multiple of it, whatever the number of ranks, which must divide it."""
 
 
 class MegatronModel:
