@@ -1,4 +1,5 @@
-"""The program of one rank: `python -m upspiral.trainer.rank`, started by `rank_processes.py` or by torchrun.
+"""The program of one rank: `python -m upspiral.trainer.rank`, started by `rank_processes.py` or by torchrun, for
+`torchrun.py`.
 
 It joins the process group that torchrun's variables name (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT), connects to the
 trainer at UPSPIRAL_TRAINER and does what it is told. It ends when the trainer does.
@@ -101,8 +102,8 @@ def _connect(address: str) -> Any:
     host, _, port = address.rpartition(":")
     if host == "fd":
         return Connection(int(port))
-    connection = Client((host, int(port)), authkey=bytes.fromhex(os.environ.pop(KEY)))
-    connection.send(int(os.environ["RANK"]))
+    connection = Client((host, int(port)), authkey=os.environ.pop(KEY).encode())
+    connection.send((os.environ["RANK"], os.environ["WORLD_SIZE"]))
     return connection
 
 
