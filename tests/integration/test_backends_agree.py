@@ -1,12 +1,12 @@
 """The agreement matrix: every trainer backend, however it divides the model, does what the local trainer does.
 
 From the same weights, on the same three steps of forest batches (GRPO's credit, shared prefixes, trees that are split
-with context, replayed routes where there are experts), in float32. One step has two minibatches, of which PPO clips some
-tokens, and one has a gradient that is clipped, which AdamW does not see unless others are not. Compared are each step's
-loss and gradient norm, and each weight tensor afterwards: L2 of the difference over L2 of the tensor. (Over L2 of what the
-tensor *moved* would say little: AdamW makes steps of full size of gradients that are nothing but rounding.) And what a
-backend publishes before it trains has the bits of the folder that it was made from, so that one backend goes on from
-another's weights.
+with context, replayed routes where there are experts), in float32. One step has two minibatches, of which PPO clips
+some tokens, and one has a gradient that is clipped, which AdamW does not see unless others are not. Compared are each
+step's loss and gradient norm, and each weight tensor afterwards: L2 of the difference over L2 of the tensor. (Over L2 of
+what the tensor *moved* would say little: AdamW makes steps of full size of gradients that are nothing but rounding.) And
+what a backend publishes before it trains has the bits of the folder that it was made from, so that one backend goes on
+from another's weights.
 
 A backend joins by a line in `MATRIX`.
 """
@@ -86,8 +86,8 @@ STEPS = ((0.25, 1), (0.25, 2), (1.0, 1))
 """What the token weights are multiplied with, and the minibatches."""
 MAX_GRAD_NORM = 0.6
 CLIP = AlgorithmConfig(clip_low=0.0054, clip_high=0.0076)
-"""Ratios are 1 in the first minibatch of a step, and differ from 1 by about 0.01 in the second; here none is so near to a
-bound that rounding decides."""
+"""Ratios are 1 in the first minibatch of a step, and differ from 1 by about 0.01 in the second; here none is so near to
+a bound that rounding decides."""
 
 
 def steps_of(family: str) -> list[list[ForestBatch]]:
