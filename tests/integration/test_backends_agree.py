@@ -3,10 +3,10 @@
 From the same weights, on the same three steps of forest batches (GRPO's credit, shared prefixes, trees that are split
 with context, replayed routes where there are experts), in float32. One step has two minibatches, of which PPO clips
 some tokens, and one has a gradient that is clipped, which AdamW does not see unless others are not. Compared are each
-step's loss and gradient norm, and each weight tensor afterwards: L2 of the difference over L2 of the tensor. (Over L2 of
-what the tensor *moved* would say little: AdamW makes steps of full size of gradients that are nothing but rounding.) And
-what a backend publishes before it trains has the bits of the folder that it was made from, so that one backend goes on
-from another's weights.
+step's loss and gradient norm, and each weight tensor afterwards: L2 of the difference over L2 of the tensor. (Over L2
+of what the tensor *moved* would say little: AdamW makes steps of full size of gradients that are nothing but
+rounding.) And what a backend publishes before it trains has the bits of the folder that it was made from, so that one
+backend goes on from another's weights.
 
 A backend joins by a line in `MATRIX`.
 """

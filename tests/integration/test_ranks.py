@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from multiprocessing.connection import Client, Connection
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from upspiral.trainer.base import TrainerSetup
 from upspiral.trainer.rank_processes import ProcessRank, start_ranks
 from upspiral.trainer.ranks import Ranks
 from upspiral.trainer.torchrun import accept_ranks, torchrun_ranks
+from upspiral.weights.cpu import num_cores
 
 ROOT = Path(__file__).parents[2]
 PATH = {"PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}"}
@@ -85,6 +87,15 @@ def test_trouble_of_one_rank_ends_all(tmp_path: Path, trouble: float, error: typ
         assert len(started) >= 2 and not any(is_alive(pid) for pid in started)
         with pytest.raises(TrainerError, match="start them again"):
             ranks.step([], lr=FINE)
+    finally:
+        ranks.close()
+
+
+@pytest.mark.parametrize(("threads", "own"), [(6, 3), (1, 1), (0, max(1, num_cores() // 2))])
+def test_ranks_of_a_machine_share_its_threads(tmp_path: Path, threads: int, own: int) -> None:
+    ranks = Ranks(start_ranks(2, tmp_path, variables=PATH), KIND, replace(SETUP, threads=threads))
+    try:
+        assert ranks.step([], lr=FINE).tokens["threads"] == own
     finally:
         ranks.close()
 

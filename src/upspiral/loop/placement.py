@@ -172,6 +172,7 @@ async def _trainer(setting: Setting, placement: Placement) -> TrainerBackend:
 
 def trainer_setup(config: RunConfig, model_folder: Path) -> TrainerSetup:
     """What every backend of the run's trainer is made from."""
+    on_ray = config.cluster.address is not None
     return TrainerSetup(
         model_folder=model_folder,
         dtype=config.model.dtype,
@@ -180,6 +181,7 @@ def trainer_setup(config: RunConfig, model_folder: Path) -> TrainerSetup:
         algorithm=config.algorithm,
         temperature=config.temperature,
         seed=config.seed,
+        threads=max(1, int(config.cluster.rank_cpus)) if on_ray else config.model.threads,
     )
 
 

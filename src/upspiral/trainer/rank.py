@@ -61,7 +61,7 @@ class RankProgram:
         if setup.device == "cuda":
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         else:
-            torch.set_num_threads(setup.threads)
+            torch.set_num_threads(_own_threads(setup.threads))
         if not distributed.is_initialized():
             group = "cpu:gloo,cuda:nccl" if setup.device == "cuda" else "gloo"
             distributed.init_process_group(group, timeout=timedelta(seconds=START_DEADLINE_S))
@@ -75,6 +75,13 @@ class RankProgram:
         backend.close()
         if leave:
             distributed.destroy_process_group()
+
+
+def _own_threads(threads: int) -> int:
+    """This rank's share of what the ranks of this machine have together; 0: of its cores."""
+    from upspiral.weights.cpu import num_cores
+
+    return max(1, (threads or num_cores()) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def main() -> None:

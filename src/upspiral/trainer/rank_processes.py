@@ -82,11 +82,17 @@ def start_ranks(count: int, logs: Path, *, variables: Mapping[str, str] | None =
     """Starts the ranks of a trainer on this machine; what they print is in `logs`. One that ends at once fails the
     first call."""
     logs.mkdir(parents=True, exist_ok=True)
-    group = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    group = {
+        "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(count),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(_free_port()),
+    }
     ranks: list[ProcessRank] = []
     try:
         for number in range(count):
             own = {"RANK": str(number), "LOCAL_RANK": str(number)}
+            # One thread until the rank has its share; see `RankProgram`.
             environment = {**os.environ, "OMP_NUM_THREADS": "1", **(variables or {}), **group, **own}
             ranks.append(_start_rank(environment, logs / f"rank-{number}.log"))
     except BaseException:
