@@ -20,6 +20,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -101,7 +102,7 @@ def steps_of(family: str) -> list[list[ForestBatch]]:
     ]
 
 
-def setup_of(folder: Path, **division: int) -> TrainerSetup:
+def setup_of(folder: Path, **division: Any) -> TrainerSetup:
     parallel = ParallelConfig(**division)
     config = TrainerConfig(lr=1e-4, weight_decay=0.1, max_grad_norm=MAX_GRAD_NORM, parallel=parallel)
     return TrainerSetup(folder, "float32", "cpu", config, CLIP, temperature=0.9)
