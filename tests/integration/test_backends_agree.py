@@ -1,10 +1,12 @@
 """The agreement matrix: every trainer backend, however it divides the model, does what the local trainer does.
 
 From the same weights, on the same three steps of forest batches (GRPO's credit, shared prefixes, trees that are split
-with context, replayed routes where there are experts), in float32. Compared are each step's loss and gradient norm, and
-each weight tensor afterwards: L2 of the difference over L2 of the tensor. (Over L2 of what the tensor *moved* would say
-little: AdamW makes steps of full size of gradients that are nothing but rounding.) And what a backend publishes before
-it trains has the bits of the folder that it was made from, so that one backend goes on from another's weights.
+with context, replayed routes where there are experts), in float32. One step has two minibatches, of which PPO clips
+some tokens, and one has a gradient that is clipped, which AdamW does not see unless others are not. Compared are each
+step's loss and gradient norm, and each weight tensor afterwards: L2 of the difference over L2 of the tensor. (Over L2
+of what the tensor *moved* would say little: AdamW makes steps of full size of gradients that are nothing but
+rounding.) And what a backend publishes before it trains has the bits of the folder that it was made from, so that one
+backend goes on from another's weights.
 
 A backend joins by a line in `MATRIX`.
 """
@@ -14,10 +16,11 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -80,14 +83,29 @@ class Trained:
     ended: Mapping[str, torch.Tensor]
 
 
+STEPS = ((0.25, 1), (0.25, 2), (1.0, 1))
+"""What the token weights are multiplied with, and the minibatches."""
+MAX_GRAD_NORM = 0.6
+CLIP = AlgorithmConfig(clip_low=0.0054, clip_high=0.0076)
+"""Ratios are 1 in the first minibatch of a step, and differ from 1 by about 0.01 in the second; here none is so near to
+a bound that rounding decides."""
+
+
 def steps_of(family: str) -> list[list[ForestBatch]]:
     routes = (2, 3) if family == "qwen3-moe" else None
-    return [policy_batches(seed, routes, experts=8) for seed in range(3)]
+    return [
+        [
+            replace(batch, token_weight_M=batch.token_weight_M * share)
+            for batch in policy_batches(seed, routes, experts=8, minibatches=minibatches)
+        ]
+        for seed, (share, minibatches) in enumerate(STEPS)
+    ]
 
 
-def setup_of(folder: Path, **division: int) -> TrainerSetup:
-    config = TrainerConfig(lr=1e-4, weight_decay=0.1, parallel=ParallelConfig(**division))
-    return TrainerSetup(folder, "float32", "cpu", config, AlgorithmConfig(), temperature=0.9)
+def setup_of(folder: Path, **division: Any) -> TrainerSetup:
+    parallel = ParallelConfig(**division)
+    config = TrainerConfig(lr=1e-4, weight_decay=0.1, max_grad_norm=MAX_GRAD_NORM, parallel=parallel)
+    return TrainerSetup(folder, "float32", "cpu", config, CLIP, temperature=0.9)
 
 
 @cache
@@ -116,6 +134,14 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for family, folder in folders.items():
         tiny_module(family).save_pretrained(folder)
     return folders
+
+
+@pytest.mark.parametrize("family", ALL)
+def test_the_steps_clip_some_tokens_and_some_gradients(family: str, models: dict[str, Path]) -> None:
+    plain, clipping, last = by_the_local_trainer(family, models[family]).metrics
+    assert plain.tokens["clip_fraction"] == last.tokens["clip_fraction"] == 0
+    assert 0.05 < clipping.tokens["clip_fraction"] < 0.45
+    assert max(plain.grad_norm, clipping.grad_norm) < 0.9 * MAX_GRAD_NORM and last.grad_norm > 1.4 * MAX_GRAD_NORM
 
 
 def test_the_batches_are_what_the_matrix_promises() -> None:

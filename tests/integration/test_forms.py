@@ -22,7 +22,7 @@ for package in ("deepspeed", "megatron"):
 import torch
 
 from tests.fixtures.policy_batches import policy_batches
-from tests.fixtures.published_weights import published_weights, same
+from tests.fixtures.published_weights import published_weights, same, weights_of_folder
 from tests.fixtures.started_ranks import StartedRanks
 from tests.fixtures.tiny_model import make_tokenizer
 from tests.fixtures.tiny_modules import tiny_module
@@ -62,11 +62,11 @@ class Backends:
             return LocalTrainer.of(module, setup, lanes=1, exact=False)
         return self._ranks.trainer(kind, setup)
 
-    def config(self, kind: str, model: Path) -> RunConfig:
+    def config(self, kind: str, model: Path, device: str = "auto") -> RunConfig:
         parallel = {} if KINDS[kind] is None else {"parallel": KINDS[kind]}
         return RunConfig.model_validate({
-            "agent": {"command": "true"}, "eval": {"tasks": 0}, "model": {"path": str(model), "dtype": self._dtype},
-            "trainer": {"kind": kind, "lr": 1e-3, **parallel},
+            "agent": {"command": "true"}, "eval": {"tasks": 0}, "trainer": {"kind": kind, "lr": 1e-3, **parallel},
+            "model": {"path": str(model), "dtype": self._dtype, "device": device},
         })  # fmt: skip
 
     def export(self, kind: str, model: Path, run: Path) -> Path:
@@ -102,3 +102,24 @@ def test_a_checkpoint_of_every_kind_loads_into_every_other(
         for origin in KINDS.keys() - {kind}:
             published = published_weights(backends.make(kind, exported[origin]), tmp_path / "into" / kind / origin)
             assert same(published, trained[origin]), f"{kind} from a checkpoint of {origin}"
+
+
+@pytest.mark.parametrize(
+    ("kind", "device", "ranks"), [("fsdp", "cuda", 64), ("megatron", "auto", 64), ("deepspeed", "cuda", 2)]
+)
+def test_export_needs_neither_the_devices_nor_where_it_can_the_ranks_of_the_run(
+    kind: str, device: str, ranks: int, two_ranks: StartedRanks, tmp_path: Path
+) -> None:
+    """The checkpoint is that of two ranks on a CPU, and the run file that of a cluster, which is not at hand."""
+    model = make_tokenizer(tmp_path / "model")
+    tiny_module("qwen3", torch.bfloat16, num_hidden_layers=2).save_pretrained(model)
+    backends, run = Backends(two_ranks, "bfloat16"), tmp_path / "run"
+    trainer = backends.make(kind, model)
+    trainer.step([each for each in policy_batches(0) if each.lane == 0])
+    save_checkpoint(run / "checkpoints", 1, trainer.save, keep=1)
+    trained = published_weights(trainer, tmp_path / "weights")
+    config = dump_toml(backends.config(kind, model, device)).replace("ranks = 2", f"ranks = {ranks}")
+    (run / "config.resolved.toml").write_text(config)
+    assert run_command(["export", str(run), "--hf", str(tmp_path / "exported")]) == 0
+    exported = weights_of_folder(tmp_path / "exported")
+    assert same(exported, {name: trained[name] for name in exported}) and exported

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import secrets
 import signal
@@ -10,8 +11,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
-from multiprocessing.connection import Connection
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from multiprocessing.connection import Client, Connection
 from pathlib import Path
 
 import pytest
@@ -20,10 +24,12 @@ pytest.importorskip("torch", reason="needs the [train] extra")
 
 from tests.fixtures.troubled_backend import CANNOT_BE_SENT, DIES, FINE, HANGS, RAISES
 from upspiral.config.models import AlgorithmConfig, TrainerConfig
-from upspiral.errors import ConfigError, ModelError, TrainerError
+from upspiral.errors import ConfigError, DeadlineError, ModelError, TrainerError
 from upspiral.trainer.base import TrainerSetup
-from upspiral.trainer.rank_processes import ProcessRank, accept_ranks, start_ranks
+from upspiral.trainer.rank_processes import ProcessRank, start_ranks
 from upspiral.trainer.ranks import Ranks
+from upspiral.trainer.torchrun import accept_ranks, torchrun_ranks
+from upspiral.weights.cpu import num_cores
 
 ROOT = Path(__file__).parents[2]
 PATH = {"PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}"}
@@ -85,6 +91,15 @@ def test_trouble_of_one_rank_ends_all(tmp_path: Path, trouble: float, error: typ
         ranks.close()
 
 
+@pytest.mark.parametrize(("threads", "own"), [(6, 3), (1, 1), (0, max(1, num_cores() // 2))])
+def test_ranks_of_a_machine_share_its_threads(tmp_path: Path, threads: int, own: int) -> None:
+    ranks = Ranks(start_ranks(2, tmp_path, variables=PATH), KIND, replace(SETUP, threads=threads))
+    try:
+        assert ranks.step([], lr=FINE).tokens["threads"] == own
+    finally:
+        ranks.close()
+
+
 def test_a_kind_whose_packages_are_missing_names_them(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no_such_package"):
         Ranks(start_ranks(1, tmp_path, variables=PATH), "no_such_package:Backend", SETUP)
@@ -135,24 +150,61 @@ def test_no_rank_outlives_its_owner(tmp_path: Path) -> None:
 
 
 def test_ranks_of_torchrun_connect_and_others_are_turned_away(tmp_path: Path) -> None:
-    key = secrets.token_bytes(16)
+    key = secrets.token_hex(16)
     with socket.create_server(("127.0.0.1", 0)) as server:
-        address = server.getsockname()
-        stranger = socket.create_connection(address)
+        stranger = socket.create_connection(server.getsockname())
         stranger.sendall(b"GET / HTTP/1.1\r\n\r\n" + bytes(100))
-        variables = {"UPSPIRAL_TRAINER": f"127.0.0.1:{address[1]}", "UPSPIRAL_TRAINER_KEY": key.hex()}
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-        torchrun = subprocess.Popen(
-            [*command, "-m", "upspiral.trainer.rank"], env={**os.environ, **PATH, **variables}, cwd=tmp_path
-        )
-        try:
-            ranks = Ranks(accept_ranks(server, 2, key), KIND, SETUP)
+        with torchrun(server.getsockname()[1], key, tmp_path) as process:
+            ranks = Ranks(asyncio.run(accept_ranks(server, 2, key)), KIND, SETUP)
             assert ranks.step([], lr=FINE).loss == 3.0
             assert ranks.step([], lr=FINE).trained_tokens in {
-                pid for child in children(torchrun.pid) for pid in (child, *children(child))
+                pid for child in children(process.pid) for pid in (child, *children(child))
             }
             ranks.close()
-            assert torchrun.wait(30) == 0
-        finally:
-            torchrun.kill()
-            stranger.close()
+            assert process.wait(30) == 0
+        stranger.close()
+
+
+def test_torchrun_that_starts_another_number_of_ranks_is_refused_and_they_end(tmp_path: Path) -> None:
+    server = socket.create_server(("127.0.0.1", 0))
+    with server, torchrun(server.getsockname()[1], "key", tmp_path) as process:
+        with pytest.raises(ConfigError, match=r"trainer.parallel.ranks = 3, but torchrun started 2"):
+            asyncio.run(accept_ranks(server, 3, "key"))
+        server.close()
+        assert process.wait(60) != 0
+
+
+def test_ranks_that_do_not_come_are_named() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server, ThreadPoolExecutor(1) as pool:
+        pool.submit(rank_two_of_three, server.getsockname())
+        says = r"1 of the trainer's 3 ranks connected within 3 s, and not \[0, 2\]; start torchrun"
+        with pytest.raises(DeadlineError, match=says):
+            asyncio.run(accept_ranks(server, 3, "key", deadline_s=3.0))
+
+
+@pytest.mark.parametrize("address", ["192.0.2.1:29400", "127.0.0.1:99999"])
+def test_where_a_run_cannot_listen_is_named(address: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=f'trainer.parallel.listen = "{address}": this machine cannot listen there'):
+        asyncio.run(torchrun_ranks(address, 1, tmp_path, print))
+
+
+def rank_two_of_three(address: tuple[str, int]) -> None:
+    with Client(address, authkey=b"key") as connection:
+        connection.send(("1", "3"))
+        with suppress(EOFError):
+            connection.recv()
+
+
+@contextmanager
+def torchrun(port: int, key: str, folder: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """Two ranks, for a trainer at that port."""
+    variables = {"UPSPIRAL_TRAINER": f"127.0.0.1:{port}", "UPSPIRAL_TRAINER_KEY": key}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    process = subprocess.Popen(
+        [*command, "-m", "upspiral.trainer.rank"], env={**os.environ, **PATH, **variables}, cwd=folder
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait(20)

@@ -19,12 +19,14 @@ pytest.importorskip("torch", reason="needs the [train] extra")
 pytest.importorskip("ray", reason="needs the [ray] extra")
 
 from tests.fixtures.tiny_model import make_model
-from tests.integration.test_loop import recipe, steps_of
+from tests.integration.test_loop import FIXTURES, recipe, steps_of
 from upspiral.trajectory.store import TrajectoryStore
 from upspiral.types import RolloutStatus
 
 HERE = {"engine.exact": "true", "trainer.kind": "fsdp", "trainer.parallel.ranks": "2"}
-ON_RAY = HERE | {"cluster.address": "local", "cluster.engines": "2", "cluster.sandbox_hosts": "1"}
+ON_RAY = {"cluster.address": "local", "cluster.engines": "2", "cluster.sandbox_hosts": "2"}
+ROLLOUTS = {"algorithm.group_size": "16", "algorithm.groups_per_step": "4", "algorithm.max_groups_per_step": "4"}
+"""64 of a step, begun at once."""
 ACTORS = ("EngineHost", "RankHost", "SandboxHost", "RunHost")
 
 
@@ -82,11 +84,14 @@ def left_over() -> list[str]:
 
 @pytest.mark.timeout(400)
 def test_the_same_results_as_without_ray(tmp_path: Path, model: Path) -> None:
-    file = recipe(tmp_path, model, steps=3)  # 64 rollouts at once, each in a sandbox
-    for name, flags in (("here", HERE), ("ray", ON_RAY)):
-        finish(started(file, tmp_path / name, flags), 180)
+    """With 64 rollouts that live at once, each in a sandbox: see `meeting_agent.py`."""
+    file = recipe(tmp_path, model, steps=2)
+    flags = HERE | ROLLOUTS | {"agent.file": str(FIXTURES / "meeting_agent.py")}
+    for name, place in (("here", {}), ("ray", ON_RAY)):
+        finish(started(file, tmp_path / name, flags | place), 180)
+    assert [line["rollouts_failed"] for line in steps_of(tmp_path / "ray")] == [0, 0]
     here, there = sampled(tmp_path / "here"), sampled(tmp_path / "ray")
-    assert len(here) >= 3 * 32
+    assert len(here) >= 2 * 64
     assert here == there
     assert learned(tmp_path / "here") == learned(tmp_path / "ray")
     assert left_over() == []
@@ -97,7 +102,8 @@ def test_the_same_results_as_without_ray(tmp_path: Path, model: Path) -> None:
 def test_killing_any_actor_loses_nothing(tmp_path: Path, model: Path) -> None:
     """Twenty times, whichever it is."""
     folder, chance = tmp_path / "run", random.Random(0)
-    process = started(recipe(tmp_path, model, steps=400), folder, ON_RAY | {"cluster.restarts": "100"})
+    flags = HERE | ON_RAY | ROLLOUTS | {"cluster.restarts": "100"}
+    process = started(recipe(tmp_path, model, steps=400), folder, flags)
     killed: list[str] = []
     stored: dict[str, int] = {}
     try:
@@ -124,7 +130,7 @@ def test_killing_any_actor_loses_nothing(tmp_path: Path, model: Path) -> None:
     assert [line["step"] for line in steps] == list(range(1, len(steps) + 1))
     assert all(line["ledger"]["difference"] == 0 for line in steps)
     failed = sum(line["rollouts_failed"] for line in steps)
-    print(f"{len(steps)} steps, {len(killed)} kills, {failed} rollouts masked as failed of {32 * len(steps)}")
+    print(f"{len(steps)} steps, {len(killed)} kills, {failed} rollouts masked as failed of {64 * len(steps)}")
     until(lambda: left_over() == [], 60)
 
 

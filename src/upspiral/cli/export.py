@@ -8,7 +8,7 @@ from tempfile import TemporaryDirectory
 
 from upspiral.cli.packages import need_training_packages
 from upspiral.config.loader import load_run_config
-from upspiral.config.models import RunConfig
+from upspiral.config.models import ParallelConfig, RunConfig
 from upspiral.errors import ConfigError
 
 
@@ -58,21 +58,29 @@ def export(run: Path, /, *, hf: Path | None = None, peft: Path | None = None, st
 
 
 def _export_of_ranks(config: RunConfig, checkpoint: Path, hf: Path | None) -> None:
-    """As many ranks as the run had put its checkpoint together."""
+    """As few ranks as can put its checkpoint together, on none of the run's devices where that is possible."""
     from upspiral.loop.placement import trainer_setup
     from upspiral.trainer.checkpoint import check_checkpoint
     from upspiral.trainer.export import export_checkpoint
     from upspiral.trainer.rank_processes import start_ranks
     from upspiral.trainer.ranks import Ranks
+    from upspiral.trainer.registry import RESHARDING
     from upspiral.weights.models import resolve_model
 
     assert hf is not None, "adapters are the local trainer's"
     check_checkpoint(checkpoint)
-    setup = trainer_setup(config, resolve_model(config.model.path))
-    count = config.trainer.parallel.ranks if config.trainer.parallel else 1
+    # Megatron-core computes on CUDA where there is some.
+    model = config.model.model_copy(update={"device": "auto" if config.trainer.kind == "megatron" else "cpu"})
+    parallel = config.trainer.parallel or ParallelConfig()
+    if config.trainer.kind in RESHARDING:
+        parallel = ParallelConfig()
+    trainer = config.trainer.model_copy(update={"parallel": parallel})
+    setup = trainer_setup(
+        config.model_copy(update={"model": model, "trainer": trainer}), resolve_model(config.model.path)
+    )
     with (
         TemporaryDirectory(prefix="upspiral-export-") as logs,
-        closing(Ranks(start_ranks(count, Path(logs)), config.trainer.kind, setup)) as ranks,
+        closing(Ranks(start_ranks(parallel.ranks, Path(logs)), config.trainer.kind, setup)) as ranks,
     ):
         print(export_checkpoint(ranks, setup, checkpoint, hf))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from math import ceil
 
-from upspiral.config.models import ClusterConfig, RunConfig
+from upspiral.config.models import ClusterConfig, ParallelConfig, RunConfig
 
 SERVERS = ("vllm", "sglang")
 """Values of engine.kind whose engines are servers."""
@@ -62,15 +62,18 @@ def _of_other_trainers(config: RunConfig) -> dict[str, str]:
     kind = config.trainer.kind
     used = {
         "local": (),
-        "fsdp": ("ranks", "tensor", "expert"),
-        "deepspeed": ("ranks", "zero_stage"),
-        "megatron": ("ranks", "tensor"),
+        "fsdp": ("ranks", "listen", "tensor", "expert"),
+        "deepspeed": ("ranks", "listen", "zero_stage"),
+        "megatron": ("ranks", "listen", "tensor"),
     }[kind]
-    return {
+    off = {
         f"trainer.parallel.{name}": f'trainer.kind = "{kind}" does not divide a model so; drop this key'
-        for name in ("ranks", "tensor", "expert", "zero_stage")
+        for name in ParallelConfig.model_fields
         if name not in used
     }
+    if config.cluster.address is not None:
+        off["trainer.parallel.listen"] = "with cluster.address, or --on, Ray starts the ranks; drop this key"
+    return off
 
 
 def publishes(config: RunConfig) -> bool:
@@ -107,6 +110,12 @@ def contradictions(config: RunConfig) -> Iterator[tuple[str, str]]:
             "cluster.engines",
             f"each of {cluster.engines} actors would route to the same servers of engine.server.urls and switch their "
             "weights; set it to 1",
+        )
+    if trainer.parallel is not None and trainer.parallel.listen is not None and config.weights.transport == "shared":
+        yield (
+            "weights.transport",
+            "the first rank publishes, and with trainer.parallel.listen it may be on another machine, whose memory the "
+            'engines do not share; use "disk"',
         )
     if trainer.kind != "local" and trainer.lora is not None:
         yield "trainer.lora", f'trainer.kind = "{trainer.kind}" trains whole weights; drop the section or use "local"'

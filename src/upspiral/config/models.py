@@ -5,6 +5,7 @@ One TOML file is one run. `upspiral run FILE --trainer.lr 2e-5` overrides a key.
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -286,6 +287,9 @@ class ParallelConfig(_Section):
     """Over how many ranks the experts of a layer are divided ("fsdp"); they are also data parallel."""
     zero_stage: Annotated[int, Field(ge=1, le=3)] = 2
     """For "deepspeed", what is divided: 1 optimizer states, 2 gradients as well, 3 weights as well."""
+    listen: str | None = None
+    """HOST:PORT of this machine, where the run waits for ranks that you start by torchrun, here or on other machines;
+    it says how. Without it, the run starts them itself."""
 
     @model_validator(mode="after")
     def _ranks_divide(self) -> ParallelConfig:
@@ -294,6 +298,12 @@ class ParallelConfig(_Section):
                 raise ValueError(
                     f"trainer.parallel.ranks = {self.ranks} is no multiple of trainer.parallel.{name} = {size}"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _listens_at_an_address(self) -> ParallelConfig:
+        if self.listen is not None and not re.fullmatch(r"[^\s:]+:[1-9]\d{0,4}", self.listen):
+            raise ValueError(f'trainer.parallel.listen = "{self.listen}" is not HOST:PORT, such as "10.0.0.5:29400"')
         return self
 
 
@@ -336,8 +346,8 @@ class WeightsConfig(_Section):
     """"delta": only what changed since the step before, without loss."""
     transport: Literal["auto", "shared", "disk"] = "auto"
     """Where they are written: "shared" memory of the trainer's machine, from which Ray brings them to other nodes, or
-    "disk", the run folder, for engines that mount it elsewhere; "auto": shared memory while all engines are started by
-    the run."""
+    "disk", the run folder, for engines or ranks that mount it elsewhere; "auto": shared memory while all engines and
+    ranks are started by the run."""
 
 
 class ClusterConfig(_Section):

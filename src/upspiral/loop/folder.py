@@ -16,7 +16,7 @@ from upspiral.trainer.registry import RESHARDING
 # Keys that change nothing about what was learned so far; all others must be as they were when a run is resumed.
 MAY_CHANGE_ON_RESUME = (
     "steps", "budget_minutes", "checkpoint", "agent.workers", "agent.concurrency", "model.threads", "sandbox.backend",
-    "sandbox.url", "sandbox.trust_commands", "cluster", "engine.colocated", "weights",
+    "sandbox.url", "sandbox.trust_commands", "cluster", "engine.colocated", "weights", "trainer.parallel.listen",
 )  # fmt: skip
 _DIVISION = "trainer.parallel"
 """May change as well where the trainer's checkpoints are read by any number of ranks."""

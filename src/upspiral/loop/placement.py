@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,7 @@ from upspiral.trainer.base import TrainerBackend, TrainerSetup
 from upspiral.trainer.local import LocalTrainer
 from upspiral.trainer.rank_processes import start_ranks
 from upspiral.trainer.ranks import Rank, Ranks
+from upspiral.trainer.torchrun import torchrun_ranks
 from upspiral.weights.cpu import keep_freed_memory, num_cores
 from upspiral.weights.load import LoadedModel, load_model
 from upspiral.weights.publication import PublisherSettings
@@ -39,6 +40,8 @@ class Setting:
     """Of the run."""
     stack: AsyncExitStack
     """Stops what was started when the run ends."""
+    tell: Callable[[str], None] = print
+    """Shows the user a line or a few."""
 
 
 class Placement(Protocol):
@@ -89,6 +92,9 @@ class ThisMachine:
         return engine
 
     async def ranks(self, count: int, setting: Setting) -> Sequence[Rank]:
+        listen = _parallel(setting.config).listen
+        if listen is not None:
+            return await torchrun_ranks(listen, count, setting.folder, setting.tell)
         return start_ranks(count, setting.folder / "logs")
 
     async def weights_root(self, setting: Setting) -> Path:
@@ -134,8 +140,7 @@ def num_lanes(config: RunConfig) -> int:
     """Into how many lanes the batches of a step are dealt: one for each data-parallel rank, or for each CPU thread of a
     trainer in this process. A GPU is full with one microbatch, and every lane more would hold gradients of its own."""
     if config.trainer.kind != "local":
-        parallel = config.trainer.parallel or ParallelConfig()
-        return parallel.ranks // parallel.tensor
+        return _parallel(config).ranks // _parallel(config).tensor
     return num_threads(config)
 
 
@@ -169,13 +174,13 @@ async def _trainer(setting: Setting, placement: Placement) -> TrainerBackend:
     if config.trainer.kind == "local":
         exact = config.engine.exact
         return LocalTrainer.of(load(setting).module, setup, lanes=num_threads(config), exact=exact)
-    count = config.trainer.parallel.ranks if config.trainer.parallel else 1
-    ranks = await placement.ranks(count, setting)
+    ranks = await placement.ranks(_parallel(config).ranks, setting)
     return await asyncio.to_thread(lambda: Ranks(ranks, config.trainer.kind, setup, share=placement.share))
 
 
 def trainer_setup(config: RunConfig, model_folder: Path) -> TrainerSetup:
     """What every backend of the run's trainer is made from."""
+    on_ray = config.cluster.address is not None
     return TrainerSetup(
         model_folder=model_folder,
         dtype=config.model.dtype,
@@ -184,13 +189,17 @@ def trainer_setup(config: RunConfig, model_folder: Path) -> TrainerSetup:
         algorithm=config.algorithm,
         temperature=config.temperature,
         seed=config.seed,
+        threads=max(1, int(config.cluster.rank_cpus)) if on_ray else config.model.threads,
     )
 
 
 async def _publisher_settings(setting: Setting, placement: Placement) -> PublisherSettings:
     config = setting.config
-    shared = config.weights.transport == "shared" or (
-        config.weights.transport == "auto" and not (config.engine.server and config.engine.server.urls)
-    )
+    elsewhere = (config.engine.server and config.engine.server.urls) or _parallel(config).listen
+    shared = config.weights.transport == "shared" or (config.weights.transport == "auto" and not elsewhere)
     root = await placement.weights_root(setting) if shared else setting.folder / "weights"
     return PublisherSettings(root.resolve(), form=config.weights.form)
+
+
+def _parallel(config: RunConfig) -> ParallelConfig:
+    return config.trainer.parallel or ParallelConfig()

@@ -57,7 +57,8 @@ class TrainerSetup:
     """That of the training rollouts; logits are divided by it, as the engine did."""
     seed: int = 0
     threads: int = 1
-    """CPU threads of one process."""
+    """CPU threads of the ranks of a machine together, or of each where their launcher does not count them (there is no
+    LOCAL_WORLD_SIZE); 0: one per core."""
 
 
 class TrainerBackend(Protocol):

@@ -1,4 +1,5 @@
-"""The program of one rank: `python -m upspiral.trainer.rank`, started by `rank_processes.py` or by torchrun.
+"""The program of one rank: `python -m upspiral.trainer.rank`, started by `rank_processes.py` or by torchrun, for
+`torchrun.py`.
 
 It joins the process group that torchrun's variables name (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT), connects to the
 trainer at UPSPIRAL_TRAINER and does what it is told. It ends when the trainer does.
@@ -60,7 +61,7 @@ class RankProgram:
         if setup.device == "cuda":
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         else:
-            torch.set_num_threads(setup.threads)
+            torch.set_num_threads(_own_threads(setup.threads))
         if not distributed.is_initialized():
             group = "cpu:gloo,cuda:nccl" if setup.device == "cuda" else "gloo"
             distributed.init_process_group(group, timeout=timedelta(seconds=START_DEADLINE_S))
@@ -74,6 +75,13 @@ class RankProgram:
         backend.close()
         if leave:
             distributed.destroy_process_group()
+
+
+def _own_threads(threads: int) -> int:
+    """This rank's share of what the ranks of this machine have together; 0: of its cores."""
+    from upspiral.weights.cpu import num_cores
+
+    return max(1, (threads or num_cores()) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def main() -> None:
@@ -101,8 +109,8 @@ def _connect(address: str) -> Any:
     host, _, port = address.rpartition(":")
     if host == "fd":
         return Connection(int(port))
-    connection = Client((host, int(port)), authkey=bytes.fromhex(os.environ.pop(KEY)))
-    connection.send(int(os.environ["RANK"]))
+    connection = Client((host, int(port)), authkey=os.environ.pop(KEY).encode())
+    connection.send((os.environ["RANK"], os.environ["WORLD_SIZE"]))
     return connection
 
 

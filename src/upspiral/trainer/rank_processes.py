@@ -1,35 +1,24 @@
-"""Ranks that are processes: started on this machine, or by torchrun on many.
-
-With torchrun, the run listens at UPSPIRAL_TRAINER and every node has
-
-    UPSPIRAL_TRAINER=head:29400 UPSPIRAL_TRAINER_KEY=... torchrun --nnodes 2 --nproc-per-node 8 -m upspiral.trainer.rank
-"""
+"""Ranks that are processes of this machine; `torchrun.py` has those that torchrun starts, on many."""
 
 from __future__ import annotations
 
 import os
 import socket
-import struct
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Mapping
 from concurrent.futures import Future
 from contextlib import suppress
-from multiprocessing import AuthenticationError
-from multiprocessing.connection import Connection, answer_challenge, deliver_challenge
+from multiprocessing.connection import Connection
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
-from upspiral.errors import DeadlineError, TrainerError
+from upspiral.errors import TrainerError
 from upspiral.trainer.rank import ADDRESS
 
-CONNECT_DEADLINE_S = 300.0
-"""Python, torch and what the machine else has to do."""
 _KILL_DEADLINE_S = 10.0
-_GREETING_DEADLINE_S = 10.0
 _LOG_TAIL = 2000
 
 
@@ -93,11 +82,17 @@ def start_ranks(count: int, logs: Path, *, variables: Mapping[str, str] | None =
     """Starts the ranks of a trainer on this machine; what they print is in `logs`. One that ends at once fails the
     first call."""
     logs.mkdir(parents=True, exist_ok=True)
-    group = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    group = {
+        "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(count),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(_free_port()),
+    }
     ranks: list[ProcessRank] = []
     try:
         for number in range(count):
             own = {"RANK": str(number), "LOCAL_RANK": str(number)}
+            # One thread until the rank has its share; see `RankProgram`.
             environment = {**os.environ, "OMP_NUM_THREADS": "1", **(variables or {}), **group, **own}
             ranks.append(_start_rank(environment, logs / f"rank-{number}.log"))
     except BaseException:
@@ -116,45 +111,6 @@ def _start_rank(environment: dict[str, str], log: Path) -> ProcessRank:
             stdin=subprocess.DEVNULL, stdout=output, stderr=output,
         )  # fmt: skip
     return ProcessRank(Connection(ours.detach()), process, log)
-
-
-def accept_ranks(server: socket.socket, count: int, key: bytes) -> list[ProcessRank]:
-    """Ranks that torchrun starts, in the order of their numbers. `server` listens at what their UPSPIRAL_TRAINER says,
-    `key` is their UPSPIRAL_TRAINER_KEY. Others who connect are turned away."""
-    deadline = time.monotonic() + CONNECT_DEADLINE_S
-    found: dict[int, Connection] = {}
-    while len(found) < count:
-        server.settimeout(max(0.1, deadline - time.monotonic()))
-        try:
-            accepted, _ = server.accept()
-        except TimeoutError:
-            missing = sorted({*range(count)} - {*found})
-            raise DeadlineError(f"ranks {missing} did not connect within {CONNECT_DEADLINE_S:.0f} s") from None
-        if (welcome := _welcome(accepted, key)) is not None:
-            number, connection = welcome
-            found[number] = connection
-    return [ProcessRank(found[number], None, None) for number in sorted(found)]
-
-
-def _welcome(accepted: socket.socket, key: bytes) -> tuple[int, Connection] | None:
-    """Its number and the connection to a rank; None for who is none, or says nothing."""
-    accepted.settimeout(None)
-    accepted.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _timeval(_GREETING_DEADLINE_S))
-    connection = Connection(accepted.detach())
-    try:
-        deliver_challenge(connection, key)
-        answer_challenge(connection, key)
-        number = int(connection.recv())
-    except (OSError, EOFError, AuthenticationError, ValueError):
-        connection.close()
-        return None
-    with socket.socket(fileno=os.dup(connection.fileno())) as patient:
-        patient.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _timeval(0.0))
-    return number, connection
-
-
-def _timeval(seconds: float) -> bytes:
-    return struct.pack("ll", int(seconds), int(seconds % 1 * 1e6))
 
 
 def _free_port() -> int:

@@ -115,6 +115,17 @@ def test_the_agent_file_is_found_beside_the_run_file(folder: Path) -> None:
             {"trainer.kind": "deepspeed"},
             "trainer.parallel.tensor = 1 in demo.toml does",
         ),
+        ("[trainer.parallel]\nlisten = 'head'", {"trainer.kind": "fsdp"}, 'listen = "head" is not HOST:PORT, such as'),
+        (
+            "[trainer.parallel]\nlisten = 'head:29400'",
+            {"trainer.kind": "fsdp", "cluster.address": "auto"},
+            'trainer.parallel.listen = "head:29400" in demo.toml does nothing: with cluster.address',
+        ),
+        (
+            "[trainer.parallel]\nlisten = 'head:29400'",
+            {"trainer.kind": "fsdp", "weights.transport": "shared"},
+            'weights.transport = "shared" on the command line: the first rank publishes',
+        ),
         ("[trainer.lora]\nrank = 4", {"trainer.kind": "megatron"}, 'trainer.kind = "megatron" trains whole weights'),
         ("", {"trainer.kind": "fsdp", "trainer.master_weights": "none"}, 'trainer.kind = "fsdp" keeps float32 weights'),
         ("", {"engine.kind": "vllm", "engine.exact": "true"}, "engine.exact = true on the command line does nothing"),

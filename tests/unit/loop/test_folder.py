@@ -14,7 +14,7 @@ from upspiral.errors import ConfigError
 from upspiral.loop.folder import RunFolder
 
 
-def config(kind: str, parallel: dict[str, int] | None, **trainer: Any) -> RunConfig:
+def config(kind: str, parallel: dict[str, Any] | None, **trainer: Any) -> RunConfig:
     division = {} if parallel is None else {"parallel": parallel}
     return RunConfig.model_validate({"agent": {"command": "true"}, "trainer": {"kind": kind, **division, **trainer}})
 
@@ -29,10 +29,11 @@ def opened(path: Path, now: RunConfig, *, resume: bool) -> None:
         ("fsdp", {"ranks": 2}, {"ranks": 4, "tensor": 2}),
         ("fsdp", {"ranks": 4, "expert": 2}, None),
         ("megatron", {"ranks": 2, "tensor": 2}, {"ranks": 3}),
+        ("deepspeed", {"ranks": 2}, {"ranks": 2, "listen": "head:29400"}),
     ],
 )
-def test_ranks_whose_checkpoints_reshard_may_divide_otherwise(
-    tmp_path: Path, kind: str, before: dict[str, int], after: dict[str, int] | None
+def test_ranks_may_be_started_otherwise_and_divide_otherwise_where_checkpoints_reshard(
+    tmp_path: Path, kind: str, before: dict[str, Any], after: dict[str, Any] | None
 ) -> None:
     opened(tmp_path, config(kind, before), resume=False)
     opened(tmp_path, config(kind, after), resume=True)
