@@ -94,6 +94,8 @@ class Router:
 
     New weights go to all engines at once. As soon as one of them has the new version, new generations go to none that
     has not; one that cannot adopt it is tried again until the next version comes.
+
+    It waits for an engine to come back for `patience_s`, and then raises EngineGoneError.
     """
 
     def __init__(self, engines: Iterable[UpdatableEngine], *, patience_s: float = PATIENCE_S) -> None:
@@ -218,7 +220,8 @@ class Router:
                 if attempts >= MOST_ATTEMPTS:
                     raise EngineError(f"no engine could do it in {attempts} attempts: {_told(failures)}") from error
                 if time.monotonic() > gives_up:
-                    raise EngineError(f"no engine came back {self._patience()} ({_told(failures)})") from error
+                    kind = EngineGoneError if isinstance(error, EngineGoneError) else EngineError
+                    raise kind(f"no engine came back {self._patience()} ({_told(failures)})") from error
         yield GenerationChunk(finish_reason=ended)
 
     async def _continue(
@@ -253,7 +256,7 @@ class Router:
     def _check_patience(self, waits_until: float) -> None:
         if time.monotonic() > waits_until:
             states = "; ".join(f"{each}: {each.why or self._unfit(each)}" for each in self._members) or "there is none"
-            raise EngineError(f"no engine came back {self._patience()} ({states})")
+            raise EngineGoneError(f"no engine came back {self._patience()} ({states})")
 
     def _patience(self) -> str:
         return f"within {self._patience_s:g} s"
@@ -310,7 +313,8 @@ class Router:
             member.failed(error)
             self._catch_up(member)
         if failures and len(failures) == len(outcomes):
-            raise EngineError(f"no engine could adopt version {publication.version}: {_told(failures)}")
+            kind = EngineGoneError if all_gone else EngineError
+            raise kind(f"no engine could adopt version {publication.version}: {_told(failures)}")
         return True
 
     async def sleep(self) -> None:

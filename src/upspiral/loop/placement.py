@@ -68,6 +68,10 @@ class Placement(Protocol):
 class ThisMachine:
     """Engines and ranks as processes and threads of this machine; servers that run elsewhere by their addresses."""
 
+    def __init__(self, *, waits: bool = True) -> None:
+        """`waits`: for engines that die to be started again. Who has others to turn to meanwhile does not."""
+        self._waits = waits
+
     async def engine(self, setting: Setting) -> UpdatableEngine:
         config = setting.config
         threads, cpu = num_threads(config), device_of(config) == "cpu"
@@ -75,7 +79,8 @@ class ThisMachine:
             engine = EmbeddedEngine(load(setting), config.engine, seed=config.seed, threads=threads)
             engine.publish(UNPUBLISHED_VERSION)
         else:
-            engine = servers(config, setting.model_folder, setting.folder / "logs", cpu=cpu, threads=threads)
+            logs = setting.folder / "logs"
+            engine = servers(config, setting.model_folder, logs, cpu=cpu, threads=threads, waits=self._waits)
         setting.stack.push_async_callback(engine.stop)
         await engine.start()
         return engine

@@ -20,12 +20,14 @@ KEY_VARIABLE = "UPSPIRAL_ENGINE_KEY"
 """The environment variable with the key that servers elsewhere want, if they want one."""
 
 
-def servers(config: RunConfig, model_folder: Path, logs: Path, *, cpu: bool, threads: int) -> UpdatableEngine:
-    """The router over them, not started."""
+def servers(
+    config: RunConfig, model_folder: Path, logs: Path, *, cpu: bool, threads: int, waits: bool = True
+) -> UpdatableEngine:
+    """The router over them, not started. `waits`: for those that die to be started again."""
     server = config.engine.server or ServerConfig()
     key = os.environ.get(KEY_VARIABLE, "")
     routes = RoutedLayers.of_folder(model_folder) if config.engine.routes == "replay" else None
-    patience_s = patience_beyond(server.start_timeout_s)
+    patience_s = patience_beyond(server.start_timeout_s) if waits else 0.0
     if server.urls:
         return Router([_client(config, url, key, routes) for url in server.urls], patience_s=patience_s)
     if config.engine.kind != "vllm":

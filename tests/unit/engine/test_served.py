@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from tests.fixtures.failing_engine import CONTEXT, FailingEngine, completion
-from upspiral.engine.base import GenerationChunk
+from upspiral.engine.base import GenerationChunk, UpdatableEngine
+from upspiral.engine.router import Router
 from upspiral.engine.served.client import RemoteEngine
 from upspiral.engine.served.server import EngineServer
 from upspiral.engine.served.wire import chunk_frame, chunk_of
@@ -22,7 +23,7 @@ from .test_router import PROMPT, run, tokens, version
 
 
 @asynccontextmanager
-async def served(engine: FailingEngine, key: str = "k") -> AsyncIterator[tuple[RemoteEngine, EngineServer]]:
+async def served(engine: UpdatableEngine, key: str = "k") -> AsyncIterator[tuple[RemoteEngine, EngineServer]]:
     server = EngineServer(engine, "k")
     client = RemoteEngine("127.0.0.1", await server.start("127.0.0.1"), key)
     try:
@@ -65,6 +66,27 @@ def test_errors_are_the_engines_own() -> None:
             with pytest.raises(StaleBaseError, match="version 0 is not 7"):
                 await client.update_weights(version(8, base=7))
             assert tokens(await read(client)) == completion(PROMPT, 12)
+
+    run(check())
+
+
+def test_a_router_that_does_not_wait_says_that_its_engine_is_gone_and_another_router_waits() -> None:
+    """Of an actor whose vLLM dies: the actor's router leaves it to the run's, which has other engines."""
+
+    async def check() -> None:
+        engine = FailingEngine()
+        async with served(Router([engine], patience_s=0.0)) as (client, _):
+            engine.dead = True
+            with pytest.raises(EngineGoneError, match="no engine came back"):
+                await read(client)
+            with pytest.raises(EngineGoneError, match="no engine could adopt version 1"):
+                await client.update_weights(version(1))
+            asyncio.get_running_loop().call_later(0.3, setattr, engine, "dead", False)
+            outer = Router([client], patience_s=20.0)
+            await outer.update_weights(version(2))
+            chunks = [chunk async for chunk in outer.generate(PROMPT, SamplingParams(max_tokens=12))]
+            assert tokens(chunks) == completion(PROMPT, 12) and engine.version == 2
+            await outer.stop()
 
     run(check())
 

@@ -19,6 +19,7 @@ from upspiral.errors import (
     ContextLengthError,
     DeadlineError,
     EngineError,
+    EngineGoneError,
     RequestError,
     StaleBaseError,
     UnknownWeightsError,
@@ -127,6 +128,7 @@ _ERRORS: Mapping[str, Callable[[str], UpspiralError]] = {
         RequestError,
         StaleBaseError,
         UnknownWeightsError,
+        EngineGoneError,
         DeadlineError,
         EngineError,
     )

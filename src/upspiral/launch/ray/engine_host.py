@@ -27,7 +27,7 @@ class EngineHost:
         os.environ |= hidden_without(self._config.cluster.engine_gpus)
         prepare_process(self._config)
         setting = Setting(self._config, self._model_folder, self._folder, self._stack)
-        engine = await ThisMachine().engine(setting)
+        engine = await ThisMachine(waits=False).engine(setting)  # the run's own router does
         server = EngineServer(engine, self._key)
         host = ray.util.get_node_ip_address()
         port = await server.start(host)
