@@ -30,7 +30,7 @@ from upspiral.errors import ConfigError, EngineError
 from upspiral.launch.ray.cluster import joined
 from upspiral.launch.ray.courier import Courier
 from upspiral.launch.ray.gang import Gang
-from upspiral.launch.ray.pairs import Pairs
+from upspiral.launch.ray.pairs import Pairs, check_room_for_pairs
 from upspiral.launch.ray.placement import RayPlacement
 from upspiral.launch.ray.weights_host import make_weights_host
 from upspiral.loop.placement import Setting, trainer_setup
@@ -239,10 +239,12 @@ async def no_room() -> None:
         with pytest.raises(
             ConfigError, match=r"wants 5 CPUs with 4 GPUs on one node .* its nodes have 4 CPUs with 3 G"
         ):
-            await Pairs.reserved(wide)
+            check_room_for_pairs(wide)
         with pytest.raises(ConfigError, match=r"cluster has room for 2 such engines"):
-            await Pairs.reserved(in_turns(engines=3, ranks=3, rank_cpus=2.0))
-        first = await Pairs.reserved(in_turns(engines=2, ranks=2, rank_cpus=2.0), deadline_s=60)
+            check_room_for_pairs(in_turns(engines=3, ranks=3, rank_cpus=2.0))
+        all_of_it = in_turns(engines=2, ranks=2, rank_cpus=2.0)
+        check_room_for_pairs(all_of_it)
+        first = await Pairs.reserved(all_of_it, deadline_s=60)
         waiting = in_turns(engines=1, ranks=1, rank_cpus=1.0)
         with pytest.raises(ConfigError, match=r"found no room within 2 s: .* of which 2 CPUs are free"):
             await Pairs.reserved(waiting, deadline_s=2)

@@ -9,7 +9,7 @@ from typing import Any
 
 from upspiral.config.combinations import num_ranks, ranks_beside
 from upspiral.config.models import RunConfig
-from upspiral.errors import ConfigError
+from upspiral.errors import ConfigError, EngineError
 
 ROOM_DEADLINE_S = 900.0
 """Another run may have to end first."""
@@ -40,11 +40,11 @@ class Pairs:
 
     @classmethod
     async def reserved(cls, config: RunConfig, *, deadline_s: float = ROOM_DEADLINE_S) -> Pairs:
-        """Raises ConfigError when the cluster will never have so much room, or has not within the deadline."""
+        """Raises ConfigError when there is no room within the deadline, EngineError when a node is lost meanwhile."""
         import ray
+        from ray.exceptions import RayError
 
         bundle, count = _bundle(config), config.cluster.engines
-        _check_nodes(config, bundle)
         # GPUs talk to each other, best within a machine; without any, cores are what there is most of on many.
         group = ray.util.placement_group([bundle] * count, strategy="PACK" if "GPU" in bundle else "SPREAD")
         look: Any = ray.remote(_look)
@@ -64,6 +64,8 @@ class Pairs:
                     f"{_asked(config, bundle)} and found no room within {deadline_s:.0f} s: {_said(bundle)}; lower "
                     "cluster.engines or what they take, end other runs, or add nodes"
                 ) from None
+            if isinstance(error, RayError):
+                raise EngineError(f"a place for an engine and its ranks was lost: {error}") from error
             raise
 
     def of_engine(self, number: int) -> Any:
@@ -86,6 +88,23 @@ class Pairs:
         ray.util.remove_placement_group(self._group)
 
 
+def check_room_for_pairs(config: RunConfig) -> None:
+    """Raises ConfigError when the nodes that the cluster has could never hold them. A run that goes on waits instead:
+    a node that was lost may come back."""
+    import ray
+
+    if not ranks_beside(config):
+        return
+    bundle = _bundle(config)
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    room = sum(min(int(node.get(name, 0.0) / wanted + 1e-6) for name, wanted in bundle.items()) for node in nodes)
+    if room < config.cluster.engines:
+        raise ConfigError(
+            f"{_asked(config, bundle)}, and the cluster has room for {room} such engines: {_said(bundle)}; lower "
+            "cluster.engines or what they take, or add nodes"
+        )
+
+
 def _bundle(config: RunConfig) -> dict[str, float]:
     cluster = config.cluster
     cpus = {"CPU": round(cluster.engine_cpus + ranks_beside(config) * cluster.rank_cpus, 4)}  # Ray's precision
@@ -104,18 +123,6 @@ def _look(bundle: int) -> Place:
 
     context = ray.get_runtime_context()
     return Place(bundle, context.get_node_id(), sorted(context.get_accelerator_ids()["GPU"]))
-
-
-def _check_nodes(config: RunConfig, bundle: Mapping[str, float]) -> None:
-    import ray
-
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    room = sum(min(int(node.get(name, 0.0) / wanted + 1e-6) for name, wanted in bundle.items()) for node in nodes)
-    if room < config.cluster.engines:
-        raise ConfigError(
-            f"{_asked(config, bundle)}, and the cluster has room for {room} such engines: {_said(bundle)}; lower "
-            "cluster.engines or what they take, or add nodes"
-        )
 
 
 def _asked(config: RunConfig, bundle: Mapping[str, float]) -> str:

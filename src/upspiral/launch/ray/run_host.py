@@ -11,6 +11,7 @@ from upspiral.config.models import RunConfig
 from upspiral.errors import ClusterError, EngineError, TrainerError, UpspiralError
 from upspiral.launch.ray.cluster import joined
 from upspiral.launch.ray.devices import hidden_without
+from upspiral.launch.ray.pairs import check_room_for_pairs
 from upspiral.launch.ray.placement import RayPlacement
 from upspiral.loop.folder import check_resume, has_run
 from upspiral.loop.run import RunResult, run_training
@@ -26,6 +27,7 @@ def run_on_ray(config: RunConfig, folder: Path, *, resume: bool) -> RunResult:
     check_resume(folder, resume=resume)
     ranks = 0 if config.trainer.kind == "local" else num_ranks(config)
     with joined(config.cluster, ranks):
+        check_room_for_pairs(config)
         import ray
         from ray.exceptions import RayError, RayTaskError
 
