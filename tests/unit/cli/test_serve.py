@@ -183,7 +183,7 @@ def test_servers_that_run_already_answer(tmp_path: Path, model: Path) -> None:
             process.send_signal(signal.SIGTERM)
             assert process.wait(timeout=20) == 0
         store = TrajectoryStore(tmp_path / "run" / "trajectories.db")
-        assert server.label == "?", "its weights are not ours to label"
+        assert server.label == "default", "its weights are not ours to label"
         answer = list(store.graph(opened["rollout"]).nodes)[-1]
         assert [*answer.logprobs[answer.sampled]] == [-0.25] * 5 and [*answer.versions[answer.sampled]] == [0] * 5
 
