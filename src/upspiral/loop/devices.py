@@ -25,17 +25,22 @@ def visible_devices() -> list[str]:
 
 def devices_of_servers(config: RunConfig, devices: Sequence[str]) -> list[Sequence[str]]:
     """Those of `devices` that each server gets which is started on this machine. Ranks have the first ones, a local
-    trainer the very first; servers the next ones, or with engine.colocated those of the ranks, in their order. Raises
+    trainer the very first; servers the next ones, or with engine.colocated those of the ranks, in their order. Where
+    ranks are that torchrun starts (trainer.parallel.listen) nobody here knows: servers have all of `devices`. Raises
     ConfigError when there are too few."""
-    server = config.engine.server or ServerConfig()
-    ranks, size = num_ranks(config), devices_of_server(server.arguments)
-    free = devices[:ranks] if config.engine.colocated else devices[ranks:]
-    if len(devices) < ranks or len(free) < server.replicas * size:
-        where = "on those" if config.engine.colocated else "beside those"
-        advice = "" if config.engine.colocated else ", or set engine.colocated = true"
+    server, ranks = config.engine.server or ServerConfig(), num_ranks(config)
+    size, advice = devices_of_server(server.arguments), "lower one of them"
+    if config.trainer.parallel is not None and config.trainer.parallel.listen is not None:
+        free, where = devices, ""
+    elif config.engine.colocated:
+        free, where = devices[:ranks], f" on those of trainer.parallel.ranks = {ranks}"
+    else:
+        free, where = devices[ranks:], f" beside those of trainer.parallel.ranks = {ranks}"
+        advice += ", or set engine.colocated = true"
+    if len(free) < server.replicas * size or (where and len(devices) < ranks):
         raise ConfigError(
-            f"engine.server.replicas = {server.replicas} of {size} GPUs each have no room {where} of "
-            f"trainer.parallel.ranks = {ranks}: there are {len(devices)} GPUs; lower one of them{advice}"
+            f"engine.server.replicas = {server.replicas} of {size} GPUs each have no room{where}: there are "
+            f"{len(devices)} GPUs; {advice}"
         )
     return [free[number * size : (number + 1) * size] for number in range(server.replicas)]
 

@@ -26,6 +26,15 @@ def test_servers_get_the_devices_behind_those_of_the_ranks() -> None:
     assert devices_of_servers(config(1, 1), EIGHT) == [["GPU-b"]], "a local trainer has the first"
 
 
+def test_ranks_that_torchrun_starts_have_none_of_them() -> None:
+    made = config(16, 2, "-tp", "4")
+    parallel = made.trainer.parallel
+    assert parallel is not None
+    listening = parallel.model_copy(update={"listen": "0.0.0.0:29400"})
+    made = made.model_copy(update={"trainer": made.trainer.model_copy(update={"parallel": listening})})
+    assert devices_of_servers(made, EIGHT) == [EIGHT[:4], EIGHT[4:]]
+
+
 def test_servers_that_sleep_in_turns_get_the_ranks_own() -> None:
     assert devices_of_servers(config(4, 2, colocated=True), EIGHT) == [["GPU-a"], ["GPU-b"]]
     assert devices_of_servers(config(4, 2, "-tp", "2", colocated=True), EIGHT) == [EIGHT[:2], EIGHT[2:4]]
