@@ -109,7 +109,7 @@ def test_what_the_user_can_mend_is_told_as_without_ray(tmp_path: Path, model: Pa
     file = recipe(tmp_path, model, steps=2)
     for number, (flags, says) in enumerate((
         ({"model.path": "/nowhere"}, "error: no model '/nowhere'; known models"),
-        ({"cluster.engines": "9"}, "want 9 CPUs, and the cluster has 4; lower them, or add nodes"),
+        ({"cluster.engines": "9"}, "1 for the run), and the cluster has 4; lower them, or add nodes"),
     )):  # fmt: skip
         done = run(file, tmp_path / str(number), cluster, flags)
         assert done.returncode == 2 and says in done.stderr and "Traceback" not in done.stderr, done.stderr

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -44,7 +44,7 @@ def joined(cluster: ClusterConfig, ranks: int = 0) -> Iterator[None]:
             '--head`, set RAY_AUTH_MODE here as it is there, or use "local"'
         ) from error
     try:
-        _check_room(cluster, ranks)
+        check_room(cluster, ranks, ray.cluster_resources())
         yield
     finally:
         ray.shutdown()
@@ -82,19 +82,23 @@ def _wanted(cluster: ClusterConfig, ranks: int) -> int:
     return int(cluster.engines * cluster.engine_cpus + ranks * cluster.rank_cpus + cluster.sandbox_hosts + 4)
 
 
-def _check_room(cluster: ClusterConfig, ranks: int) -> None:
-    import ray
-
-    there = ray.cluster_resources()
-    for name, of_engine, of_rank in (
-        ("CPU", cluster.engine_cpus, cluster.rank_cpus),
-        ("GPU", cluster.engine_gpus, cluster.rank_gpus),
+def check_room(cluster: ClusterConfig, ranks: int, there: Mapping[str, float]) -> None:
+    """Raises ConfigError when all that is placed at the same time takes more than a cluster has of Ray's resources.
+    What else runs there may end, so it does not count."""
+    engines = f"cluster.engines = {cluster.engines}"
+    for name, of_engine, of_rank, others in (
+        ("CPU", cluster.engine_cpus, cluster.rank_cpus, {"cluster.sandbox_hosts": cluster.sandbox_hosts, "the run": 1}),
+        ("GPU", cluster.engine_gpus, cluster.rank_gpus, {}),
     ):
-        wanted = cluster.engines * of_engine + ranks * of_rank
+        key = f"{name.lower()}s"
+        asked = {
+            f"{engines} with cluster.engine_{key} = {of_engine:g}": cluster.engines * of_engine,
+            f"{ranks} ranks with cluster.rank_{key} = {of_rank:g}": ranks * of_rank,
+        } | others
+        wanted = sum(asked.values())
         if wanted > there.get(name, 0.0):
-            key = f"{name.lower()}s"
-            of_ranks = f" and {ranks} ranks with cluster.rank_{key} = {of_rank:g}" if ranks * of_rank else ""
+            by = ", ".join(f"{each:g} for {what}" for what, each in asked.items() if each)
             raise ConfigError(
-                f"cluster.engines = {cluster.engines} with cluster.engine_{key} = {of_engine:g}{of_ranks} want "
-                f"{wanted:g} {name}s, and the cluster has {there.get(name, 0.0):g}; lower them, or add nodes"
+                f"the run wants {wanted:g} {name}s ({by}), and the cluster has {there.get(name, 0.0):g}; lower them, "
+                "or add nodes"
             )
