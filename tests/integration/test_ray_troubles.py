@@ -16,7 +16,7 @@ from tests.fixtures.tiny_model import make_model
 from tests.integration.test_loop import recipe
 from upspiral.config.loader import load_run_config
 from upspiral.config.models import ClusterConfig, SandboxConfig
-from upspiral.errors import EngineError, SandboxError
+from upspiral.errors import ConfigError, EngineError, SandboxError
 from upspiral.launch.ray.cluster import joined
 from upspiral.launch.ray.placed_sandboxes import PlacedSandboxes
 from upspiral.launch.ray.run_host import run_on_ray
@@ -95,3 +95,10 @@ def test_an_engine_that_can_never_start_is_told_at_once(tmp_path: Path) -> None:
     )
     with pytest.raises(EngineError, match="there is no vLLM in this environment"):
         run_on_ray(config, tmp_path / "run", resume=False)
+
+
+def test_a_run_that_finds_no_place_says_so(tmp_path: Path) -> None:
+    file = recipe(tmp_path, make_model(tmp_path / "model"), steps=1)
+    config = load_run_config(file, {"cluster.address": "local", "cluster.rank_gpus": "64"})
+    with pytest.raises(ConfigError, match=r"no room for the run itself, 1 CPU and 64 GPUs .* within 3 s"):
+        run_on_ray(config, tmp_path / "run", resume=False, room_deadline_s=3.0)

@@ -8,9 +8,10 @@ from typing import Any
 
 from upspiral.config.combinations import num_ranks
 from upspiral.config.models import RunConfig
-from upspiral.errors import ClusterError, EngineError, TrainerError, UpspiralError
+from upspiral.errors import ClusterError, ConfigError, EngineError, TrainerError, UpspiralError
 from upspiral.launch.ray.cluster import joined
 from upspiral.launch.ray.devices import hidden_without
+from upspiral.launch.ray.gang import ROOM_DEADLINE_S
 from upspiral.launch.ray.pairs import check_room_for_pairs
 from upspiral.launch.ray.placement import RayPlacement
 from upspiral.loop.folder import check_resume, has_run
@@ -19,9 +20,9 @@ from upspiral.monitor.progress import LiveProgress
 from upspiral.trainer.checkpoint import latest_checkpoint
 
 
-def run_on_ray(config: RunConfig, folder: Path, *, resume: bool) -> RunResult:
-    """Runs, or resumes, a training run in the cluster of its config, and prints its progress. Raises UpspiralError for
-    anything that the user can mend."""
+def run_on_ray(config: RunConfig, folder: Path, *, resume: bool, room_deadline_s: float = ROOM_DEADLINE_S) -> RunResult:
+    """Runs, or resumes, a training run in the cluster of its config, and prints its progress. `room_deadline_s`: how
+    long the run itself waits for a place. Raises UpspiralError for anything that the user can mend."""
 
     folder = folder.resolve()
     check_resume(folder, resume=resume)
@@ -29,14 +30,21 @@ def run_on_ray(config: RunConfig, folder: Path, *, resume: bool) -> RunResult:
     with joined(config.cluster, ranks):
         check_room_for_pairs(config)
         import ray
-        from ray.exceptions import RayError, RayTaskError
+        from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
         again = config.cluster.restarts
         host: Any = ray.remote(RunHost).options(
             num_cpus=1, num_gpus=_gpus(config), max_restarts=again, max_task_retries=again
         )
         try:
-            return ray.get(host.remote(config, folder).run.remote())
+            placed = host.remote(config, folder)
+            ray.get(placed.begin.remote(), timeout=room_deadline_s)
+            return ray.get(placed.run.remote())
+        except GetTimeoutError:
+            raise ConfigError(
+                f"the cluster had no room for the run itself, 1 CPU and {_gpus(config):g} GPUs (cluster.rank_gpus "
+                f'with trainer.kind = "local"), within {room_deadline_s:.0f} s; end other runs or add nodes'
+            ) from None
         except RayTaskError as error:  # a bug is told with what Ray knows of it
             raise error.cause if isinstance(error.cause, UpspiralError) else error from None
         except (ConnectionError, RayError) as error:
@@ -49,6 +57,9 @@ class RunHost:
     def __init__(self, config: RunConfig, folder: Path) -> None:
         self._config, self._folder = config, folder
         os.environ |= hidden_without(_gpus(config))
+
+    def begin(self) -> None:
+        """Answers once the actor has its place."""
 
     def run(self) -> RunResult:
         """Goes on until it has failed `cluster.restarts` times since its last checkpoint. An engine that fails before
