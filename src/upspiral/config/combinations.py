@@ -132,6 +132,12 @@ def contradictions(config: RunConfig) -> Iterator[tuple[str, str]]:
             "trainer.lr_warmup_steps",
             f"more than steps = {steps}, so the run never reaches trainer.lr; set at most {steps}",
         )
+    key, gpus = ("engine_gpus", cluster.engine_gpus) if ranks_beside(config) else ("rank_gpus", cluster.rank_gpus)
+    if config.model.device == "cuda" and cluster.address is not None and not gpus:
+        yield (
+            "model.device",
+            f'the trainer has no GPU of the cluster with cluster.{key} = 0; set that to 1, or this to "cpu"',
+        )
     if config.eval.every > steps:
         yield "eval.every", f"more than steps = {steps}, so it never happens; set at most {steps}, or 0"
     if cluster.sandbox_hosts and config.agent.file is None:

@@ -141,6 +141,12 @@ def test_the_agent_file_is_found_beside_the_run_file(folder: Path) -> None:
             {"engine.kind": "vllm"},
             "each of 2 actors would route to the same servers of engine.server.urls",
         ),
+        ("[cluster]\naddress = 'auto'", {"model.device": "cuda"}, "no GPU of the cluster with cluster.rank_gpus = 0"),
+        (
+            "[cluster]\naddress = 'auto'",
+            COLOCATED | {"model.device": "cuda"},
+            "no GPU of the cluster with cluster.engine_gpus = 0",
+        ),
         ("", {"engine.kind": "vllm", "engine.cache_slots": "256"}, 'engine.kind = "vllm" decides that itself'),
         (
             "",
