@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,10 @@ from tests.fixtures.tiny_model import make_model
 from tests.integration.test_loop import recipe
 from upspiral.config.loader import load_run_config
 from upspiral.config.models import ClusterConfig, SandboxConfig
-from upspiral.errors import ConfigError, EngineError, SandboxError
+from upspiral.errors import ConfigError, EngineError, SandboxError, TrainerError
 from upspiral.launch.ray.cluster import joined
 from upspiral.launch.ray.placed_sandboxes import PlacedSandboxes
+from upspiral.launch.ray.rank_host import RayRank
 from upspiral.launch.ray.run_host import run_on_ray
 from upspiral.launch.ray.sandbox_host import SandboxHost
 from upspiral.sandbox.base import SandboxSpec
@@ -81,6 +83,50 @@ def test_two_actors_share_the_sandboxes_and_one_of_them_has_all_when_the_other_d
             assert await says(placed, "on the other one") == "on the other one"
 
     with_actors(2, check, tmp_path)
+
+
+def test_an_actor_that_dies_before_it_serves_is_started_again(tmp_path: Path) -> None:
+    import ray
+
+    host: Any = ray.remote(SandboxHost)
+    made: list[Any] = []
+
+    def make() -> Any:
+        made.append(host.options(num_cpus=1).remote(SandboxConfig(), tmp_path / "egress.jsonl", TOKEN))
+        if len(made) == 1:
+            ray.kill(made[0])
+        return made[-1]
+
+    async def check() -> None:
+        placed = await PlacedSandboxes(make, 1, TOKEN).start()
+        try:
+            assert await says(placed, "the second") == "the second"
+        finally:
+            await placed.stop()
+
+    with joined(ClusterConfig(address="local", sandbox_hosts=1)):
+        asyncio.run(asyncio.wait_for(check(), DEADLINE_S))
+
+
+class Silent:
+    """A rank that hangs."""
+
+    def weights_root(self) -> None:
+        time.sleep(DEADLINE_S)
+
+
+def test_a_rank_that_does_not_answer_is_one_that_a_run_goes_on_without() -> None:
+    import ray
+
+    async def check() -> None:
+        silent: Any = ray.remote(Silent)
+        rank = RayRank(silent.options(num_cpus=1).remote())
+        with pytest.raises(TrainerError, match="made no folder within 1 s"):
+            await rank.weights_root(deadline_s=1.0)
+        rank.kill()
+
+    with joined(ClusterConfig(address="local")):
+        asyncio.run(asyncio.wait_for(check(), DEADLINE_S))
 
 
 def test_an_engine_that_can_never_start_is_told_at_once(tmp_path: Path) -> None:

@@ -34,7 +34,8 @@ class PlacedSandboxes:
         self._capabilities: Capabilities | None = None
 
     async def start(self) -> PlacedSandboxes:
-        """Raises DeadlineError when the cluster has no room for an actor, and SandboxError when one dies."""
+        """Raises DeadlineError when the cluster has no room for an actor, and SandboxError when one dies, and the next
+        one in its place."""
         outcomes = await asyncio.gather(*(host.start() for host in self._hosts), return_exceptions=True)
         for outcome in outcomes:
             if isinstance(outcome, BaseException):
@@ -105,7 +106,12 @@ class _Host:
         return self.found
 
     async def start(self) -> None:
-        await self._place()
+        """A second time when the first actor dies meanwhile."""
+        try:
+            await self._place()
+        except SandboxError as error:
+            _log.warning("an actor that makes sandboxes did not start (%s); another one is started", error)
+            await self._place()
         self._watch = asyncio.create_task(self._keep_alive())
 
     async def stop(self) -> None:

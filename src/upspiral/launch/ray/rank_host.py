@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from upspiral.errors import DeadlineError, TrainerError
+from upspiral.errors import TrainerError
 from upspiral.launch.ray.mark import Mark
 from upspiral.trainer.rank import RankProgram
 from upspiral.weights.shared_folder import shared_folder
@@ -73,14 +73,14 @@ class RayRank:
         self._actor.call.remote(method, *args, **keywords).future().add_done_callback(settle)
         return answered
 
-    async def weights_root(self) -> tuple[str, Path]:
-        """See `RankHost`. Raises TrainerError when the rank is gone."""
+    async def weights_root(self, *, deadline_s: float = FOLDER_DEADLINE_S) -> tuple[str, Path]:
+        """See `RankHost`. Raises TrainerError when the rank is gone or does not answer."""
         from ray.exceptions import RayError
 
         try:
-            return await asyncio.wait_for(self._actor.weights_root.remote(), FOLDER_DEADLINE_S)
+            return await asyncio.wait_for(self._actor.weights_root.remote(), deadline_s)
         except TimeoutError:
-            raise DeadlineError(f"the first rank made no folder within {FOLDER_DEADLINE_S:.0f} s") from None
+            raise TrainerError(f"the first rank made no folder within {deadline_s:.0f} s") from None
         except RayError as error:
             raise _cause(error) from error
 
