@@ -19,8 +19,10 @@ from upspiral.config.loader import load_run_config
 from upspiral.config.models import ClusterConfig, SandboxConfig
 from upspiral.errors import ConfigError, EngineError, SandboxError, TrainerError
 from upspiral.launch.ray.cluster import joined
+from upspiral.launch.ray.gang import Gang
 from upspiral.launch.ray.placed_sandboxes import PlacedSandboxes
 from upspiral.launch.ray.rank_host import RayRank
+from upspiral.launch.ray.reserved import give_back, reservation
 from upspiral.launch.ray.run_host import run_on_ray
 from upspiral.launch.ray.sandbox_host import SandboxHost
 from upspiral.sandbox.base import SandboxSpec
@@ -148,3 +150,25 @@ def test_a_run_that_finds_no_place_says_so(tmp_path: Path) -> None:
     config = load_run_config(file, {"cluster.address": "local", "cluster.rank_gpus": "64"})
     with pytest.raises(ConfigError, match=r"no room for the run itself, 1 CPU and 64 GPUs .* within 3 s"):
         run_on_ray(config, tmp_path / "run", resume=False, room_deadline_s=3.0)
+
+
+class Reserver:
+    """Reserves places for ranks, as the actor of a run does."""
+
+    async def reserve(self, cluster: ClusterConfig, count: int, folder: Path) -> None:
+        self._gang = await Gang.reserved(cluster, count, name=reservation(folder), deadline_s=30)
+
+
+def test_what_a_dead_run_had_reserved_is_given_back_by_the_next(tmp_path: Path) -> None:
+    import ray
+
+    cluster = ClusterConfig(address="local")
+    with joined(cluster, ranks=4):
+        count = int(ray.cluster_resources()["CPU"]) - 1
+        for attempt in range(3):
+            give_back(tmp_path)
+            host: Any = ray.remote(Reserver).options(num_cpus=0).remote()
+            ray.get(host.reserve.remote(cluster, count, tmp_path), timeout=60)
+            ray.kill(host)
+            give_back(tmp_path / "another run")
+            assert ray.available_resources().get("CPU", 0) < count, f"attempt {attempt}"

@@ -26,13 +26,17 @@ class Gang:
         self._bundles = sorted(range(len(nodes)), key=lambda bundle: (nodes[bundle], bundle))
 
     @classmethod
-    async def reserved(cls, cluster: ClusterConfig, count: int, *, deadline_s: float = ROOM_DEADLINE_S) -> Gang:
-        """Raises ConfigError when the cluster has no room within the deadline."""
+    async def reserved(
+        cls, cluster: ClusterConfig, count: int, *, name: str = "", deadline_s: float = ROOM_DEADLINE_S
+    ) -> Gang:
+        """`name`: see `reservation`. Raises ConfigError when the cluster has no room within the deadline."""
         import ray
 
         bundle = {"CPU": cluster.rank_cpus} | ({"GPU": cluster.rank_gpus} if cluster.rank_gpus else {})
         # GPUs talk to each other, best within a machine; without any, cores are what there is most of on many.
-        group = ray.util.placement_group([bundle] * count, strategy="PACK" if cluster.rank_gpus else "SPREAD")
+        group = ray.util.placement_group(
+            [bundle] * count, strategy="PACK" if cluster.rank_gpus else "SPREAD", name=name
+        )
         gives_up = time.monotonic() + deadline_s
         try:
             while (table := ray.util.placement_group_table(group))["state"] != "CREATED":

@@ -39,14 +39,15 @@ class Pairs:
         self._places = sorted(places, key=lambda place: (place.node, place.bundle))
 
     @classmethod
-    async def reserved(cls, config: RunConfig, *, deadline_s: float = ROOM_DEADLINE_S) -> Pairs:
-        """Raises ConfigError when there is no room within the deadline, EngineError when a node is lost meanwhile."""
+    async def reserved(cls, config: RunConfig, *, name: str = "", deadline_s: float = ROOM_DEADLINE_S) -> Pairs:
+        """`name`: see `reservation`. Raises ConfigError when there is no room within the deadline, EngineError when a
+        node is lost meanwhile."""
         import ray
         from ray.exceptions import RayError
 
         bundle, count = _bundle(config), config.cluster.engines
         # GPUs talk to each other, best within a machine; without any, cores are what there is most of on many.
-        group = ray.util.placement_group([bundle] * count, strategy="PACK" if "GPU" in bundle else "SPREAD")
+        group = ray.util.placement_group([bundle] * count, strategy="PACK" if "GPU" in bundle else "SPREAD", name=name)
         look: Any = ray.remote(_look)
         found = [
             look.options(

@@ -24,6 +24,7 @@ from upspiral.launch.ray.mark import Mark
 from upspiral.launch.ray.pairs import Pairs
 from upspiral.launch.ray.placed_sandboxes import PlacedSandboxes
 from upspiral.launch.ray.rank_host import RankHost, RayRank
+from upspiral.launch.ray.reserved import reservation
 from upspiral.launch.ray.sandbox_host import SandboxHost
 from upspiral.launch.ray.weights_host import make_weights_host
 from upspiral.loop.placement import Setting
@@ -44,7 +45,7 @@ class RayPlacement:
 
     async def engine(self, setting: Setting) -> UpdatableEngine:
         if ranks_beside(setting.config):
-            self._pairs = await Pairs.reserved(setting.config)
+            self._pairs = await Pairs.reserved(setting.config, name=reservation(setting.folder))
             setting.stack.callback(self._pairs.remove)
         setting.stack.callback(self._courier.stop)
         engines = [self._placed(setting, number) for number in range(setting.config.cluster.engines)]
@@ -59,7 +60,7 @@ class RayPlacement:
 
         cluster, places = setting.config.cluster, self._pairs
         if places is None:
-            places = await Gang.reserved(cluster, count)
+            places = await Gang.reserved(cluster, count, name=reservation(setting.folder))
             setting.stack.callback(places.remove)
         host: Any = ray.remote(RankHost)
         actors = [

@@ -14,6 +14,7 @@ from upspiral.launch.ray.devices import hidden_without
 from upspiral.launch.ray.gang import ROOM_DEADLINE_S
 from upspiral.launch.ray.pairs import check_room_for_pairs
 from upspiral.launch.ray.placement import RayPlacement
+from upspiral.launch.ray.reserved import give_back
 from upspiral.loop.folder import check_resume, has_run
 from upspiral.loop.run import RunResult, run_training
 from upspiral.monitor.progress import LiveProgress
@@ -29,30 +30,40 @@ def run_on_ray(config: RunConfig, folder: Path, *, resume: bool, room_deadline_s
     ranks = 0 if config.trainer.kind == "local" else num_ranks(config)
     with joined(config.cluster, ranks):
         check_room_for_pairs(config)
-        import ray
-        from ray.exceptions import GetTimeoutError, RayError, RayTaskError
+        for death in range(1, config.cluster.restarts + 2):
+            result = _once_placed(config, folder, room_deadline_s)
+            if not isinstance(result, str):
+                return result
+            print(f"the run's actor died ({death} times): {result}\nanother one goes on from what it had committed")
+    raise ClusterError(f"the run's actor died more often than cluster.restarts = {config.cluster.restarts} allows")
 
-        again = config.cluster.restarts
-        host: Any = ray.remote(RunHost).options(
-            num_cpus=1, num_gpus=_gpus(config), max_restarts=again, max_task_retries=again
-        )
-        try:
-            placed = host.remote(config, folder)
-            ray.get(placed.begin.remote(), timeout=room_deadline_s)
-            return ray.get(placed.run.remote())
-        except GetTimeoutError:
-            raise ConfigError(
-                f"the cluster had no room for the run itself, 1 CPU and {_gpus(config):g} GPUs (cluster.rank_gpus "
-                f'with trainer.kind = "local"), within {room_deadline_s:.0f} s; end other runs or add nodes'
-            ) from None
-        except RayTaskError as error:  # a bug is told with what Ray knows of it
-            raise error.cause if isinstance(error.cause, UpspiralError) else error from None
-        except (ConnectionError, RayError) as error:
-            raise ClusterError(f'the run in cluster.address = "{config.cluster.address}" is lost: {error}') from error
+
+def _once_placed(config: RunConfig, folder: Path, room_deadline_s: float) -> RunResult | str:
+    """What the run's actor returns; why it died."""
+    import ray
+    from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+
+    host: Any = ray.remote(RunHost).options(num_cpus=1, num_gpus=_gpus(config))
+    placed = host.remote(config, folder)
+    try:
+        ray.get(placed.begin.remote(), timeout=room_deadline_s)
+        return ray.get(placed.run.remote())
+    except GetTimeoutError:
+        raise ConfigError(
+            f"the cluster had no room for the run itself, 1 CPU and {_gpus(config):g} GPUs (cluster.rank_gpus "
+            f'with trainer.kind = "local"), within {room_deadline_s:.0f} s; end other runs or add nodes'
+        ) from None
+    except RayTaskError as error:  # a bug is told with what Ray knows of it
+        raise error.cause if isinstance(error.cause, UpspiralError) else error from None
+    except RayActorError as error:
+        ray.kill(placed)  # one that cannot be reached may live
+        return str(error)
+    except (ConnectionError, RayError) as error:
+        raise ClusterError(f'the run in cluster.address = "{config.cluster.address}" is lost: {error}') from error
 
 
 class RunHost:
-    """The actor. Ray starts it again when it dies, and its run goes on from what it had committed."""
+    """The actor. When it dies another one is made, and its run goes on from what was committed."""
 
     def __init__(self, config: RunConfig, folder: Path) -> None:
         self._config, self._folder = config, folder
@@ -64,6 +75,7 @@ class RunHost:
     def run(self) -> RunResult:
         """Goes on until it has failed `cluster.restarts` times since its last checkpoint. An engine that fails before
         there is one never ran: that is no accident."""
+        give_back(self._folder)
         resume, restarts, reached = has_run(self._folder), 0, self._checkpoint()
         while True:
             try:
