@@ -187,7 +187,7 @@ async def seen_by(actor: Any) -> tuple[str, set[str], int]:
 
 
 def test_neighbours_share_a_node_and_no_device(nodes: Nodes) -> None:
-    asyncio.run(neighbours_share_a_node(in_turns(engines=4, ranks=4, engine_gpus=1.0)))
+    asyncio.run(neighbours_share_a_node(in_turns(engines=4, ranks=4, engine_gpus=1.0, rank_cpus=0.5)))
 
 
 async def neighbours_share_a_node(made: RunConfig) -> None:
