@@ -163,6 +163,8 @@ class PublishingLearner:
 
     async def _adopt(self, settings: PublisherSettings, version: int) -> None:
         publication = await self._run(lambda: self._trainer.publish(settings, version))
+        if self._colocated:
+            await self._run(self._trainer.rest)
         await self._engine.update_weights(publication)
 
     async def _run(self, work: Callable[[], Result]) -> Result:

@@ -79,6 +79,10 @@ class TrainerBackend(Protocol):
         process is whole."""
         ...
 
+    def rest(self) -> None:
+        """Gives back the memory that no weight or moment needs: until the next call, others compute on its devices."""
+        ...
+
     def save(self, folder: Path) -> None:
         """Writes everything that the next step depends on into an empty folder."""
         ...

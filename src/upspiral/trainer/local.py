@@ -35,6 +35,7 @@ from upspiral.trainer.routes import replayed_routes_in
 from upspiral.trainer.tally import Tally
 from upspiral.trainer.terms import token_terms
 from upspiral.weights.adapter import Adapter
+from upspiral.weights.cpu import give_back_freed_memory
 from upspiral.weights.experts import exact_experts_in
 from upspiral.weights.names import hugging_face_tensors
 from upspiral.weights.probe import measured_probe
@@ -137,6 +138,9 @@ class LocalTrainer:
         model = self._lanes.models[0]
         tensors = hugging_face_tensors(model.named_parameters(), tied=model.config.tie_word_embeddings)
         return self._publisher.publish(tensors, version, settings, probe=measured_probe(model))
+
+    def rest(self) -> None:
+        give_back_freed_memory()
 
     def save(self, folder: Path) -> None:
         torch.save(self.state_dict(), folder / _STATE)

@@ -25,6 +25,7 @@ from upspiral.trainer.optimizer import learning_rate
 from upspiral.trainer.rounds import Turn, turns
 from upspiral.trainer.tally import Tally
 from upspiral.trainer.terms import token_terms
+from upspiral.weights.cpu import give_back_freed_memory
 from upspiral.weights.names import hugging_face_tensors
 from upspiral.weights.probe import probe_tokens
 from upspiral.weights.publication import Probe, Publication, PublisherSettings
@@ -60,6 +61,10 @@ class RankBackend(ABC):
         tally.add_up(self._of_all_ranks(tally.sums))
         self._policy_steps += kind == "policy" and bool(batches)
         return tally.metrics(rate, time.monotonic() - started)
+
+    def rest(self) -> None:
+        """See `TrainerBackend`."""
+        give_back_freed_memory()
 
     @abstractmethod
     def _logprobs(self, batch: ForestBatch, forest: ForestPass, temperature: float) -> tuple[Tensor, Tensor]:

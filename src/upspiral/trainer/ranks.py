@@ -71,6 +71,9 @@ class Ranks:
     def publish(self, settings: PublisherSettings, version: int) -> Publication:
         return self._all("publish", settings, version)
 
+    def rest(self) -> None:
+        self._all("rest")
+
     def save(self, folder: Path) -> None:
         self._all("save", folder)
 

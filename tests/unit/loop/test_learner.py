@@ -29,9 +29,10 @@ from upspiral.weights.publication import PublisherSettings
 
 
 class WatchedTrainer(LocalTrainer):
-    """Calls `at_step` when a step begins and when it ends."""
+    """Calls `at_step` when a step begins and when it ends, and `at_rest`."""
 
     at_step: Callable[[], None] = staticmethod(lambda: None)
+    at_rest: Callable[[], None] = staticmethod(lambda: None)
 
     def step(self, *args: Any, **keywords: Any) -> Any:
         self.at_step()
@@ -39,6 +40,10 @@ class WatchedTrainer(LocalTrainer):
             return super().step(*args, **keywords)
         finally:
             self.at_step()
+
+    def rest(self) -> None:
+        super().rest()
+        self.at_rest()
 
 
 @dataclass
@@ -111,7 +116,9 @@ def test_a_colocated_engine_has_no_memory_while_the_trainer_computes_and_samples
     async def check() -> None:
         async with parts(tmp_path) as apart, parts(tmp_path, colocated=True) as colocated:
             held: list[tuple[int, int]] = []
+            rested: list[int] = []
             colocated.trainer.at_step = lambda: held.append((colocated.cache_bytes, colocated.weight_bytes))
+            colocated.trainer.at_rest = lambda: rested.append(colocated.cache_bytes)
             awake = colocated.cache_bytes, colocated.weight_bytes
             for made in (apart, colocated):  # a warm start
                 for _ in range(2):
@@ -127,6 +134,7 @@ def test_a_colocated_engine_has_no_memory_while_the_trainer_computes_and_samples
             last = await colocated.sampled()
             assert last == await apart.sampled() and last[2] == {2}
             assert held == [(0, 0)] * 8
+            assert rested == [0] * 3, "the trainer's memory is free before the engine takes its own"
 
     asyncio.run(asyncio.wait_for(check(), 60))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -17,6 +18,7 @@ from upspiral.trainer.forest import ForestBatch, pack
 from upspiral.trainer.local import LocalTrainer
 from upspiral.trajectory.graph import TokenRun, TrajectoryGraph
 from upspiral.types import NodeCredit, RolloutCredit
+from upspiral.weights.cpu import give_back_freed_memory, keep_freed_memory
 from upspiral.weights.fused import fuse_projections
 
 
@@ -170,3 +172,19 @@ def test_no_batches_no_change() -> None:
     before = weights(learned)
     assert trainer(learned).step([]).trained_tokens == 0
     assert same(before, weights(learned))
+
+
+def test_what_only_a_step_needs_is_given_back_when_it_rests() -> None:
+    keep_freed_memory()  # as a run does, so that freeing alone gives nothing back
+    graphs = [demonstration_graph(str(i), [([1, 2, 3], [i + 1] * 600)]) for i in range(8)]
+    batches = pack(list(zip(graphs, sft_credit(graphs), strict=True)), tokens_per_microbatch=5000)
+    of = trainer(model(width=512))
+    of.step(batches, kind="sft")  # its moments stay
+    give_back_freed_memory()
+    before = psutil.Process().memory_info().rss
+    of.step(batches, kind="sft")
+    held = psutil.Process().memory_info().rss - before
+    of.rest()
+    left = psutil.Process().memory_info().rss - before
+    assert held > 50e6
+    assert left < 0.2 * held, f"{left / 1e6:.0f} MB of {held / 1e6:.0f} MB"

@@ -9,9 +9,8 @@ from typing import Any
 
 from upspiral.config.models import ClusterConfig
 from upspiral.errors import ConfigError
+from upspiral.launch.ray.reserved import ROOM_DEADLINE_S, reserve, within
 
-ROOM_DEADLINE_S = 900.0
-"""Another run may have to end first."""
 _LOOK_AGAIN_S = 0.1
 
 
@@ -33,10 +32,7 @@ class Gang:
         import ray
 
         bundle = {"CPU": cluster.rank_cpus} | ({"GPU": cluster.rank_gpus} if cluster.rank_gpus else {})
-        # GPUs talk to each other, best within a machine; without any, cores are what there is most of on many.
-        group = ray.util.placement_group(
-            [bundle] * count, strategy="PACK" if cluster.rank_gpus else "SPREAD", name=name
-        )
+        group = reserve(bundle, count, name)
         gives_up = time.monotonic() + deadline_s
         try:
             while (table := ray.util.placement_group_table(group))["state"] != "CREATED":
@@ -54,9 +50,7 @@ class Gang:
 
     def of_rank(self, rank: int) -> Any:
         """The scheduling strategy of its actor."""
-        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
-
-        return PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=self._bundles[rank])
+        return within(self._group, self._bundles[rank])
 
     def variables(self, rank: int) -> dict[str, str]:
         """Ray has set them."""

@@ -10,9 +10,7 @@ from typing import Any
 from upspiral.config.combinations import num_ranks, ranks_beside
 from upspiral.config.models import RunConfig
 from upspiral.errors import ConfigError, EngineError
-
-ROOM_DEADLINE_S = 900.0
-"""Another run may have to end first."""
+from upspiral.launch.ray.reserved import ROOM_DEADLINE_S, reserve, within
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,12 +44,11 @@ class Pairs:
         from ray.exceptions import RayError
 
         bundle, count = _bundle(config), config.cluster.engines
-        # GPUs talk to each other, best within a machine; without any, cores are what there is most of on many.
-        group = ray.util.placement_group([bundle] * count, strategy="PACK" if "GPU" in bundle else "SPREAD", name=name)
+        group = reserve(bundle, count, name)
         look: Any = ray.remote(_look)
         found = [
             look.options(
-                num_cpus=0, num_gpus=config.cluster.engine_gpus, scheduling_strategy=_within(group, number)
+                num_cpus=0, num_gpus=config.cluster.engine_gpus, scheduling_strategy=within(group, number)
             ).remote(number)
             for number in range(count)
         ]
@@ -71,11 +68,11 @@ class Pairs:
 
     def of_engine(self, number: int) -> Any:
         """The scheduling strategy of an engine's actor, which takes all GPUs of the place."""
-        return _within(self._group, self._places[number].bundle)
+        return within(self._group, self._places[number].bundle)
 
     def of_rank(self, rank: int) -> Any:
         """That of a rank's, which takes none."""
-        return _within(self._group, self._places[rank // self._beside].bundle)
+        return within(self._group, self._places[rank // self._beside].bundle)
 
     def variables(self, rank: int) -> dict[str, str]:
         """What it has to have in its environment before anything of CUDA is initialised."""
@@ -110,12 +107,6 @@ def _bundle(config: RunConfig) -> dict[str, float]:
     cluster = config.cluster
     cpus = {"CPU": round(cluster.engine_cpus + ranks_beside(config) * cluster.rank_cpus, 4)}  # Ray's precision
     return cpus | ({"GPU": cluster.engine_gpus} if cluster.engine_gpus else {})
-
-
-def _within(group: Any, bundle: int) -> Any:
-    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
-
-    return PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle)
 
 
 def _look(bundle: int) -> Place:

@@ -11,10 +11,9 @@ from upspiral.config.models import RunConfig
 from upspiral.errors import ClusterError, ConfigError, EngineError, TrainerError, UpspiralError
 from upspiral.launch.ray.cluster import joined
 from upspiral.launch.ray.devices import hidden_without
-from upspiral.launch.ray.gang import ROOM_DEADLINE_S
 from upspiral.launch.ray.pairs import check_room_for_pairs
 from upspiral.launch.ray.placement import RayPlacement
-from upspiral.launch.ray.reserved import give_back
+from upspiral.launch.ray.reserved import ROOM_DEADLINE_S, give_back
 from upspiral.loop.folder import check_resume, has_run
 from upspiral.loop.run import RunResult, run_training
 from upspiral.monitor.progress import LiveProgress
