@@ -42,9 +42,10 @@ from upspiral.weights.shared_folder import PREFIX, shared_folder
 
 ON_NODES = HERE | {"cluster.address": "auto", "cluster.engines": "2", "cluster.sandbox_hosts": "1",
                    "weights.form": "delta"}  # fmt: skip
-IN_TURNS = ON_NODES | {"engine.colocated": "true", "cluster.engine_gpus": "1", "cluster.rank_cpus": "2",
+IN_TURNS = ON_NODES | {"engine.colocated": "true", "cluster.engine_gpus": "1", "cluster.rank_cpus": "1.5",
                        "cluster.sandbox_hosts": "0"}  # fmt: skip
-"""A node has room for one engine and the rank that takes turns with it."""
+"""A node has room for one engine and the rank that takes turns with it, which has one thread, as the ranks here have:
+two would round otherwise."""
 
 
 @pytest.fixture(scope="module")

@@ -363,7 +363,7 @@ class ClusterConfig(_Section):
     engine_gpus: Annotated[float, Field(ge=0)] = 0.0
     """GPUs of an engine actor; with `engine.colocated`, as many ranks take turns with it, one on each."""
     rank_cpus: PositiveFloat = 1.0
-    """CPUs of a rank of the trainer."""
+    """CPUs of a rank of the trainer: Ray counts them, and one that computes on CPUs has so many threads."""
     rank_gpus: Annotated[float, Field(ge=0)] = 0.0
     """GPUs of a rank of the trainer; with `engine.colocated` none of its own, as it has one of its engine's."""
     sandbox_hosts: Annotated[int, Field(ge=0)] = 0
