@@ -53,15 +53,18 @@ def run(
         return
     folder = run or Path("runs") / config.name
     need_training_packages("run")
+    from upspiral.loop.folder import has_run
+
     try:
         _train(config, folder, resume)
     except KeyboardInterrupt:
         where = ["--on", on] if on is not None else []
-        again = shlex.join(["upspiral", "run", str(file), *overrides, *where, "--run", str(folder), "--resume"])
+        begun = ["--resume"] if has_run(folder) else []
+        again = shlex.join(["upspiral", "run", str(file), *overrides, *where, "--run", str(folder), *begun])
         print(f"to go on: {again}", file=sys.stderr)
         raise
     except UpspiralError as error:
-        if (folder / "metrics.jsonl").exists() and not isinstance(error, ConfigError):
+        if has_run(folder) and not isinstance(error, ConfigError):
             print(f"the run so far is in {folder}; when mended: add --resume", file=sys.stderr)
         raise
 

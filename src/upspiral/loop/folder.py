@@ -28,13 +28,12 @@ class RunFolder:
     """The paths of a run. The lock makes sure that one process at a time runs it."""
 
     path: Path
-    resumed: bool
     lock: int
 
     @classmethod
     def open(cls, path: Path, config: RunConfig, *, resume: bool) -> RunFolder:
-        """Creates or reopens the folder. Raises ConfigError when it holds another run, is in use, or resume has
-        nothing to resume."""
+        """Creates or reopens the folder, which is a run's only from `begin` on. Raises ConfigError when it holds another
+        run, is in use, or resume has nothing to resume."""
         resolved = path / _RESOLVED
         check_resume(path, resume=resume)
         path.mkdir(parents=True, exist_ok=True)
@@ -42,11 +41,14 @@ class RunFolder:
         try:
             if resume:
                 _check_same_run(load_run_config(resolved, ()), config, resolved)
-            resolved.write_text(dump_toml(config), encoding="utf-8")
         except BaseException:
             os.close(lock)
             raise
-        return cls(path, resume, lock)
+        return cls(path, lock)
+
+    def begin(self, config: RunConfig) -> None:
+        """Everything that the run needs is there. What failed before can be mended and started again as a new run."""
+        (self.path / _RESOLVED).write_text(dump_toml(config), encoding="utf-8")
 
     @property
     def store(self) -> Path:

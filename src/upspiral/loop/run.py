@@ -65,6 +65,7 @@ def run_training(
 async def _run(config: RunConfig, folder: RunFolder, progress: Progress, placement: Placement | None) -> RunResult:
     with progress:
         async with assemble(config, folder, progress, placement) as parts:
+            folder.begin(config)
             return await Run(config, folder, parts, progress).train()
 
 

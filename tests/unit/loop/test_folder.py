@@ -9,9 +9,11 @@ import pytest
 
 pytest.importorskip("torch", reason="needs the [train] extra")
 
-from upspiral.config.models import RunConfig
-from upspiral.errors import ConfigError
+from upspiral.config.models import ModelConfig, RunConfig
+from upspiral.errors import ConfigError, ModelError
 from upspiral.loop.folder import RunFolder
+from upspiral.loop.run import run_training
+from upspiral.monitor.progress import LiveProgress
 
 
 def config(kind: str, parallel: dict[str, Any] | None, **trainer: Any) -> RunConfig:
@@ -20,7 +22,9 @@ def config(kind: str, parallel: dict[str, Any] | None, **trainer: Any) -> RunCon
 
 
 def opened(path: Path, now: RunConfig, *, resume: bool) -> None:
-    RunFolder.open(path, now, resume=resume).close()
+    folder = RunFolder.open(path, now, resume=resume)
+    folder.begin(now)
+    folder.close()
 
 
 @pytest.mark.parametrize(
@@ -60,3 +64,12 @@ def test_another_run_is_refused_by_its_keys(tmp_path: Path, before: RunConfig, a
     with pytest.raises(ConfigError, match=says):
         opened(tmp_path, after, resume=True)
     opened(tmp_path, before, resume=True)
+
+
+def test_a_run_that_could_not_start_leaves_its_folder_to_the_next(tmp_path: Path) -> None:
+    mistyped = config("local", None).model_copy(update={"model": ModelConfig(path="no-such-model")})
+    for _ in range(2):
+        with pytest.raises(ModelError, match="no-such-model"):
+            run_training(mistyped, tmp_path, resume=False, progress=LiveProgress("mistyped", 1))
+    with pytest.raises(ConfigError, match="holds no run"):
+        opened(tmp_path, mistyped, resume=True)

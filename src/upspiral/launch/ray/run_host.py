@@ -85,7 +85,7 @@ class RunHost:
                 if restarts > self._config.cluster.restarts or (reached is None and isinstance(error, EngineError)):
                     raise
                 print(f"{error}\nthe run goes on from its checkpoint ({restarts} of {self._config.cluster.restarts})")
-                resume = True
+                resume = has_run(self._folder)
 
     def _checkpoint(self) -> Path | None:
         return latest_checkpoint(self._folder / "checkpoints")
