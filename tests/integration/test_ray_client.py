@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -26,7 +27,7 @@ from tests.integration.test_loop import recipe, steps_of
 from tests.integration.test_ray import finish, learned, sampled, started, until
 from upspiral.config.models import ClusterConfig
 from upspiral.errors import ConfigError
-from upspiral.launch.ray.cluster import joined
+from upspiral.launch.ray.cluster import joined, leave
 
 ROOT = Path(__file__).parents[2]
 EXACT = {"engine.exact": "true"}
@@ -88,6 +89,17 @@ def test_an_address_where_nobody_listens_is_named_at_once() -> None:
     with pytest.raises(ConfigError, match=says), at(address):
         pass
     assert time.monotonic() - began < 5
+
+
+def test_a_cluster_that_does_not_let_go_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    lets_go = threading.Event()
+    monkeypatch.setattr(ray, "shutdown", lets_go.wait)
+    began = time.monotonic()
+    leave("ray://127.0.0.1:10001", deadline_s=0.2)
+    assert time.monotonic() - began < 5
+    lets_go.set()
 
 
 @pytest.mark.slow

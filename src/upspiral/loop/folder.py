@@ -32,8 +32,8 @@ class RunFolder:
 
     @classmethod
     def open(cls, path: Path, config: RunConfig, *, resume: bool) -> RunFolder:
-        """Creates or reopens the folder, which is a run's only from `begin` on. Raises ConfigError when it holds another
-        run, is in use, or resume has nothing to resume."""
+        """Creates or reopens the folder, which is a run's only from `begin` on. Raises ConfigError when it holds
+        another run, is in use, or resume has nothing to resume."""
         resolved = path / _RESOLVED
         check_resume(path, resume=resume)
         path.mkdir(parents=True, exist_ok=True)

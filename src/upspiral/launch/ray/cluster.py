@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
+import logging
 import os
 import socket
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +17,11 @@ from upspiral.errors import ConfigError
 
 _CLIENT = "ray://"
 _REACHED_WITHIN_S = 10.0
+_LEFT_WITHIN_S = 30.0
+_NO_SERVER = "Starting Ray client server failed"
+"""What Ray's proxy may say while the connection of another client ends, such as that of the same run before it was
+interrupted: it forks a server for each client with threads of gRPC about. The next attempt succeeds."""
+_log = logging.getLogger(__name__)
 _PACKAGE_ROOT = str(Path(__file__).parents[3])
 
 
@@ -29,15 +37,8 @@ def joined(cluster: ClusterConfig, ranks: int = 0) -> Iterator[None]:
     # Ray's own dashboard and usage report are no part of a run; threads are given to actors one by one.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     _check_reachable(cluster.address)
-    environment = {"env_vars": {"PYTHONPATH": os.pathsep.join([_PACKAGE_ROOT, *_inherited()])}}
     try:
-        if cluster.address == "local":
-            ray.init(
-                address="local", num_cpus=max(os.cpu_count() or 1, _wanted(cluster, ranks)), include_dashboard=False,
-                runtime_env=environment, log_to_driver=True, configure_logging=False,
-            )  # fmt: skip
-        else:
-            ray.init(address=cluster.address, runtime_env=environment, log_to_driver=True)
+        _join(cluster, ranks)
     except (ConnectionError, RuntimeError, ValueError, RayError) as error:
         raise ConfigError(
             f'cluster.address = "{cluster.address}" cannot be joined ({error}); start Ray there with `ray start '
@@ -47,7 +48,41 @@ def joined(cluster: ClusterConfig, ranks: int = 0) -> Iterator[None]:
         check_room(cluster, ranks, ray.cluster_resources())
         yield
     finally:
-        ray.shutdown()
+        leave(cluster.address)
+
+
+def _join(cluster: ClusterConfig, ranks: int) -> None:
+    import ray
+
+    environment = {"env_vars": {"PYTHONPATH": os.pathsep.join([_PACKAGE_ROOT, *_inherited()])}}
+    if cluster.address == "local":
+        ray.init(
+            address="local", num_cpus=max(os.cpu_count() or 1, _wanted(cluster, ranks)), include_dashboard=False,
+            runtime_env=environment, log_to_driver=True, configure_logging=False,
+        )  # fmt: skip
+        return
+    for may_try_again in (True, False):
+        try:
+            ray.init(address=cluster.address, runtime_env=environment, log_to_driver=True)
+            return
+        except ConnectionError as error:
+            if not may_try_again or _NO_SERVER not in str(error):
+                raise
+
+
+def leave(address: str | None, *, deadline_s: float = _LEFT_WITHIN_S) -> None:
+    """Ray's client waits, here and when the interpreter ends, for its server to end the connection, which may not
+    happen (an interrupted run hung so, once in 30). The cluster then ends what was placed when this process is gone."""
+    import ray
+
+    if address is None or not address.startswith(_CLIENT):
+        return ray.shutdown()
+    leaving = threading.Thread(target=ray.shutdown, name="leave-ray", daemon=True)
+    leaving.start()
+    leaving.join(deadline_s)
+    if leaving.is_alive():
+        atexit.unregister(ray.shutdown)
+        _log.warning("the cluster did not end its connection within %g s; it is left like this", deadline_s)
 
 
 def _check_reachable(address: str | None) -> None:

@@ -43,10 +43,14 @@ def _once_placed(config: RunConfig, folder: Path, room_deadline_s: float) -> Run
     from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
     host: Any = ray.remote(RunHost).options(num_cpus=1, num_gpus=_gpus(config))
-    placed = host.remote(config, folder)
     try:
-        ray.get(placed.begin.remote(), timeout=room_deadline_s)
-        return ray.get(placed.run.remote())
+        placed = host.remote(config, folder)
+        try:
+            ray.get(placed.begin.remote(), timeout=room_deadline_s)
+            return ray.get(placed.run.remote())
+        except RayActorError as error:
+            ray.kill(placed)  # one that cannot be reached may live
+            return str(error)
     except GetTimeoutError:
         raise ConfigError(
             f"the cluster had no room for the run itself, 1 CPU and {_gpus(config):g} GPUs (cluster.rank_gpus "
@@ -54,9 +58,6 @@ def _once_placed(config: RunConfig, folder: Path, room_deadline_s: float) -> Run
         ) from None
     except RayTaskError as error:  # a bug is told with what Ray knows of it
         raise error.cause if isinstance(error.cause, UpspiralError) else error from None
-    except RayActorError as error:
-        ray.kill(placed)  # one that cannot be reached may live
-        return str(error)
     except (ConnectionError, RayError) as error:
         raise ClusterError(f'the run in cluster.address = "{config.cluster.address}" is lost: {error}') from error
 
