@@ -48,7 +48,9 @@ class RunFolder:
 
     def begin(self, config: RunConfig) -> None:
         """Everything that the run needs is there. What failed before can be mended and started again as a new run."""
-        (self.path / _RESOLVED).write_text(dump_toml(config), encoding="utf-8")
+        partial = self.path / f"{_RESOLVED}.partial"
+        partial.write_text(dump_toml(config), encoding="utf-8")
+        partial.replace(self.path / _RESOLVED)  # a run that is killed here can still be resumed
 
     @property
     def store(self) -> Path:
